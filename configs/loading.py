@@ -1,0 +1,154 @@
+"""Read a YAML recipe into a validated pydantic model."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from boldforge.configs.errors import ConfigError
+
+_PACKAGE_FOLDER = Path(__file__).parent
+
+
+class StrictModel(BaseModel):
+    """A frozen config section that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def recipe_names() -> list[str]:
+    """Return the packaged recipes as ``folder/name.yaml``, sorted."""
+    return sorted(str(path.relative_to(_PACKAGE_FOLDER)) for path in _PACKAGE_FOLDER.glob("*/*.yaml"))
+
+
+def recipe_path(name: str | Path) -> Path:
+    """Find a recipe: the user's own file first, then the packaged one.
+
+    Parameters
+    ----------
+    name
+        A path, or a packaged recipe with or without the ``configs/`` prefix, e.g. ``configs/pretrain/tiny.yaml``.
+
+    Raises
+    ------
+    ConfigError
+        If neither exists.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
+    packaged = _PACKAGE_FOLDER.joinpath(*parts) if parts else _PACKAGE_FOLDER
+    inside = packaged.resolve().is_relative_to(_PACKAGE_FOLDER.resolve())
+    if inside and packaged.is_file() and packaged.suffix == ".yaml":
+        return packaged
+    raise ConfigError(f"{name}: no such recipe; give a YAML file, or one of: {', '.join(recipe_names())}.")
+
+
+def load_config(
+    model: type[Config],
+    source: str | Path | Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+) -> Config:
+    """Build a config from a recipe and overrides.
+
+    Parameters
+    ----------
+    model
+        The pydantic class that defines the keys.
+    source
+        A recipe (see `recipe_path`), a mapping, or None for the defaults.
+    overrides
+        ``section.key=value`` strings; values are read as YAML, so ``steps=100`` is a number.
+
+    Raises
+    ------
+    ConfigError
+        For a file that is not a YAML mapping, an unknown key (with the nearest valid name) or a wrong value.
+    """
+    name, content = "the command line", {}
+    if isinstance(source, Mapping):
+        content = dict(source)
+    elif source is not None:
+        path = recipe_path(source)
+        name, content = str(path), _read_yaml(path)
+    for override in overrides:
+        _apply_override(content, override)
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, model, name)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds {type(content).__name__}, expected a mapping of keys to values.")
+    return content
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{override!r}: overrides are written key=value, for example optimizer.lr=1e-4.")
+    *sections, last = key.strip().split(".")
+    here = content
+    for section in sections:
+        below = here.setdefault(section, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"{override!r}: {section!r} holds a single value, it has no key {last!r}.")
+        here[section] = here = dict(below)
+    try:
+        here[last] = _number_or_yaml(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: the value is not valid YAML.") from None
+
+
+def _number_or_yaml(text: str) -> Any:
+    # YAML 1.1 reads 1e-4 (no dot) as a string; nobody who writes it means one.
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: ValidationError, model: type[BaseModel], name: str) -> str:
+    return " ".join(_sentences(error, model, name))
+
+
+def _sentences(error: ValidationError, model: type[BaseModel], name: str) -> Iterator[str]:
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            valid = _valid_keys(model, problem["loc"][:-1])
+            nearest = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys are {', '.join(valid)}."
+            yield f"{name}: unknown key {key!r}; {hint}"
+        elif problem["type"] == "missing":
+            yield f"{name}: key {key!r} is missing; set it in the file or on the command line as {key}=VALUE."
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            yield f"{name}: key {key!r} is {problem['input']!r}, but: {message}."
+
+
+def _valid_keys(model: type[BaseModel], sections: Sequence[Any]) -> list[str]:
+    for section in sections:
+        field = model.model_fields.get(str(section))
+        candidates = (field.annotation, *get_args(field.annotation)) if field else ()
+        below = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not below:
+            return []
+        model = below[0]
+    return list(model.model_fields)
