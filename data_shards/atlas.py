@@ -1,0 +1,139 @@
+"""Atlases: integer label volumes with names, and the same labels on a grid."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from boldforge.configs import BoldForgeError
+from boldforge.data_shards.grid import Affine, Grid, mask_centres
+
+_FOLDER = Path(__file__).parent / "atlas"
+_PACKAGED = {"aal3": (_FOLDER / "AAL3v1_1mm.nii.gz", _FOLDER / "AAL3v1_labels.txt")}
+
+
+class AtlasError(BoldForgeError):
+    """An atlas volume or its label table cannot be used."""
+
+
+@dataclass(frozen=True, eq=False)
+class Atlas:
+    """A label volume, int32 [X, Y, Z], its affine [4, 4] to RAS+ mm, and the names of the ids that occur in it."""
+
+    name: str
+    volume: npt.NDArray[np.int32]
+    affine: Affine
+    labels: dict[int, str]
+    sha256: str
+
+    def ids(self, names: list[str]) -> list[int]:
+        """Return the ids of the named regions, in the order given.
+
+        Raises
+        ------
+        AtlasError
+            For a name that the atlas does not have.
+        """
+        known = {name: number for number, name in self.labels.items()}
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise AtlasError(
+                f"Atlas {self.name} has no region named {', '.join(missing)}; "
+                f"its names look like {', '.join(list(known)[:3])}."
+            )
+        return [known[name] for name in names]
+
+
+def load_atlas(name_or_path: str | Path = "aal3", labels: str | Path | None = None) -> Atlas:
+    """Load a packaged atlas by name, or any NIfTI label volume with its table.
+
+    Parameters
+    ----------
+    name_or_path
+        ``aal3``, or the path of a 3D NIfTI file of whole numbers (0 is background).
+    labels
+        A text file with one ``id name`` pair per line (spaces, tab or comma between). Without it, regions are named by
+        their number.
+
+    Raises
+    ------
+    AtlasError
+        If a file is missing or unreadable, the volume is not 3D whole numbers, or a line of the table is malformed.
+    """
+    table = Path(labels) if labels is not None else None
+    if str(name_or_path) in _PACKAGED:
+        name = str(name_or_path)
+        path, packaged_table = _PACKAGED[name]
+        table = table or packaged_table
+    else:
+        path = Path(name_or_path)
+        name = path.name.removesuffix(".gz").removesuffix(".nii")
+        if not path.is_file():
+            raise AtlasError(
+                f"{path}: no such atlas; give a NIfTI label volume, or one of: {', '.join(sorted(_PACKAGED))}."
+            )
+    volume, affine = _read_volume(path)
+    names = _read_table(table) if table is not None else {}
+    # AAL3 keeps the ids of regions that it replaced (35, 36, 81, 82): nothing may ever sample an id without voxels.
+    present = [int(number) for number in np.unique(volume) if number != 0]
+    return Atlas(
+        name=name,
+        volume=volume,
+        affine=affine,
+        labels={number: names.get(number, str(number)) for number in present},
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+
+
+def atlas_on_grid(atlas: Atlas, grid: Grid) -> npt.NDArray[np.int16]:
+    """Return the atlas' labels at the grid's voxel centres (nearest atlas voxel, through the affines).
+
+    Returns
+    -------
+    int16 [X, Y, Z], 0 where the atlas has no label or does not reach. A centre exactly between two atlas voxels takes
+    the one with the higher index.
+    """
+    centres = mask_centres(grid, np.ones(grid.shape, dtype=bool))
+    to_atlas = np.linalg.inv(atlas.affine)
+    voxel = np.floor(np.round(centres @ to_atlas[:3, :3].T + to_atlas[:3, 3], 6) + 0.5).astype(np.int64)
+    inside = ((voxel >= 0) & (voxel < np.array(atlas.volume.shape))).all(axis=1)
+    values = np.zeros(len(centres), dtype=np.int16)
+    values[inside] = atlas.volume[tuple(voxel[inside].T)]
+    return values.reshape(grid.shape)
+
+
+def _read_volume(path: Path) -> tuple[npt.NDArray[np.int32], Affine]:
+    import nibabel as nib
+
+    try:
+        image = nib.load(path)
+        data = np.asarray(image.dataobj)  # type: ignore[attr-defined]
+        affine = np.asarray(image.affine, dtype=np.float64)  # type: ignore[attr-defined]
+    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
+        raise AtlasError(f"{path}: cannot be read as a NIfTI label volume ({error}).") from None
+    data = data[..., 0] if data.ndim == 4 and data.shape[3] == 1 else data
+    if data.ndim != 3:
+        raise AtlasError(f"{path}: has {data.ndim} dimensions, expected a 3D volume of labels.")
+    volume = np.rint(data).astype(np.int32)
+    # int8 would wrap above 127 (AAL3 goes to 170); int16 is what the grid's labels are kept in.
+    if not np.array_equal(volume, data) or volume.min() < 0 or volume.max() > np.iinfo(np.int16).max:
+        raise AtlasError(f"{path}: labels must be whole numbers from 0 to 32767, found {data.min()} to {data.max()}.")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise AtlasError(f"{path}: its affine is singular, so its voxels have no place in space; give it a valid one.")
+    return volume, affine
+
+
+def _read_table(path: Path) -> dict[int, str]:
+    if not path.is_file():
+        raise AtlasError(f"{path}: no such label table; give a text file with one 'id name' pair per line.")
+    names = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        parts = line.replace(",", " ").split(maxsplit=1)
+        if not parts or line.startswith("#"):
+            continue
+        if len(parts) != 2 or not parts[0].isdigit():
+            raise AtlasError(f"{path}: line {number} is {line!r}, expected 'id name'.")
+        names[int(parts[0])] = parts[1].split()[0]
+    return names
