@@ -1,0 +1,112 @@
+"""Subject-disjoint folds, stratified by diagnosis × site."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from boldforge.finetune.errors import FoldError
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Three disjoint sets of subjects; together they are all subjects. Each is sorted by name."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def subject_folds(
+    subjects: Sequence[str],
+    labels: Sequence[int],
+    sites: Sequence[str | None],
+    n_folds: int,
+    seed: int,
+) -> list[Fold]:
+    """Split subjects into folds, each subject tested exactly once.
+
+    Subjects are shuffled inside every diagnosis × site stratum, the strata are laid end to end with those of one
+    diagnosis together, and the row is dealt to the folds like cards. So the number of subjects in any two test sets
+    differs by at most one, and so do their numbers per diagnosis and per stratum, however small a stratum is. The
+    validation subjects are dealt in the same way from those not tested; there are as many as in a test set, or fewer
+    parts when a class is too small for that.
+
+    Parameters
+    ----------
+    subjects
+        One name per row (a run, a session or a subject); rows of one subject stay together.
+    labels
+        Class of each row, 0 or 1.
+    sites
+        Site of each row, None where unknown (unknown is a stratum of its own).
+    n_folds
+        Number of folds, at least 2.
+    seed
+        Decides the shuffle.
+
+    Returns
+    -------
+    list of Fold
+        Train, validation and test hold both classes in every fold.
+
+    Raises
+    ------
+    FoldError
+        If a subject's rows disagree on its label, or a class has too few subjects.
+    """
+    if not len(subjects) == len(labels) == len(sites):
+        raise ValueError(f"{len(subjects)} subjects, {len(labels)} labels and {len(sites)} sites differ in length")
+    if n_folds < 2:
+        raise FoldError(f"folds is {n_folds}, expected 2 or more; one fold would leave nothing to train on.")
+    strata = _stratum_of_each(subjects, labels, sites)
+    generator = np.random.default_rng([seed, n_folds])
+    parts = _deal(strata, list(strata), n_folds, generator)
+    _check_enough(strata, n_folds)
+    return [
+        _fold(strata, set(test), n_folds, np.random.default_rng([seed, n_folds, i])) for i, test in enumerate(parts)
+    ]
+
+
+def _stratum_of_each(
+    subjects: Sequence[str], labels: Sequence[int], sites: Sequence[str | None]
+) -> dict[str, tuple[int, str]]:
+    strata: dict[str, tuple[int, str]] = {}
+    for subject, label, site in sorted(zip(subjects, labels, (s or "" for s in sites), strict=True)):
+        known = strata.setdefault(subject, (int(label), site))
+        if known[0] != label:
+            raise FoldError(
+                f"subject {subject} is labelled both {known[0]} and {label}; give every run of a subject one label."
+            )
+    return strata
+
+
+def _check_enough(strata: dict[str, tuple[int, str]], n_folds: int) -> None:
+    counts = Counter(label for label, _ in strata.values())
+    # The fullest test set takes ceil(count / n_folds) of a class; two more are needed, to train and to validate.
+    for label in (0, 1):
+        count = counts[label]
+        if count < n_folds or count - -(-count // n_folds) < 2:
+            raise FoldError(
+                f"{count} subjects have label {label}, too few for {n_folds} folds with training, validation and test "
+                f"subjects of both classes; add subjects of that class or set folds lower (at least 4 are needed for 2 "
+                "folds, and one per fold for more)."
+            )
+
+
+def _fold(strata: dict[str, tuple[int, str]], test: set[str], n_folds: int, generator: np.random.Generator) -> Fold:
+    rest = [subject for subject in strata if subject not in test]
+    smallest = min(Counter(strata[subject][0] for subject in rest).values())
+    n_parts = max(2, min(n_folds - 1, smallest))
+    parts = _deal(strata, rest, n_parts, generator)
+    train = sorted(subject for part in parts[1:] for subject in part)
+    return Fold(tuple(train), tuple(sorted(parts[0])), tuple(sorted(test)))
+
+
+def _deal(
+    strata: dict[str, tuple[int, str]], subjects: list[str], n_parts: int, generator: np.random.Generator
+) -> list[list[str]]:
+    shuffled = [subjects[i] for i in generator.permutation(len(subjects))]
+    row = sorted(shuffled, key=strata.__getitem__)
+    return [row[part::n_parts] for part in range(n_parts)]

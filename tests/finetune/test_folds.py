@@ -1,0 +1,71 @@
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from boldforge.finetune.errors import FoldError
+from boldforge.finetune.folds import subject_folds
+
+
+@st.composite
+def cohorts(draw):
+    n_folds = draw(st.integers(2, 6))
+    fewest = max(n_folds, 4 if n_folds == 2 else 3)
+    labels = [0] * draw(st.integers(fewest, 25)) + [1] * draw(st.integers(fewest, 25))
+    sites = draw(st.lists(st.sampled_from(["KKI", "NYU", "Peking", None]), min_size=len(labels), max_size=len(labels)))
+    return [f"s{i:03d}" for i in range(len(labels))], labels, sites, n_folds
+
+
+@settings(deadline=None, max_examples=150)
+@given(cohorts(), st.integers(0, 2**31))
+def test_every_subject_is_tested_once_and_never_trained_on_in_the_same_fold(cohort, seed):
+    subjects, labels, sites, n_folds = cohort
+    label_of = dict(zip(subjects, labels, strict=True))
+    folds = subject_folds(subjects, labels, sites, n_folds, seed)
+    assert len(folds) == n_folds
+    assert sorted(s for fold in folds for s in fold.test) == subjects
+    for fold in folds:
+        assert sorted(fold.train + fold.validation + fold.test) == subjects
+        for part in (fold.train, fold.validation, fold.test):
+            assert {label_of[s] for s in part} == {0, 1}
+
+
+@settings(deadline=None, max_examples=100)
+@given(cohorts(), st.integers(0, 2**31))
+def test_test_sets_are_balanced_to_within_one_by_size_class_and_stratum(cohort, seed):
+    subjects, labels, sites, n_folds = cohort
+    stratum_of = dict(zip(subjects, zip(labels, sites, strict=True), strict=True))
+    folds = subject_folds(subjects, labels, sites, n_folds, seed)
+
+    def spread(keep):
+        counts = [sum(keep(stratum_of[s]) for s in fold.test) for fold in folds]
+        return max(counts) - min(counts)
+
+    assert spread(lambda stratum: True) <= 1
+    for label in (0, 1):
+        assert spread(lambda stratum, label=label: stratum[0] == label) <= 1
+    for wanted in set(stratum_of.values()):
+        assert spread(lambda stratum, wanted=wanted: stratum == wanted) <= 1
+
+
+def test_runs_of_a_subject_stay_together_and_row_order_does_not_matter():
+    subjects = [f"s{i}" for i in range(12)] * 2
+    labels = [i % 2 for i in range(12)] * 2
+    sites = ["A"] * 24
+    folds = subject_folds(subjects, labels, sites, 3, seed=1)
+    assert Counter(s for fold in folds for s in fold.test) == Counter(set(subjects))
+    assert subject_folds(subjects[::-1], labels[::-1], sites, 3, seed=1) == folds
+    assert subject_folds(subjects, labels, sites, 3, seed=2) != folds
+
+
+def test_too_few_subjects_of_a_class_says_which():
+    with pytest.raises(FoldError, match=r"2 subjects have label 1.*5 folds"):
+        subject_folds([f"s{i}" for i in range(12)], [0] * 10 + [1] * 2, ["A"] * 12, 5, seed=0)
+    with pytest.raises(FoldError, match="0 subjects have label 1"):
+        subject_folds(["a", "b", "c", "d"], [0] * 4, ["A"] * 4, 2, seed=0)
+
+
+def test_contradicting_labels_name_the_subject():
+    with pytest.raises(FoldError, match="subject b is labelled both 0 and 1"):
+        subject_folds(["a", "b", "b"], [0, 0, 1], ["A"] * 3, 2, seed=0)
