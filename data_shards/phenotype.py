@@ -1,0 +1,98 @@
+"""Read phenotype tables: missing codes, canonical names and values."""
+
+import csv
+from pathlib import Path
+
+from boldforge.configs import BoldForgeError
+
+Phenotype = dict[str, float | str | None]
+
+# The codes that ADHD-200 and BIDS tables use for "not known"; -999 comes as an integer and as a float.
+MISSING = frozenset({"", "n/a", "na", "nan", "none", "null", "pending", "-999", "-999.0"})
+_CONTROL = frozenset(
+    {"0", "control", "controls", "hc", "healthy", "td", "tdc", "typically developing children", "none"}
+)
+_ADHD = frozenset({"1", "2", "3", "adhd", "adhd-combined", "adhd-inattentive", "adhd-hyperactive/impulsive", "patient"})
+_SEX = {"f": "F", "female": "F", "m": "M", "male": "M"}
+
+
+class LayoutError(BoldForgeError):
+    """A folder or table of runs does not look like the layout asked for."""
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Read a TSV or CSV table (by its first line) into one dict per row, names and values stripped.
+
+    Raises
+    ------
+    LayoutError
+        If the file is empty, has no header, repeats a column or is not UTF-8 text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise LayoutError(f"{path}: is not UTF-8 text; save it as a TSV or CSV file in UTF-8.") from None
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise LayoutError(f"{path}: the table is empty, expected a header line and one line per row.")
+    rows = csv.reader(lines, delimiter="\t" if "\t" in lines[0] else ",")
+    header = [name.strip() for name in next(rows)]
+    repeated = {name for name in header if header.count(name) > 1}
+    if repeated:
+        raise LayoutError(f"{path}: column {sorted(repeated)[0]!r} occurs twice; rename one.")
+    return [dict(zip(header, (value.strip() for value in row), strict=False)) for row in rows]
+
+
+def parse_value(text: str | None) -> float | str | None:
+    """Return a number where the text is one, None where it is a missing code, else the text."""
+    if text is None or text.strip().lower() in MISSING:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip()
+
+
+def parse_number(text: str | None) -> float | None:
+    """Return the number that the text holds, or None."""
+    value = parse_value(text)
+    return value if isinstance(value, float) else None
+
+
+def parse_diagnosis(text: str | None) -> float | None:
+    """Return 0.0 for a control, 1.0 for ADHD (subtypes 1, 2 and 3 alike), None when unknown."""
+    word = (text or "").strip().lower().removesuffix(".0")
+    if word in _CONTROL:
+        return 0.0
+    return 1.0 if word in _ADHD else None
+
+
+def parse_sex(text: str | None) -> str | None:
+    """Return "F", "M" or None from a word or letter."""
+    return _SEX.get((text or "").strip().lower())
+
+
+def canonical(row: dict[str, str], known: frozenset[str]) -> Phenotype:
+    """Turn a table row into phenotypes: ``diagnosis``, ``age``, ``sex`` canonical, other columns as they are.
+
+    Parameters
+    ----------
+    row
+        One row of a table.
+    known
+        Lower-case names of columns that are not phenotypes (path, subject, …).
+    """
+    phenotype: Phenotype = {}
+    for name, text in row.items():
+        lower = name.lower()
+        if lower in known:
+            continue
+        if lower in {"diagnosis", "dx"}:
+            phenotype["diagnosis"] = parse_diagnosis(text)
+        elif lower in {"sex", "gender"}:
+            phenotype["sex"] = parse_sex(text)
+        elif lower == "age":
+            phenotype["age"] = parse_number(text)
+        else:
+            phenotype[name] = parse_value(text)
+    return phenotype
