@@ -1,1 +1,36 @@
-"""Placeholder while the package is being written."""
+"""The NeuroSTORM-style masked autoencoder, its masks, its objective and its training loop on DeepSpeed.
+
+The loop itself is imported from `boldforge.pretrain.train`, which imports DeepSpeed; everything here does not.
+"""
+
+from boldforge.pretrain.config import OptimizerConfig, PretrainConfig
+from boldforge.pretrain.evaluate import HeldoutClips, HeldoutError
+from boldforge.pretrain.export import ExportError, Pretrained, build_model, load_pretrained, write_export
+from boldforge.pretrain.loss import reconstruction_loss
+from boldforge.pretrain.masking import MaskConfig, MaskSampler, RegionTokens, region_tokens
+from boldforge.pretrain.metrics import read_metrics
+from boldforge.pretrain.model import ModelConfig, NeuroStorm
+from boldforge.pretrain.tokens import TokenGrid, gather_patches, scatter_patches
+
+__all__ = [
+    "ExportError",
+    "HeldoutClips",
+    "HeldoutError",
+    "MaskConfig",
+    "MaskSampler",
+    "ModelConfig",
+    "NeuroStorm",
+    "OptimizerConfig",
+    "PretrainConfig",
+    "Pretrained",
+    "RegionTokens",
+    "TokenGrid",
+    "build_model",
+    "gather_patches",
+    "load_pretrained",
+    "read_metrics",
+    "reconstruction_loss",
+    "region_tokens",
+    "scatter_patches",
+    "write_export",
+]

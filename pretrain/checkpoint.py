@@ -1,0 +1,166 @@
+"""Checkpoints that are either whole or absent.
+
+A checkpoint is written under a temporary name, listed with sizes and hashes, flushed to disk and only then renamed.
+A kill at any moment leaves the last committed checkpoint as it was; a damaged one is noticed and passed over.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+import xxhash
+
+from boldforge.configs import BoldForgeError
+
+logger = logging.getLogger(__name__)
+_LISTING = "checkpoint.json"
+
+
+class CheckpointError(BoldForgeError):
+    """A checkpoint cannot be continued from."""
+
+
+def save_checkpoint(
+    engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict[str, Any], keep: int
+) -> None:
+    """Write and commit ``folder/step-XXXXXXXX``; called by every rank.
+
+    Parameters
+    ----------
+    engine
+        The DeepSpeed engine.
+    folder
+        Where checkpoints live.
+    step
+        Optimiser steps done.
+    state
+        JSON-serialisable state of the data stream and the loop.
+    keep
+        Committed checkpoints to keep; older ones are removed after the commit.
+    """
+    partial, final = folder / f".writing-{step:08d}", folder / f"step-{step:08d}"
+
+    def prepare() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".writing-*"):
+            shutil.rmtree(leftover)
+
+    _on_rank_zero(prepare)
+    engine.save_checkpoint(str(folder), tag=partial.name, client_state={"step": step}, save_latest=False)
+
+    def commit() -> None:
+        files = {path.name: _hash_and_flush(path) for path in sorted(partial.iterdir())}
+        listing = {"step": step, "world_size": dist.get_world_size(), "state": state, "files": files}
+        _write_flushed(partial / _LISTING, json.dumps(listing, indent=1))
+        _flush_folder(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush_folder(folder)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+
+    _on_rank_zero(commit)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint whose every file has the size and hash it was committed with, or None."""
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        problem = _problem(candidate)
+        if problem is None:
+            return candidate
+        logger.warning("%s is damaged (%s); going back to an older checkpoint", candidate, problem)
+    return None
+
+
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any] | None:
+    """Load the newest whole checkpoint into the engine; called by every rank.
+
+    Returns
+    -------
+    dict or None
+        ``step`` and ``state`` as saved, or None when there is nothing to continue from.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint was written by another number of ranks.
+    """
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        found = newest_checkpoint(folder)
+        box = [found.name if found else None]
+    dist.broadcast_object_list(box, src=0)
+    if box[0] is None:
+        return None
+    listing = json.loads((folder / box[0] / _LISTING).read_text())
+    if listing["world_size"] != dist.get_world_size():
+        raise CheckpointError(
+            f"{folder / box[0]} was written by {listing['world_size']} rank(s) and cannot be continued by "
+            f"{dist.get_world_size()}; start with --ranks {listing['world_size']}, or choose another out folder."
+        )
+    # DeepSpeed unpickles here: the hashes above say these are the files that this run wrote.
+    engine.load_checkpoint(str(folder), tag=box[0])
+    return {"step": listing["step"], "state": listing["state"]}
+
+
+def _on_rank_zero(action: Callable[[], None]) -> None:
+    """Run on rank 0 and make its failure everyone's, so that no rank waits for ever for one whose disk is full."""
+    box: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            box = [f"{error.filename}: {error.strerror}; free some space or mend the permissions, then start again."]
+    dist.broadcast_object_list(box, src=0)
+    if box[0] is not None:
+        raise CheckpointError(f"The checkpoint could not be written: {box[0]}")
+
+
+def _problem(folder: Path) -> str | None:
+    try:
+        files = json.loads((folder / _LISTING).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{_LISTING}: {type(error).__name__}"
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{name} is missing or has another size"
+        if _hash(path) != digest:
+            return f"{name} has another hash"
+    return None
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _hash_and_flush(path: Path) -> tuple[int, str]:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return path.stat().st_size, _hash(path)
+
+
+def _write_flushed(path: Path, text: str) -> None:
+    with path.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

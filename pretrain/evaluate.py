@@ -1,0 +1,163 @@
+"""Reconstruction of held-out frames, beside the simplest predictor there is: the run's mean frame.
+
+Shape suffixes: B clips · T frames · V brain voxels · S spatial tokens · L = S·T tokens · P voxels in a patch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from boldforge.data_shards import Segment, ShardReader
+from boldforge.pretrain.masking import MaskSampler
+from boldforge.pretrain.tokens import gather_patches, scatter_patches
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+_MEAN_FRAME_RUNS = 16
+
+
+@dataclass(frozen=True)
+class HeldoutError:
+    """Squared error on hidden voxels of held-out clips, per brain voxel.
+
+    Attributes
+    ----------
+    error_V, baseline_V
+        Sums of squared errors of the model and of the mean frame.
+    count_V
+        How often each voxel was hidden and measured.
+    """
+
+    error_V: np.ndarray
+    baseline_V: np.ndarray
+    count_V: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """Mean squared error of the model."""
+        return float(self.error_V.sum() / max(1.0, self.count_V.sum()))
+
+    @property
+    def baseline(self) -> float:
+        """Mean squared error of predicting the mean frame."""
+        return float(self.baseline_V.sum() / max(1.0, self.count_V.sum()))
+
+
+def counted_voxels(mask_BL: Tensor, signal_BV: Tensor, patch_voxels: Tensor) -> Tensor:
+    """Say which voxels a loss counts: hidden, brain, and with signal in this run; bool [B, L, P]."""
+    patches_BSP = gather_patches(signal_BV.unsqueeze(1).float(), patch_voxels) > 0
+    frames = mask_BL.shape[1] // patch_voxels.shape[0]
+    return mask_BL.unsqueeze(-1) & patches_BSP.repeat_interleave(frames, dim=1)
+
+
+class HeldoutClips:
+    """The fixed set of held-out clips and masks that a run is measured on.
+
+    Parameters
+    ----------
+    reader
+        Reads the shards.
+    train, heldout
+        Segments as `boldforge.data_shards.split_segments` gives them.
+    sampler
+        Draws the masks; the keys depend on the clip alone, so every measurement hides the same tokens.
+    clip_length
+        T.
+    limit
+        Clips at most, spread evenly over all there are.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        train: Sequence[Segment],
+        heldout: Sequence[Segment],
+        sampler: MaskSampler,
+        clip_length: int,
+        limit: int,
+    ) -> None:
+        self._reader = reader
+        self._sampler = sampler
+        self._length = clip_length
+        self._train = {segment.run: segment for segment in train}
+        self._mean_frames: dict[int, np.ndarray] = {}
+        every = [
+            (segment.run, start)
+            for segment in heldout
+            for start in range(segment.start, segment.stop - clip_length + 1, clip_length)
+        ]
+        picked = np.unique(np.linspace(0, len(every) - 1, min(limit, len(every))).round().astype(int)) if every else []
+        self.clips = [every[i] for i in picked]
+
+    def measure(self, forward: Forward, patch_voxels: Tensor, n_voxels: int, dtype: torch.dtype) -> HeldoutError:
+        """Measure the model on every clip; called by every rank, each takes a share.
+
+        Parameters
+        ----------
+        forward
+            (values_BTV, mask_BL) to patches_BLP.
+        patch_voxels
+            int64 [S, P] on the model's device.
+        n_voxels
+            V.
+        dtype
+            The model's compute type.
+        """
+        rank, world = dist.get_rank(), dist.get_world_size()
+        totals = torch.zeros(3, n_voxels, dtype=torch.float64, device=patch_voxels.device)
+        for turn in range(-(-len(self.clips) // world)):
+            # Under ZeRO-3 every rank must take part in every forward pass: a rank without a clip repeats the last.
+            number = turn * world + rank
+            values_TV, signal_V = self.read(min(number, len(self.clips) - 1))
+            _, counted_BLP, patches_BLP = self.reconstruct(
+                forward, values_TV, signal_V, min(number, len(self.clips) - 1), patch_voxels, dtype
+            )
+            if number >= len(self.clips):
+                continue
+            target_BLP = gather_patches(values_TV.unsqueeze(0).to(patch_voxels.device), patch_voxels)
+            mean_1V = torch.from_numpy(self.mean_frame(self.clips[number][0])).to(patch_voxels.device)
+            mean_BLP = gather_patches(mean_1V.expand(1, self._length, -1), patch_voxels)
+            for row, predicted in enumerate((patches_BLP.float(), mean_BLP)):
+                error = (predicted - target_BLP).square() * counted_BLP
+                totals[row] += scatter_patches(error, patch_voxels, n_voxels).sum((0, 1)).double()
+            totals[2] += scatter_patches(counted_BLP, patch_voxels, n_voxels).sum((0, 1)).double()
+        dist.all_reduce(totals)
+        return HeldoutError(*totals.cpu().numpy())
+
+    def reconstruct(
+        self,
+        forward: Forward,
+        values_TV: Tensor,
+        signal_V: Tensor,
+        number: int,
+        patch_voxels: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hide and reconstruct clip `number`: mask [1, L], counted voxels [1, L, P], prediction [1, L, P]."""
+        device = patch_voxels.device
+        mask_BL = self._sampler.sample([(1, *self.clips[number])]).to(device)
+        counted_BLP = counted_voxels(mask_BL, signal_V.unsqueeze(0).to(device), patch_voxels)
+        with torch.no_grad():
+            patches_BLP = forward(values_TV.unsqueeze(0).to(device, dtype), mask_BL)
+        return mask_BL, counted_BLP, patches_BLP
+
+    def read(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return values [T, V] (float32, normalised) and signal (bool [V]) of clip `number`."""
+        run, start = self.clips[number]
+        clip = self._reader.read(run, start, self._length)
+        values = clip.mean + clip.q.astype(np.float32) * clip.scale
+        return torch.from_numpy(values.astype(np.float32)), torch.from_numpy(clip.scale > 0)
+
+    def mean_frame(self, run: int) -> np.ndarray:
+        """Mean over the run's training frames, float32 [V]; over some training runs if the run itself has none."""
+        if run not in self._mean_frames:
+            own = [self._train[run]] if run in self._train else list(self._train.values())[:_MEAN_FRAME_RUNS]
+            frames = []
+            for segment in own:
+                clip = self._reader.read(segment.run, segment.start, segment.stop - segment.start)
+                frames.append(clip.mean + clip.q.astype(np.float32).mean(axis=0) * clip.scale)
+            self._mean_frames[run] = np.mean(frames, axis=0, dtype=np.float32)
+        return self._mean_frames[run]

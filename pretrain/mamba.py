@@ -1,0 +1,106 @@
+"""The shifted-window Mamba block on channel-last tokens.
+
+Everything but the causal convolution and the selective scan is token-wise, so activations stay in token order for the
+whole network and only those two see the scan index.
+
+Shape suffixes: B clips · L tokens · C channels · D inner channels · N states · K conv width.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from boldforge.kernels import ScanIndex, shifted_conv, shifted_scan
+
+
+class ShiftedMamba(nn.Module):
+    """Mamba-1 mixer whose token order is given by a scan index; parameter names and shapes are mamba-ssm's.
+
+    Parameters
+    ----------
+    dim
+        C, channels in and out.
+    d_state, d_conv, expand
+        N, K and D / C.
+    backend
+        Scan backend, see `boldforge.kernels.available_backends`.
+
+    Notes
+    -----
+    Gu and Dao 2023, arXiv 2312.00752. The projections are called as modules, never through their weights, so that an
+    adapter wrapped around one of them is alive.
+    """
+
+    def __init__(self, dim: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, backend: str = "auto") -> None:
+        super().__init__()
+        inner = expand * dim
+        self.dt_rank = math.ceil(dim / 16)
+        self.d_state = d_state
+        self.backend = backend
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
+        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, inner)
+        self.A_log = nn.Parameter(torch.log(torch.arange(1, d_state + 1, dtype=torch.float32)).repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self._initialise_step_sizes(inner)
+
+    @torch.no_grad()
+    def _initialise_step_sizes(self, inner: int) -> None:
+        # softplus(bias) spread log-uniformly over [1e-3, 1e-1]: memories of 10 to 1,000 tokens at the start.
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        step = torch.exp(torch.rand(inner) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
+        self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+    def forward(self, x_BLC: Tensor, index: ScanIndex) -> Tensor:
+        """Mix tokens along the scan index; [B, L, C] to [B, L, C]."""
+        x_BLD, z_BLD = self.in_proj(x_BLC).chunk(2, dim=-1)
+        x_BLD = shifted_conv(x_BLD, self.conv1d.weight.squeeze(1), self.conv1d.bias, index, backend=self.backend)
+        ranks = [self.dt_rank, self.d_state, self.d_state]
+        dt_BLR, B_BLN, C_BLN = self.x_proj(x_BLD).split(ranks, dim=-1)
+        dt_BLD = self.dt_proj(dt_BLR)
+        A_DN = -torch.exp(self.A_log.float())
+        y_BLD = shifted_scan(
+            x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, self.D.float(), z_BLD, None, index, backend=self.backend
+        )
+        return self.out_proj(y_BLD)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, dim: int, ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, int(dim * ratio))
+        self.fc2 = nn.Linear(int(dim * ratio), dim)
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        """Token-wise; [B, L, C] to [B, L, C]."""
+        return self.fc2(functional.gelu(self.fc1(x_BLC)))
+
+
+class Block(nn.Module):
+    """LayerNorm, shifted Mamba, LayerNorm, MLP, each on a residual branch with stochastic depth."""
+
+    def __init__(self, dim: int, mixer: ShiftedMamba, mlp_ratio: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.mamba = mixer
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, mlp_ratio)
+        self.drop_path = drop_path
+
+    def forward(self, x_BLC: Tensor, index: ScanIndex) -> Tensor:
+        """Apply the block along a scan index; [B, L, C] to [B, L, C]."""
+        x_BLC = x_BLC + self._drop(self.mamba(self.norm1(x_BLC), index))
+        return x_BLC + self._drop(self.mlp(self.norm2(x_BLC)))
+
+    def _drop(self, branch_BLC: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return branch_BLC
+        keep = 1 - self.drop_path
+        alive_B = torch.rand(branch_BLC.shape[0], 1, 1, device=branch_BLC.device) < keep
+        return branch_BLC * (alive_B.to(branch_BLC.dtype) / keep)

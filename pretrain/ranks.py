@@ -1,0 +1,43 @@
+"""Join the ranks of a run, whether the `deepspeed` launcher started them or this is a single process."""
+
+import logging
+import os
+import socket
+
+import torch
+
+
+def accelerator_ready() -> None:
+    """Tell DeepSpeed to run on the CPU where there is no GPU; must come before `import deepspeed`."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def join_ranks() -> tuple[int, int]:
+    """Initialise the process group and the device of this rank.
+
+    Returns
+    -------
+    tuple of int
+        Rank and world size.
+    """
+    accelerator_ready()
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    deepspeed.init_distributed(verbose=False)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,139 @@
+"""Write what a pretraining run leaves behind: the summary, per-region errors, examples to look at, exported weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+import yaml
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+from boldforge.configs import load_config
+from boldforge.data_shards import Atlas, Manifest, atlas_on_grid, load_atlas, load_manifest
+from boldforge.pretrain.checkpoint import newest_checkpoint
+from boldforge.pretrain.config import PretrainConfig
+from boldforge.pretrain.evaluate import HeldoutError
+from boldforge.pretrain.export import write_export
+from boldforge.pretrain.masking import RegionTokens
+from boldforge.pretrain.run import Run
+from boldforge.pretrain.tokens import scatter_patches
+
+
+def finish_run(run: Run) -> None:
+    """Write the summary, the per-region errors, a reconstruction to look at and the exported weights."""
+    measured = run.measure()
+    example = _reconstruct_examples(run)
+    if run.rank == 0:
+        out = run.config.out
+        _write_regions(run, measured, out / "regions.csv")
+        np.savez_compressed(out / "reconstruction.npz", **example)
+        summary = {
+            "steps": run.config.steps,
+            "ranks": run.world_size,
+            "zero_stage": run.config.zero_stage,
+            "parameters": sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in run.engine.parameters()),
+            "tokens_per_clip": run.token_grid.stages[0].n_tokens * run.config.model.frames,
+            "hidden_tokens_per_clip": run.sampler.n_hidden,
+            "heldout_clips": len(run.heldout.clips),
+            "heldout_error": measured.error,
+            "heldout_baseline": measured.baseline,
+            "simulated": any(entry.simulated for entry in run.manifest.runs),
+        }
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        checkpoint = newest_checkpoint(out / "checkpoints")
+        assert checkpoint is not None, "the loop ends with a checkpoint"
+        export_checkpoint(out, out / "export", checkpoint)
+    dist.barrier()
+
+
+def data_recipe(config: PretrainConfig, manifest: Manifest, atlas: Atlas) -> dict[str, Any]:
+    """Everything another data set must share, or a reader must know, to use the weights; goes into ``config.json``."""
+    return {
+        **manifest.recipe.model_dump(mode="json"),
+        "clip_length": config.model.frames,
+        "atlas": atlas.name,
+        "atlas_sha256": atlas.sha256,
+        "manifest_hash": manifest.content_hash,
+        "mask_sha256": manifest.mask_sha256,
+        "n_runs": len(manifest.runs),
+        "n_subjects": len({entry.subject for entry in manifest.runs}),
+        "n_frames": sum(entry.n_frames for entry in manifest.runs),
+        "simulated": any(entry.simulated for entry in manifest.runs),
+    }
+
+
+def export_checkpoint(run_dir: str | Path, out: str | Path, checkpoint: Path) -> Path:
+    """Turn a committed checkpoint of a pretraining run into an export.
+
+    Parameters
+    ----------
+    run_dir
+        The run folder (its ``config.yaml`` names recipe and data).
+    out
+        Folder to write.
+    checkpoint
+        A folder that `boldforge.pretrain.checkpoint.newest_checkpoint` returned.
+    """
+    content = yaml.safe_load((Path(run_dir) / "config.yaml").read_text())
+    content.pop("manifest_hash")
+    config = load_config(PretrainConfig, content)
+    manifest = load_manifest(config.shards)
+    state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    training = config.model_dump(mode="json", exclude={"shards", "out", "model"})
+    step = json.loads((checkpoint / "checkpoint.json").read_text())["step"]
+    description = {
+        "model": config.model.model_dump(mode="json"),
+        "data": data_recipe(config, manifest, load_atlas(config.mask.atlas)),
+        "training": {**training, "step": step},
+    }
+    return write_export(dict(state), description, Path(out))
+
+
+def _reconstruct_examples(run: Run) -> dict[str, np.ndarray]:
+    """Reconstruct the middle frame of the first held-out clip of up to four runs; arrays for ``reconstruction.npz``."""
+    run.engine.eval()
+    first = {number_run[0]: number for number, number_run in reversed(list(enumerate(run.heldout.clips)))}
+    frame, V, to_volume = run.config.model.frames // 2, run.token_grid.n_voxels, run.token_grid.to_volume
+    originals, predictions, hidden, names, keys = [], [], [], [], []
+    for source, number in sorted(first.items())[:4]:
+        values_TV, signal_V = run.heldout.read(number)
+        mask_BL, counted_BLP, patches_BLP = run.heldout.reconstruct(
+            run.engine, values_TV, signal_V, number, run.patch_voxels, run.dtype
+        )
+        predicted_BTV = scatter_patches(patches_BLP.float(), run.patch_voxels, V).cpu()
+        hidden_BTV = scatter_patches(counted_BLP.float(), run.patch_voxels, V).cpu()
+        originals.append(to_volume(values_TV[frame].numpy()))
+        predictions.append(to_volume(predicted_BTV[0, frame].numpy()))
+        hidden.append(to_volume(hidden_BTV[0, frame].numpy(), fill=0.0) > 0)
+        spatial_S = mask_BL.view(-1, run.config.model.frames)[:, frame].cpu().numpy()
+        names.append(json.dumps(_hidden_regions(run.regions, spatial_S)))
+        keys.append(run.manifest.runs[source].key)
+    run.engine.train()
+    return {
+        "original": np.stack(originals),
+        "reconstructed": np.stack(predictions),
+        "hidden": np.stack(hidden),
+        "hidden_regions": np.array(names),
+        "run": np.array(keys),
+        "labels": np.where(run.token_grid.mask, atlas_on_grid(run.atlas, run.manifest.grid), 0).astype(np.int16),
+        "affine": np.asarray(run.manifest.grid.affine, dtype=np.float64),
+    }
+
+
+def _hidden_regions(regions: RegionTokens, spatial_S: np.ndarray) -> list[str]:
+    """Names of the regions of which every token is hidden."""
+    whole = (regions.member & spatial_S[:, None]).sum(axis=0) == regions.member.sum(axis=0)
+    return [name for name, is_whole in zip(regions.names, whole, strict=True) if is_whole]
+
+
+def _write_regions(run: Run, measured: HeldoutError, path: Path) -> None:
+    labels_V = atlas_on_grid(run.atlas, run.manifest.grid)[run.token_grid.mask]
+    lines = ["region,name,voxels_measured,error,baseline\n"]
+    for label, name in sorted(run.atlas.labels.items()):
+        inside = labels_V == label
+        count = measured.count_V[inside].sum()
+        if count:
+            error, baseline = measured.error_V[inside].sum() / count, measured.baseline_V[inside].sum() / count
+            lines.append(f"{label},{name},{int(count)},{error!r},{baseline!r}\n")
+    path.write_text("".join(lines))

@@ -1,0 +1,154 @@
+"""Set a pretraining run up: check the recipe against the data, build the model and the DeepSpeed engine."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+
+from boldforge.configs import BoldForgeError, ConfigError
+from boldforge.data_shards import (
+    Atlas,
+    ClipStream,
+    Manifest,
+    ShardReader,
+    brain_mask,
+    load_atlas,
+    load_manifest,
+    split_segments,
+)
+from boldforge.pretrain.checkpoint import newest_checkpoint
+from boldforge.pretrain.config import PretrainConfig
+from boldforge.pretrain.evaluate import HeldoutClips, HeldoutError
+from boldforge.pretrain.masking import MaskSampler, RegionTokens, region_tokens
+from boldforge.pretrain.model import NeuroStorm
+from boldforge.pretrain.tokens import TokenGrid
+
+logger = logging.getLogger(__name__)
+
+# Keys that may change between the parts of one run without making it another run.
+_FREE_KEYS = {"shards", "out", "steps", "num_workers", "checkpoint_every", "keep_checkpoints", "evaluate_every"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the training loop uses; `Run.measure` and `Run.average` are collective calls."""
+
+    config: PretrainConfig
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    manifest: Manifest
+    atlas: Atlas
+    regions: RegionTokens
+    sampler: MaskSampler
+    stream: ClipStream
+    heldout: HeldoutClips
+    engine: deepspeed.DeepSpeedEngine
+    token_grid: TokenGrid
+    patch_voxels: Tensor
+
+    def measure(self) -> HeldoutError:
+        """Measure the model on the held-out clips."""
+        self.engine.eval()
+        measured = self.heldout.measure(self.engine, self.patch_voxels, self.token_grid.n_voxels, self.dtype)
+        self.engine.train()
+        return measured
+
+    def average(self, value: Tensor) -> float:
+        """Mean of a scalar over the ranks, summed in rank order so that its bits repeat."""
+        parts = [torch.zeros_like(value) for _ in range(self.world_size)]
+        dist.all_gather(parts, value)
+        return float(torch.stack(parts).double().mean())
+
+
+def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
+    """Check the recipe against the data, build the model and the DeepSpeed engine; called by every rank."""
+    _check_batch(config, world_size)
+    manifest = load_manifest(config.shards)
+    train, held = split_segments(manifest, config.holdout)
+    _check_lengths(config, manifest, held)
+    if rank == 0:
+        _claim_folder(config, manifest.content_hash)
+    mask = brain_mask(manifest.grid)
+    patch_size = config.model.patch_size(manifest.grid.voxel_size)
+    token_grid = TokenGrid(mask, patch_size, config.model.frames, config.model.n_stages)
+    atlas = load_atlas(config.mask.atlas)
+    regions = region_tokens(atlas, manifest.grid, token_grid)
+    sampler = MaskSampler(token_grid, config.mask, regions)
+    torch.manual_seed(config.seed)
+    model = NeuroStorm(config.model, token_grid)
+    engine, _, _, _ = deepspeed.initialize(
+        model=model, model_parameters=list(model.parameters()), config=config.deepspeed(world_size)
+    )
+    stream = ClipStream(
+        manifest,
+        clip_length=config.model.frames,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        segments=train,
+        rank=rank,
+        world_size=world_size,
+        num_workers=config.num_workers,
+    )
+    heldout = HeldoutClips(ShardReader(manifest), train, held, sampler, config.model.frames, config.evaluation_clips)
+    device = engine.device if isinstance(engine.device, torch.device) else torch.device(engine.device)
+    return Run(
+        config=config,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        manifest=manifest,
+        atlas=atlas,
+        regions=regions,
+        sampler=sampler,
+        stream=stream,
+        heldout=heldout,
+        engine=engine,
+        token_grid=token_grid,
+        patch_voxels=torch.from_numpy(token_grid.patch_voxels).to(device),
+    )
+
+
+def _check_batch(config: PretrainConfig, world_size: int) -> None:
+    share = config.batch_size // world_size
+    if config.batch_size % world_size or share % (config.micro_batch_size or share):
+        raise ConfigError(
+            f"batch_size is {config.batch_size}, which {world_size} ranks cannot share in micro-batches of "
+            f"{config.micro_batch_size or 'any size'}; set batch_size to a multiple of "
+            f"{world_size * (config.micro_batch_size or 1)}."
+        )
+
+
+def _check_lengths(config: PretrainConfig, manifest: Manifest, held: list[Any]) -> None:
+    longest = max((segment.stop - segment.start for segment in held), default=0)
+    if longest < config.model.frames:
+        raise ConfigError(
+            f"{config.shards}: the longest held-out stretch has {longest} frames, a clip needs model.frames = "
+            f"{config.model.frames}; raise holdout.fraction, or lower model.frames."
+        )
+
+
+def _claim_folder(config: PretrainConfig, manifest_hash: str) -> None:
+    """Write the recipe into a new run folder, or check that an old one belongs to the same run."""
+    path = config.out / "config.yaml"
+    content = {**config.model_dump(mode="json"), "manifest_hash": manifest_hash}
+    if path.is_file() and newest_checkpoint(config.out / "checkpoints"):
+        before = yaml.safe_load(path.read_text())
+        changed = [key for key in content if key not in _FREE_KEYS and before.get(key) != content[key]]
+        if changed:
+            raise ConfigError(
+                f"{path}: this run was started with {changed[0]} = {before.get(changed[0])}, now it is "
+                f"{content[changed[0]]}; use another out folder, or the old value."
+            )
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+    except OSError as error:
+        raise BoldForgeError(f"{config.out}: cannot write the run folder ({error.strerror}).") from None

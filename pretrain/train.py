@@ -1,0 +1,141 @@
+"""Pretrain: stream clips, hide tokens, reconstruct, step; from the last checkpoint if there is one.
+
+Run it as ``boldforge pretrain --config RECIPE``, or under DeepSpeed's launcher as
+``deepspeed --num_accelerators 2 --module boldforge.pretrain.train --config RECIPE key=value …``.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from boldforge.configs import BoldForgeError, load_config
+from boldforge.data_shards import ClipBatch
+from boldforge.pretrain.config import PretrainConfig
+from boldforge.pretrain.evaluate import counted_voxels
+from boldforge.pretrain.loss import reconstruction_loss
+from boldforge.pretrain.metrics import MetricsWriter
+from boldforge.pretrain.ranks import accelerator_ready, join_ranks
+from boldforge.pretrain.schedule import learning_rate
+from boldforge.pretrain.tokens import gather_patches
+
+accelerator_ready()
+
+from boldforge.pretrain.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402  (imports deepspeed)
+from boldforge.pretrain.results import finish_run  # noqa: E402
+from boldforge.pretrain.run import Run, start_run  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: PretrainConfig) -> Path:
+    """Pretrain until ``config.steps``; called by every rank.
+
+    Returns
+    -------
+    Path
+        The run folder, with metrics, checkpoints, the exported weights and a held-out reconstruction.
+
+    Raises
+    ------
+    BoldForgeError
+        For data, recipes or checkpoints that cannot be used as asked.
+    """
+    rank, world_size = join_ranks()
+    run = start_run(config, rank, world_size)
+    resumed = load_checkpoint(run.engine, config.out / "checkpoints")
+    first = resumed["step"] if resumed else 0
+    if resumed:
+        run.stream.load_state_dict(resumed["state"]["stream"])
+        logger.info("going on from the checkpoint of step %d", first)
+    batches = iter(run.stream)
+    with ExitStack() as stack:
+        metrics = stack.enter_context(MetricsWriter(config.out, first)) if rank == 0 else None
+        for step in range(first, config.steps):
+            row = training_step(run, next(batches), step)
+            done = step + 1
+            if done % config.evaluate_every == 0 or done == config.steps:
+                heldout = run.measure()
+                row |= {"heldout_error": heldout.error, "heldout_baseline": heldout.baseline}
+            if metrics:
+                metrics.write({"step": done, **row})
+                logger.info("step %d/%d  %s", done, config.steps, "  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                state = {"stream": run.stream.state_dict()}
+                save_checkpoint(run.engine, config.out / "checkpoints", done, state, config.keep_checkpoints)
+    finish_run(run)
+    return config.out
+
+
+def training_step(run: Run, batch: ClipBatch, step: int) -> dict[str, float]:
+    """Do one optimiser step on this rank's share of the batch.
+
+    Returns
+    -------
+    dict
+        Loss averaged over all ranks, learning rate, gradient norm and frames per second over all ranks.
+    """
+    config, engine, started = run.config, run.engine, time.perf_counter()
+    rate = learning_rate(config.optimizer, step, config.steps)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    losses = []
+    for number, (values_BTV, signal_BV, mask_BL) in enumerate(micro_batches(run, batch, step)):
+        # Stochastic depth draws from the global generator; seeding it by place makes a resumed run the same run.
+        torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + number * run.world_size + run.rank)
+        target_BLP = gather_patches(values_BTV, run.patch_voxels)
+        counted_BLP = counted_voxels(mask_BL, signal_BV, run.patch_voxels)
+        predicted_BLP = engine(values_BTV.to(run.dtype), mask_BL)
+        loss = reconstruction_loss(predicted_BLP, target_BLP, counted_BLP)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.detach())
+    mean_loss = run.average(torch.stack(losses).mean())
+    seconds = time.perf_counter() - started
+    return {
+        "loss": mean_loss,
+        "lr": rate,
+        "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        "frames_per_second": config.batch_size * config.model.frames / seconds,
+    }
+
+
+def micro_batches(run: Run, batch: ClipBatch, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Cut this rank's batch into micro-batches of (values_BTV float32, signal_BV bool, mask_BL bool) on the device."""
+    clips = len(batch.run)
+    size = run.config.micro_batch_size or clips
+    values_BTV = batch.dequantise(run.device, torch.float32)
+    signal_BV = (batch.scale > 0).to(run.device)
+    places = range(run.rank * clips, (run.rank + 1) * clips)
+    mask_BL = run.sampler.sample([(0, run.config.seed, step, place) for place in places]).to(run.device)
+    for start in range(0, clips, size):
+        part = slice(start, start + size)
+        yield values_BTV[part], signal_BV[part], mask_BL[part]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `train` from the command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="boldforge.pretrain.train", description=__doc__)
+    parser.add_argument("--config", required=True, help="a YAML recipe, e.g. configs/pretrain/tiny.yaml")
+    parser.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher")
+    parser.add_argument("overrides", nargs="*", help="key=value, e.g. steps=100 model.embed_dim=64")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        train(load_config(PretrainConfig, options.config, options.overrides))
+    except BoldForgeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

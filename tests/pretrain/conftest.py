@@ -1,0 +1,35 @@
+"""A small brain on a small grid, shared by the pretraining tests."""
+
+import numpy as np
+import pytest
+import torch
+
+from boldforge.pretrain import ModelConfig, TokenGrid
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def small_mask() -> np.ndarray:
+    """An ellipsoid that touches no wall, on a grid no patch size divides."""
+    x, y, z = np.ogrid[:13, :15, :11]
+    return ((x - 6) / 6) ** 2 + ((y - 7) / 7) ** 2 + ((z - 5) / 5) ** 2 <= 1
+
+
+@pytest.fixture
+def small_config() -> ModelConfig:
+    return ModelConfig(
+        frames=3,
+        embed_dim=8,
+        depths=(2, 2),
+        decoder_depths=(2,),
+        window=(2, 2, 2, 2),
+        d_state=4,
+        mlp_ratio=2.0,
+        backend="torch",
+    )
+
+
+@pytest.fixture
+def small_grid(small_mask: np.ndarray, small_config: ModelConfig) -> TokenGrid:
+    return TokenGrid(small_mask, (2, 2, 2), small_config.frames, small_config.n_stages)
