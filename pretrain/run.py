@@ -69,7 +69,7 @@ class Run:
 
 def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
     """Check the recipe against the data, build the model and the DeepSpeed engine; called by every rank."""
-    _check_batch(config, world_size)
+    check_batch(config, world_size)
     manifest = load_manifest(config.shards)
     train, held = split_segments(manifest, config.holdout)
     _check_lengths(config, manifest, held)
@@ -116,7 +116,14 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
     )
 
 
-def _check_batch(config: PretrainConfig, world_size: int) -> None:
+def check_batch(config: PretrainConfig, world_size: int) -> None:
+    """Refuse a batch that the ranks cannot share equally.
+
+    Raises
+    ------
+    ConfigError
+        Naming the number that batch_size must be a multiple of.
+    """
     share = config.batch_size // world_size
     if config.batch_size % world_size or share % (config.micro_batch_size or share):
         raise ConfigError(

@@ -1,0 +1,124 @@
+"""The loop on real recordings, real ranks and the real launcher."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from boldforge.configs import ConfigError
+from boldforge.pretrain import load_pretrained, read_metrics
+
+ARGUMENTS = [
+    *("model.frames=4", "model.embed_dim=8", "model.depths=[1,2]", "model.decoder_depths=[1]", "model.d_state=4"),
+    *("model.drop_path=0.1", "batch_size=2", "steps=8", "checkpoint_every=2", "evaluate_every=4", "evaluation_clips=3"),
+    *("optimizer.warmup_steps=2", "holdout.fraction=0.2"),
+]
+
+
+def command(shards: Path, out: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), "--master_port"]
+    port = str(20000 + os.getpid() % 20000)
+    config = ["--module", "boldforge.pretrain.train", "--config", "pretrain/tiny.yaml"]
+    return [*launcher, port, *config, f"shards={shards}", f"out={out}", *ARGUMENTS, *overrides]
+
+
+def environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
+
+
+def launch(shards: Path, out: Path, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    line = command(shards, out, *overrides, ranks=ranks)
+    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(real_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pretrain") / "run"
+    done = launch(real_shards, out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def figures(out: Path) -> list[tuple[float, ...]]:
+    """What must not depend on when or how often the run was interrupted: everything but the speed."""
+    names = ("step", "loss", "lr", "grad_norm", "heldout_error", "heldout_baseline")
+    return [tuple(row.get(name, -1.0) for name in names) for row in read_metrics(out)]
+
+
+@pytest.mark.distributed
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished: Path, real_shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        command(real_shards, out), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 200
+        while len(read_metrics(out)) < 5 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert 5 <= len(read_metrics(out)) < 8, "the run must die in its middle"
+    again = launch(real_shards, out)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "going on from the checkpoint of step" in again.stderr
+    assert figures(out) == figures(finished)
+    assert load_pretrained(out / "export").weights_hash == load_pretrained(finished / "export").weights_hash
+
+
+@pytest.mark.distributed
+def test_a_run_leaves_what_the_report_and_the_release_need(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["ranks"] == 2 and summary["zero_stage"] == 2 and summary["simulated"] is False
+    assert [row["step"] for row in read_metrics(finished)] == list(range(1, 9))
+    assert (finished / "reconstruction.npz").is_file() and (finished / "regions.csv").is_file()
+    assert any((finished / "tensorboard").iterdir())
+    pretrained = load_pretrained(finished / "export")
+    assert pretrained.config["data"]["n_subjects"] == 2
+    assert pretrained.config["training"]["step"] == 8
+
+
+@pytest.mark.distributed
+def test_another_number_of_ranks_is_refused_with_the_mend(finished: Path, real_shards: Path) -> None:
+    done = launch(real_shards, finished, "steps=9", ranks=1)
+    assert done.returncode == 2
+    assert "was written by 2 rank(s)" in done.stderr and "--ranks 2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.distributed
+def test_another_recipe_in_the_same_folder_is_refused(finished: Path, real_shards: Path) -> None:
+    done = launch(real_shards, finished, "seed=5", ranks=1)
+    assert done.returncode == 2
+    assert "started with seed = 0, now it is 5" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from boldforge.pretrain.checkpoint import newest_checkpoint
+
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(finished / "checkpoints", copy)
+    newest = newest_checkpoint(copy)
+    assert newest is not None and newest.name == "step-00000008"
+    victim = max(newest.iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    found = newest_checkpoint(copy)
+    assert found is not None and found.name == "step-00000006"
+
+
+def test_a_batch_the_ranks_cannot_share_is_refused() -> None:
+    from boldforge.pretrain import PretrainConfig
+    from boldforge.pretrain.run import check_batch
+
+    config = PretrainConfig(shards=Path("shards"), out=Path("out"), batch_size=6, micro_batch_size=2)
+    with pytest.raises(ConfigError, match="batch_size is 6, which 4 ranks cannot share"):
+        check_batch(config, 4)
