@@ -1,10 +1,17 @@
 """From 4D fMRI files to brain-only shards, and back as clips."""
 
 from boldforge.data_shards.atlas import Atlas, AtlasError, atlas_on_grid, load_atlas
+from boldforge.data_shards.build import BuildError, BuildReport, build_shards
 from boldforge.data_shards.grid import Grid, GridError, brain_mask, get_grid, mask_centres, mask_hash
+from boldforge.data_shards.manifest import Manifest, RunEntry, ShardEntry, ShardError, load_manifest
 from boldforge.data_shards.nifti import Bold, HeaderError, ReadError, open_bold
 from boldforge.data_shards.phenotype import LayoutError
+from boldforge.data_shards.prepare import PreparedRun, prepare_run
+from boldforge.data_shards.reader import QuantisedClip, ShardReader
+from boldforge.data_shards.recipe import DataRecipe
 from boldforge.data_shards.runs import Run, RunList, Skipped, check_headers, detect_layout, find_runs
+from boldforge.data_shards.splits import Holdout, Segment, split_segments, whole_runs
+from boldforge.data_shards.stream import ClipBatch, ClipStream
 
 __all__ = [
     "Grid",
@@ -28,4 +35,23 @@ __all__ = [
     "find_runs",
     "check_headers",
     "detect_layout",
+    "DataRecipe",
+    "PreparedRun",
+    "prepare_run",
+    "BuildError",
+    "BuildReport",
+    "build_shards",
+    "Manifest",
+    "RunEntry",
+    "ShardEntry",
+    "ShardError",
+    "load_manifest",
+    "QuantisedClip",
+    "ShardReader",
+    "Holdout",
+    "Segment",
+    "split_segments",
+    "whole_runs",
+    "ClipBatch",
+    "ClipStream",
 ]
