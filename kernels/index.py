@@ -1,0 +1,218 @@
+"""A scan path is a table: which token comes next, and where the state starts from zero.
+
+Shift, window, flip and brain mask all become one permutation of the tokens, so activations never leave token order.
+
+Shape suffixes: S places in the scan · L tokens of a clip (S = L, each token is visited once).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+RESTART = -(2**31)
+"""The sign bit of an int32: set on a row, the state restarts before that token."""
+
+
+@dataclass(frozen=True, eq=False)
+class ScanIndex:
+    """The order in which a scan visits the tokens of one clip.
+
+    Parameters
+    ----------
+    rows : int32 [S]
+        The token at every place of the scan in the low 31 bits; the sign bit says that the state restarts before it.
+        Every token occurs exactly once.
+    cu_seqlens : int32 [n_sequences + 1]
+        Sequence ``i`` is ``rows[cu_seqlens[i]:cu_seqlens[i + 1]]``; no sequence is empty, and each starts from zero.
+    n_tokens : int
+        The number of tokens L of the clip; equal to S.
+
+    Raises
+    ------
+    ValueError
+        If the tables do not fit each other. The content is checked on the CPU only, so that building an index on an
+        accelerator does not wait for it.
+    """
+
+    rows: Tensor
+    cu_seqlens: Tensor
+    n_tokens: int
+    _tables: dict[object, object] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, table in (("rows", self.rows), ("cu_seqlens", self.cu_seqlens)):
+            if table.dtype != torch.int32 or table.ndim != 1:
+                raise ValueError(f"{name} must be int32 with one axis, found {table.dtype} {list(table.shape)}.")
+        if len(self.rows) != self.n_tokens or self.n_tokens == 0:
+            raise ValueError(f"rows must list all {self.n_tokens} tokens once, found {len(self.rows)} rows.")
+        if len(self.cu_seqlens) < 2:
+            raise ValueError("cu_seqlens needs at least two entries: 0 and the number of rows.")
+        if self.rows.device.type != "cpu":
+            return
+        if int(self.cu_seqlens[0]) != 0 or int(self.cu_seqlens[-1]) != self.n_tokens:
+            raise ValueError(f"cu_seqlens must run from 0 to {self.n_tokens}, found {self.cu_seqlens.tolist()}.")
+        if int(self.cu_seqlens.diff().min()) < 1:
+            raise ValueError("cu_seqlens must increase at every step: a sequence is never empty.")
+        if int(self.tokens.max()) >= self.n_tokens or int(torch.bincount(self.tokens).max()) > 1:
+            raise ValueError(f"rows must name every token 0…{self.n_tokens - 1} exactly once.")
+
+    def to(self, device: torch.device | str) -> ScanIndex:
+        """Return this index on ``device``; the copy is made once and kept."""
+        device = torch.device(device)
+        if device == self.rows.device:
+            return self
+        key = ("to", device)
+        if key not in self._tables:
+            self._tables[key] = ScanIndex(self.rows.to(device), self.cu_seqlens.to(device), self.n_tokens)
+        return self._tables[key]  # type: ignore[return-value]
+
+    @property
+    def n_sequences(self) -> int:
+        """The number of sequences (windows that hold at least one token)."""
+        return len(self.cu_seqlens) - 1
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """int64 [S]: the token at every place of the scan."""
+        return self.rows.long() & 0x7FFFFFFF
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Bool [S]: the state is zero before this place (first of a sequence, or a restart)."""
+        starts = self.rows < 0
+        starts[self.cu_seqlens[:-1].long()] = True
+        return starts
+
+    @cached_property
+    def segments(self) -> tuple[Tensor, Tensor]:
+        """(first place, length) of every stretch without a restart, each int64 [n_segments], on the CPU."""
+        first = self.starts.cpu().nonzero().flatten()
+        return first, torch.diff(first, append=torch.tensor([self.n_tokens]))
+
+    def neighbours(self, steps: int) -> Tensor:
+        """Return the tokens up to ``steps`` places before or after each token in the same segment.
+
+        Parameters
+        ----------
+        steps : int
+            How far to look back (positive) or ahead (negative).
+
+        Returns
+        -------
+        int64 [abs(steps), L]
+            Row ``j - 1`` holds, for every token, the token ``j`` places away; ``n_tokens`` where there is none.
+        """
+        key = ("neighbours", steps)
+        if key not in self._tables:
+            place = torch.arange(self.n_tokens, device=self.rows.device)
+            segment = self.starts.cumsum(0)
+            table = torch.full((abs(steps), self.n_tokens), self.n_tokens, device=self.rows.device)
+            for row in range(abs(steps)):
+                other = place - (row + 1 if steps > 0 else -row - 1)
+                inside = other.clamp(0, self.n_tokens - 1)
+                found = (other == inside) & (segment[inside] == segment)
+                table[row, self.tokens[found]] = self.tokens[inside[found]]
+            self._tables[key] = table
+        return self._tables[key]  # type: ignore[return-value]
+
+
+def window_index(
+    grid: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int],
+    mode: Literal["region", "wrap"] = "region",
+    keep: Tensor | None = None,
+    reverse: bool = False,
+) -> ScanIndex:
+    """Return the scan path of (cyclically shifted) windows over a token grid, one sequence per window.
+
+    Parameters
+    ----------
+    grid : sequence of int
+        Tokens along (x, y, z, t). Tokens are numbered in raster order, the last axis fastest.
+    window, shift : sequence of int
+        Window size and cyclic shift per axis, in tokens, ``0 <= shift < window``. An axis not larger than its window
+        is one window, unshifted.
+    mode : {"region", "wrap"}
+        A cyclic shift glues opposite sides of the grid into the windows at its edge. ``region`` visits such a window
+        one side after the other and restarts the state in between. ``wrap`` visits it in raster order without a
+        restart, which is NeuroSTORM's order.
+    keep : bool, shape ``grid`` or flat, optional
+        The tokens that exist (brain). They are numbered in raster order among themselves; windows without any vanish.
+    reverse : bool
+        Visit every window backwards.
+
+    Returns
+    -------
+    ScanIndex
+        On the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the arguments do not fit each other or ``keep`` keeps nothing.
+
+    Notes
+    -----
+    Where the grid is not a multiple of the window, windows are laid out as if the far end were padded, and the padding
+    is not listed. NeuroSTORM (arXiv 2506.11167) scans zeros there, so ``wrap`` equals it only where nothing is padded.
+    """
+    if not len(grid) == len(window) == len(shift) > 0:
+        raise ValueError(f"grid {grid}, window {window} and shift {shift} must have one entry per axis.")
+    if min(grid) < 1 or min(window) < 1:
+        raise ValueError(f"grid {grid} and window {window} must be at least 1 along every axis.")
+    if any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
+        raise ValueError(f"shift {shift} must lie between 0 and the window {window} minus 1 along every axis.")
+    if mode not in ("region", "wrap"):
+        raise ValueError(f'mode must be "region" or "wrap", found {mode!r}.')
+
+    region_id, window_id, local_id = _axis_codes(grid, window, shift)
+    if mode == "wrap":
+        region_id.zero_()
+    kept = _kept_tokens(grid, keep)
+    window_id, region_id, local_id = window_id[kept], region_id[kept], local_id[kept]
+
+    inside = region_id * prod(window) + local_id
+    span = int(inside.max()) + 1
+    order = torch.argsort(window_id * span + (span - 1 - inside if reverse else inside))
+    window_id, region_id = window_id[order], region_id[order]
+    new_window = window_id.diff() != 0
+    restart = torch.nn.functional.pad((region_id.diff() != 0) & ~new_window, (1, 0))
+    rows = torch.where(restart, order | RESTART, order).to(torch.int32)
+    edges = new_window.nonzero().flatten() + 1
+    cu_seqlens = torch.nn.functional.pad(torch.nn.functional.pad(edges, (1, 0)), (0, 1), value=len(order))
+    return ScanIndex(rows, cu_seqlens.to(torch.int32), len(order))
+
+
+def _axis_codes(grid: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return region, window and place in the window of every token of the dense grid, each int64 [L], raster order."""
+    region_id = window_id = local_id = torch.zeros(1, dtype=torch.int64)
+    for size, wanted, asked in zip(grid, window, shift, strict=True):
+        width, moved = (size, 0) if size <= wanted else (wanted, asked)
+        n_windows = -(-size // width)
+        position = torch.arange(size)
+        rolled = (position - moved) % (n_windows * width)
+        region_id = (region_id[:, None] * 2 + (position < moved)).flatten()
+        window_id = (window_id[:, None] * n_windows + rolled // width).flatten()
+        local_id = (local_id[:, None] * width + rolled % width).flatten()
+    return region_id, window_id, local_id
+
+
+def _kept_tokens(grid: Sequence[int], keep: Tensor | None) -> Tensor:
+    """Return the dense numbers of the tokens that exist, ascending."""
+    n_dense = prod(grid)
+    if keep is None:
+        return torch.arange(n_dense)
+    if keep.dtype != torch.bool or (keep.shape != torch.Size(grid) and keep.shape != (n_dense,)):
+        raise ValueError(f"keep must be bool over the grid {list(grid)}, found {keep.dtype} {list(keep.shape)}.")
+    kept = keep.cpu().flatten().nonzero().flatten()
+    if len(kept) == 0:
+        raise ValueError("keep lists no token: at least one must be kept.")
+    return kept

@@ -1,0 +1,176 @@
+"""The scan's forward pass in Triton: one lane per channel, all states in registers, token order through the index.
+
+Compiled for CUDA tensors; with TRITON_INTERPRET=1 in the environment before triton is imported it runs on the CPU, for
+tests. Gradients and the convolution use the torch backend.
+
+Shape suffixes: b clips · L tokens · D inner channels · N states.
+"""
+
+# Triton reads a kernel's source: its arguments carry no types, and its tuples grow by addition only.
+# mypy: disable-error-code="no-untyped-def, assignment"
+# ruff: noqa: RUF005
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from boldforge.kernels.index import ScanIndex
+
+# Two channels per lane of one warp share the loads of B and C; with more than 16 states that would spill registers.
+WIDE_CHANNELS, NARROW_CHANNELS, WIDE_STATES = 64, 32, 16
+
+
+@triton.jit
+def _softplus(x):
+    """max(x, 0) + log1p(e^-|x|), with log1p(v) = 2 atanh(v / (2 + v)): seven terms reach 2e-8 for v in [0, 1]."""
+    v = tl.exp2(-tl.abs(x) * 1.4426950408889634)
+    s = v / (2.0 + v)
+    s2 = s * s
+    series = 1.0 / 11.0 + s2 * (1.0 / 13.0)
+    series = 1.0 / 9.0 + s2 * series
+    series = 1.0 / 7.0 + s2 * series
+    series = 1.0 / 5.0 + s2 * series
+    series = 1.0 / 3.0 + s2 * series
+    return tl.maximum(x, 0.0) + 2.0 * s * (1.0 + s2 * series)
+
+
+@triton.jit
+def scan_forward_kernel(
+    u_ptr,
+    dt_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    rows_ptr,
+    cu_ptr,
+    y_ptr,
+    n_channels,
+    n_tokens,
+    u_row,
+    dt_row,
+    B_row,
+    C_row,
+    z_row,
+    N: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """One program: one sequence (axis 0), CHANNELS channels (axis 1), one clip (axis 2); sequential in time."""
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < n_channels
+    first_row = tl.program_id(2).to(tl.int64) * n_tokens
+    start = tl.load(cu_ptr + tl.program_id(0))
+    stop = tl.load(cu_ptr + tl.program_id(0) + 1)
+    A = ()
+    h = ()
+    for n in tl.static_range(N):
+        # exp(delta A) as 2^(delta A log2 e): the hardware's exponential has base 2.
+        A = A + (tl.load(A_ptr + channel * N + n, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634,)
+        h = h + (tl.zeros([CHANNELS], tl.float32),)
+    for place in range(start, stop):
+        code = tl.load(rows_ptr + place)
+        row = first_row + (code & 0x7FFFFFFF)
+        # A restart as an exponent: 2^-1e30 is zero, and the addition fuses into the multiplication.
+        cut = tl.where(code < 0, -1.0e30, 0.0)
+        u = tl.load(u_ptr + row * u_row + channel, mask=exists, other=0.0).to(tl.float32)
+        delta = tl.load(dt_ptr + row * dt_row + channel, mask=exists, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            delta += tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+        delta = _softplus(delta)
+        x = delta * u
+        y = tl.zeros([CHANNELS], tl.float32)
+        h_next = ()
+        for n in tl.static_range(N):
+            B = tl.load(B_ptr + row * B_row + n).to(tl.float32)
+            C = tl.load(C_ptr + row * C_row + n).to(tl.float32)
+            h_n = tl.exp2(delta * A[n] + cut) * h[n] + x * B
+            h_next = h_next + (h_n,)
+            y += h_n * C
+        h = h_next
+        if HAS_D:
+            y += u * tl.load(D_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+        if HAS_Z:
+            z = tl.load(z_ptr + row * z_row + channel, mask=exists, other=0.0).to(tl.float32)
+            y = y * z / (1.0 + tl.exp2(-z * 1.4426950408889634))
+        tl.store(y_ptr + row * n_channels + channel, y.to(y_ptr.dtype.element_ty), mask=exists)
+
+
+def scan_forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    index: ScanIndex,
+) -> Tensor:
+    """Return the selective scan along ``index``; shapes and formula as in ``scan_oracle``, state in float32.
+
+    All tensors are on one CUDA device (any device in the interpreter) and the shapes have been checked.
+    """
+    b, n_tokens, n_channels = u.shape
+    n_states = A.shape[1]
+    channels = channels_per_program(n_states)
+    u, dt, B, C = (_by_rows(tensor) for tensor in (u, dt, B, C))
+    z_rows = u if z is None else _by_rows(z)
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    grid = (index.n_sequences, triton.cdiv(n_channels, channels), b)
+    scan_forward_kernel[grid](
+        u,
+        dt,
+        A.contiguous(),
+        B,
+        C,
+        u if D is None else D.contiguous(),
+        z_rows,
+        u if dt_bias is None else dt_bias.contiguous(),
+        index.rows,
+        index.cu_seqlens,
+        y,
+        n_channels,
+        n_tokens,
+        u.stride(1),
+        dt.stride(1),
+        B.stride(1),
+        C.stride(1),
+        z_rows.stride(1),
+        N=n_states,
+        CHANNELS=channels,
+        HAS_D=D is not None,
+        HAS_Z=z is not None,
+        HAS_BIAS=dt_bias is not None,
+        num_warps=1,
+        num_stages=1,
+        **compile_options(),
+    )
+    return y
+
+
+def channels_per_program(n_states: int) -> int:
+    """Return how many channels one program holds, so that its states stay in registers."""
+    return WIDE_CHANNELS if n_states <= WIDE_STATES else NARROW_CHANNELS
+
+
+def compile_options() -> dict[str, bool]:
+    """Return the options every kernel is compiled with.
+
+    Fused multiply-add is asked for by name, because some versions of Triton leave it out unless told, which costs a
+    third of the speed.
+    """
+    return {"enable_fp_fusion": True}
+
+
+def _by_rows(tensor: Tensor) -> Tensor:
+    """Return the tensor itself where row r of clip c starts at (c L + r) times one stride, so views need no copy."""
+    regular = tensor.stride(2) == 1 and (len(tensor) == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1))
+    return tensor if regular else tensor.contiguous()
