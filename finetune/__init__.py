@@ -1,1 +1,46 @@
-"""Placeholder while the package is being written."""
+"""Adapt a pretrained encoder to a question about people, and measure it on subjects it has not seen.
+
+A backbone gives one vector per clip, an adapter (LoRA) changes it, a task reads it; folds keep subjects apart.
+"""
+
+from boldforge.finetune.adapters import AdapterConfig, AdapterError, AdapterInfo, attach_adapter
+from boldforge.finetune.backbone import Backbone, NeuroStormBackbone, load_backbone
+from boldforge.finetune.classifier import Classifier, load_adapter, load_classifier, read_task, save_adapter
+from boldforge.finetune.cross_validation import FinetuneConfig, finetune
+from boldforge.finetune.errors import FinetuneError, FoldError
+from boldforge.finetune.fit import TrainingConfig
+from boldforge.finetune.folds import Fold, subject_folds
+from boldforge.finetune.metrics import binary_metrics, roc_points
+from boldforge.finetune.ray_driver import SweepError
+from boldforge.finetune.sweep import SweepConfig, sweep
+from boldforge.finetune.tasks import AdhdDiagnosis, Task, get_task
+
+__all__ = [
+    "Backbone",
+    "NeuroStormBackbone",
+    "load_backbone",
+    "AdapterConfig",
+    "AdapterInfo",
+    "AdapterError",
+    "attach_adapter",
+    "Classifier",
+    "save_adapter",
+    "load_adapter",
+    "load_classifier",
+    "read_task",
+    "Task",
+    "AdhdDiagnosis",
+    "get_task",
+    "Fold",
+    "subject_folds",
+    "binary_metrics",
+    "roc_points",
+    "TrainingConfig",
+    "FinetuneConfig",
+    "finetune",
+    "SweepConfig",
+    "sweep",
+    "FinetuneError",
+    "FoldError",
+    "SweepError",
+]

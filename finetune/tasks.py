@@ -1,6 +1,6 @@
 """What is predicted: where the label is found, the loss, and the figures. One class per task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +9,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.metrics import binary_metrics
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 class Task(Protocol):
@@ -26,11 +28,8 @@ class Task(Protocol):
     def label(self, phenotype: Mapping[str, float | str | None]) -> int | None:
         """Return a subject's label, None where it is missing."""
 
-    def class_weights(self, labels: Sequence[int]) -> Tensor:
-        """Return the weight of each class in the loss, from the training subjects' labels."""
-
-    def loss(self, logits_BK: Tensor, labels_B: Tensor, class_weights: Tensor) -> Tensor:
-        """Return the loss of a batch, a scalar."""
+    def criterion(self, labels: Sequence[int]) -> Criterion:
+        """Return the loss, fitted to the training clips' labels: of logits [B, K] and labels [B], a scalar."""
 
     def scores(self, logits_BK: Tensor) -> Tensor:
         """Return what is averaged over a subject's clips and reported, [B]."""
@@ -66,16 +65,16 @@ class AdhdDiagnosis:
             )
         return int(value)
 
-    def class_weights(self, labels: Sequence[int]) -> Tensor:
-        """Return weights [2] that give both classes the same say: n / (2 · n of the class)."""
+    def criterion(self, labels: Sequence[int]) -> Criterion:
+        """Return a binary cross-entropy in which both classes have the same say: weight n / (2 · n of the class)."""
         counts = torch.bincount(torch.as_tensor(labels), minlength=2).double()
-        return (counts.sum() / (2 * counts.clamp(min=1))).float()
+        class_weights = (counts.sum() / (2 * counts.clamp(min=1))).float()
 
-    def loss(self, logits_BK: Tensor, labels_B: Tensor, class_weights: Tensor) -> Tensor:
-        """Return the class-weighted binary cross-entropy of logits [B, 1] against labels [B]."""
-        return binary_cross_entropy_with_logits(
-            logits_BK[:, 0], labels_B.to(logits_BK.dtype), weight=class_weights[labels_B]
-        )
+        def loss(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+            weight_B = class_weights.to(logits_BK.device)[labels_B]
+            return binary_cross_entropy_with_logits(logits_BK[:, 0], labels_B.to(logits_BK.dtype), weight=weight_B)
+
+        return loss
 
     def scores(self, logits_BK: Tensor) -> Tensor:
         """Return the probability of ADHD, [B]."""

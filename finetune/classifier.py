@@ -1,0 +1,268 @@
+"""A backbone, its adapter and a head: clips in, logits out; and the folder that keeps the last two."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from boldforge.finetune.adapters import (
+    AdapterConfig,
+    AdapterError,
+    AdapterInfo,
+    adapter_state,
+    attach_adapter,
+    load_adapter_state,
+    peft_description,
+)
+from boldforge.finetune.backbone import Backbone, load_backbone
+from boldforge.finetune.tasks import Task, get_task
+
+FORMAT_VERSION = 1
+
+
+class Head(nn.Module):
+    """Standardise an embedding by the training clips' mean and deviation, then one linear layer."""
+
+    def __init__(self, dim: int, outputs: int) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.deviation: Tensor
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("deviation", torch.ones(dim))
+        self.linear = nn.Linear(dim, outputs)
+
+    def fit_scale(self, embeddings_BC: Tensor) -> None:
+        """Take mean and deviation from the training clips' frozen embeddings [B, C].
+
+        Channels differ by orders of magnitude; without this one step size cannot fit them all.
+        """
+        self.mean.copy_(embeddings_BC.mean(dim=0))
+        self.deviation.copy_(embeddings_BC.std(dim=0, unbiased=False))
+
+    def forward(self, embeddings_BC: Tensor) -> Tensor:
+        """[B, C] to logits [B, K]."""
+        # A channel that never varied in training carries nothing; it must not blow up on a subject where it does.
+        scale = torch.where(self.deviation > 1e-6, self.deviation, torch.inf)
+        return self.linear((embeddings_BC - self.mean) / scale)
+
+
+class Classifier(nn.Module):
+    """A frozen backbone with its adapter, and a head for one task.
+
+    Parameters
+    ----------
+    backbone
+        Carries no adapter yet; it is changed in place.
+    task
+        Decides the number of logits.
+    adapter
+        Attached here.
+    seed
+        Decides the adapter's and the head's first values.
+    """
+
+    def __init__(self, backbone: Backbone, task: Task, adapter: AdapterConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.task = task
+        self.adapter = adapter
+        self.info: AdapterInfo = attach_adapter(backbone, adapter, seed)
+        self.network = backbone.network
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.head = Head(backbone.dim, task.n_outputs)
+        self.train(False)
+
+    @property
+    def trainable(self) -> int:
+        """Number of trainable parameters, head included."""
+        return self.info.trainable + sum(parameter.numel() for parameter in self.head.parameters())
+
+    @property
+    def total(self) -> int:
+        """Number of all parameters, head included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(self, x: Tensor, stage: int = 0) -> Tensor:
+        """Logits [B, K] of clips [B, T, V], or of what `Backbone.encode_until` gave for `stage`."""
+        return self.head(self.backbone.embed_from(x, stage))
+
+    @torch.no_grad()
+    def predict(self, values_BTV: Tensor) -> Tensor:
+        """Return the task's scores of clips [B, T, V], [B]; average them over a subject's clips."""
+        return self.task.scores(self(values_BTV))
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Switch the adapter's dropout; the frozen backbone itself never leaves evaluation mode."""
+        super().train(mode)
+        for name, module in self.network.named_modules():
+            if "lora_dropout" not in name:
+                module.training = False
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """Return copies of all that training changes: adapter and head tensors."""
+        head = {f"head.{name}": tensor.detach().cpu().clone() for name, tensor in self.head.state_dict().items()}
+        return adapter_state(self.backbone) | head
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave.
+
+        Raises
+        ------
+        AdapterError
+            If a tensor's name or shape differs.
+        """
+        head = {name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")}
+        own = {name: tensor.shape for name, tensor in self.head.state_dict().items()}
+        if own != {name: tensor.shape for name, tensor in head.items()}:
+            raise AdapterError(
+                f"the head was trained on embeddings of another size than this encoder's {self.backbone.dim}; give the "
+                "encoder and the pooling that it was trained on."
+            )
+        load_adapter_state(self.backbone, {k: v for k, v in state.items() if not k.startswith("head.")})
+        self.head.load_state_dict(head)
+
+
+def save_adapter(classifier: Classifier, folder: str | Path, figures: Mapping[str, Any] | None = None) -> Path:
+    """Write an adapter folder.
+
+    Parameters
+    ----------
+    classifier
+        What was trained.
+    folder
+        Made if missing. Receives ``adapter_config.json`` and ``adapter_model.safetensors`` (peft's format; absent for
+        rank 0, which has no adapter), ``head.safetensors`` and ``task.json``.
+    figures
+        Whatever should stand beside the weights: metrics, number of subjects, whether they were simulated.
+
+    Returns
+    -------
+    Path
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone = classifier.backbone
+    state = classifier.state()
+    head = {name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")}
+    save_file(head, folder / "head.safetensors")
+    if classifier.adapter.rank:
+        adapter = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+        save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        _write_json(folder / "adapter_config.json", peft_description(backbone))
+    content = {
+        "format_version": FORMAT_VERSION,
+        "task": classifier.task.name,
+        "classes": list(classifier.task.classes),
+        "head": {"inputs": backbone.dim, "outputs": classifier.task.n_outputs},
+        "pool": backbone.pool,
+        "adapter": classifier.adapter.model_dump(mode="json"),
+        "trainable_parameters": classifier.trainable,
+        "base_weights_hash": backbone.weights_hash,
+        "data": dict(backbone.data),
+        "figures": dict(figures or {}),
+    }
+    _write_json(folder / "task.json", content)
+    return folder
+
+
+def load_adapter(folder: str | Path, backbone: Backbone) -> Classifier:
+    """Load an adapter folder onto the backbone it was trained on.
+
+    Parameters
+    ----------
+    folder
+        Written by `save_adapter`.
+    backbone
+        Freshly loaded; its weights hash and pooling must be those recorded in ``task.json``.
+
+    Returns
+    -------
+    Classifier
+        In evaluation mode.
+
+    Raises
+    ------
+    AdapterError
+        If the folder is incomplete or damaged, or the backbone is another one.
+    """
+    folder = Path(folder)
+    content = read_task(folder)
+    if content["base_weights_hash"] != backbone.weights_hash:
+        raise AdapterError(
+            f"{folder}: this adapter was trained on the encoder with weights hash {content['base_weights_hash']}, but "
+            f"the encoder given has {backbone.weights_hash}; on another base it would give meaningless predictions, so "
+            "give the export that it was trained on, or finetune again."
+        )
+    if content["pool"] != backbone.pool:
+        raise AdapterError(
+            f"{folder}: the head was trained on pooling {content['pool']!r}, the encoder was loaded with "
+            f"{backbone.pool!r}; load it with pool={content['pool']!r}."
+        )
+    adapter = AdapterConfig.model_validate(content["adapter"])
+    head = _read_tensors(folder / "head.safetensors")
+    state = {f"head.{name}": tensor for name, tensor in head.items()}
+    if adapter.rank:
+        state |= _read_tensors(folder / "adapter_model.safetensors")
+    classifier = Classifier(backbone, get_task(content["task"]), adapter)
+    classifier.load_state(state)
+    return classifier
+
+
+def load_classifier(backbone_folder: str | Path, adapter_folder: str | Path) -> Classifier:
+    """Load an encoder and the adapter trained on it, with the pooling that the adapter records.
+
+    Raises
+    ------
+    BoldForgeError
+        As `load_backbone` and `load_adapter`.
+    """
+    pool = read_task(adapter_folder)["pool"]
+    return load_adapter(adapter_folder, load_backbone(backbone_folder, pool))
+
+
+def read_task(folder: str | Path) -> dict[str, Any]:
+    """Read an adapter folder's ``task.json``: the task, the adapter's shape, its base's hash and the figures.
+
+    Raises
+    ------
+    AdapterError
+        If it is missing, damaged, or of another format.
+    """
+    path = Path(folder) / "task.json"
+    try:
+        content = json.loads(path.read_text())
+    except OSError:
+        raise AdapterError(
+            f"{path}: no such file; give the adapter/ folder that boldforge finetune or sweep wrote."
+        ) from None
+    except ValueError:
+        raise AdapterError(f"{path}: is not valid JSON; finetune again.") from None
+    needed = {"task", "pool", "adapter", "base_weights_hash"}
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION or not needed <= content.keys():
+        raise AdapterError(
+            f"{path}: has format version {version!r}, this boldforge reads {FORMAT_VERSION}; use the boldforge that "
+            "wrote it, or finetune again."
+        )
+    return content
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AdapterError(
+            f"{path}: cannot be read ({' '.join(str(error).split())}); copy the adapter folder again."
+        ) from None
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,232 @@
+"""Labelled subjects of a shard folder, and their clips ready for training.
+
+Shape suffixes: T frames · V brain voxels.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from boldforge.data_shards import Manifest, ShardReader
+from boldforge.finetune.backbone import Backbone
+from boldforge.finetune.errors import FinetuneError
+from boldforge.finetune.tasks import Task
+
+logger = logging.getLogger(__name__)
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A labelled subject; ``runs`` are positions in ``manifest.runs``."""
+
+    name: str
+    label: int
+    site: str | None
+    runs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The subjects that can be used, sorted by name, and how many cannot."""
+
+    subjects: tuple[Subject, ...]
+    n_unlabelled: int
+    n_too_short: int
+    simulated: bool
+
+
+def find_cohort(manifest: Manifest, task: Task, clip_length: int) -> Cohort:
+    """List the subjects that have a label and a run long enough for one clip.
+
+    Parameters
+    ----------
+    manifest
+        Of the shards.
+    task
+        Reads the label from the phenotype.
+    clip_length
+        T, frames.
+
+    Returns
+    -------
+    Cohort
+        Subjects without a label, or with short runs only, are counted and left out.
+
+    Raises
+    ------
+    FinetuneError
+        If no subject has a label, or two runs of one subject disagree.
+    """
+    runs: dict[str, list[int]] = {}
+    for position, run in enumerate(manifest.runs):
+        runs.setdefault(run.subject, []).append(position)
+    subjects, n_unlabelled, n_too_short = [], 0, 0
+    for name in sorted(runs):
+        entries = [manifest.runs[position] for position in runs[name]]
+        labels = {label for entry in entries if (label := task.label(entry.phenotype)) is not None}
+        long_enough = tuple(p for p in runs[name] if manifest.runs[p].n_frames >= clip_length)
+        if len(labels) > 1:
+            raise FinetuneError(
+                f"subject {name} has different {task.name} labels in different runs; correct the phenotype table and "
+                "shard again."
+            )
+        if not labels:
+            n_unlabelled += 1
+        elif not long_enough:
+            n_too_short += 1
+        else:
+            subjects.append(Subject(name, labels.pop(), entries[0].site, long_enough))
+    if not subjects:
+        raise FinetuneError(
+            f"none of the {len(runs)} subjects in these shards can be used for task {task.name!r}: {n_unlabelled} have "
+            f"no label and {n_too_short} have no run of {clip_length} frames; shard a folder with a phenotype table, "
+            "or use an encoder with shorter clips."
+        )
+    if n_unlabelled or n_too_short:
+        logger.info("left out: %d subjects without a label, %d with short runs only", n_unlabelled, n_too_short)
+    simulated = any(manifest.runs[position].simulated for subject in subjects for position in subject.runs)
+    return Cohort(tuple(subjects), n_unlabelled, n_too_short, simulated)
+
+
+def check_recipe(backbone: Backbone, manifest: Manifest) -> None:
+    """Make sure that the shards are what the encoder was pretrained on: same grid, TR and normalisation.
+
+    Raises
+    ------
+    FinetuneError
+        Naming what differs and how to shard again.
+    """
+    recipe, wanted = manifest.recipe, backbone.data
+    found = {"grid": recipe.grid, "tr": float(recipe.tr), "normalisation": recipe.normalisation}
+    expected = {"grid": wanted["grid"], "tr": float(wanted["tr"]), "normalisation": wanted["normalisation"]}
+    differing = [f"{key} {found[key]} instead of {expected[key]}" for key in found if found[key] != expected[key]]
+    if differing:
+        raise FinetuneError(
+            f"the shards have {', '.join(differing)}, which the encoder was pretrained on; make shards that fit it: "
+            f"boldforge shard FOLDER --out OTHER --grid {expected['grid']} --tr {expected['tr']:g} "
+            f"--normalisation {expected['normalisation']}."
+        )
+
+
+@dataclass(frozen=True)
+class ClipSet:
+    """Clips of some subjects, as they enter the first adapted stage.
+
+    Attributes
+    ----------
+    x
+        float32 [n, …], usually a read-only memory map that many sets and processes share.
+    rows
+        int64 [clips], which rows of ``x`` belong to this set.
+    subject
+        int64 [clips], position in ``labels`` of each clip's subject.
+    labels
+        int64 [subjects].
+    """
+
+    x: np.ndarray
+    rows: np.ndarray
+    subject: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, subjects: Sequence[int]) -> "ClipSet":
+        """Keep the clips of these subjects (positions in ``labels``), which are numbered anew in the order given."""
+        number = np.full(len(self.labels), -1)
+        number[list(subjects)] = np.arange(len(subjects))
+        kept = number[self.subject] >= 0
+        return replace(
+            self, rows=self.rows[kept], subject=number[self.subject[kept]], labels=self.labels[list(subjects)]
+        )
+
+    def batch(self, clips: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return inputs [B, …] and labels [B] of the clips at these positions."""
+        x = torch.from_numpy(np.ascontiguousarray(self.x[self.rows[clips]]))
+        return x, torch.from_numpy(self.labels[self.subject[clips]])
+
+    @classmethod
+    def load(cls, folder: Path) -> "ClipSet":
+        """Read what `gather_clips` wrote; the clips are mapped, not copied."""
+        x = np.load(folder / "x.npy", mmap_mode="r")
+        subject, labels = np.load(folder / "subject.npy"), np.load(folder / "labels.npy")
+        return cls(x, np.arange(len(x)), subject, labels)
+
+
+def gather_clips(
+    backbone: Backbone,
+    stage: int,
+    reader: ShardReader,
+    subjects: Sequence[Subject],
+    clips: int,
+    folder: Path,
+    on_progress: OnProgress | None = None,
+) -> ClipSet:
+    """Read evenly spaced clips of every subject and run what lies below the first adapted stage, once.
+
+    Parameters
+    ----------
+    backbone
+        On the device that is to do the work.
+    stage
+        First stage that will be adapted.
+    reader
+        Of the shards.
+    subjects
+        Whose clips to read.
+    clips
+        Most clips per subject, spread over its runs.
+    folder
+        Made for the result; holds these subjects' clips and labels, and no others. Any process maps it into memory
+        with `ClipSet.load`.
+    on_progress
+        Called with clips done and clips in all.
+
+    Returns
+    -------
+    ClipSet
+        Clips in the order of `subjects`.
+    """
+    length = int(backbone.data["clip_length"])
+    plan = [
+        (number, run, start)
+        for number, subject in enumerate(subjects)
+        for run, start in _clip_starts(reader.manifest, subject, clips, length)
+    ]
+    device = next(backbone.network.parameters()).device
+    x: np.memmap | None = None
+    for row, (_, run, start) in enumerate(plan):
+        clip = reader.read(run, start, length)
+        values_1TV = torch.from_numpy(clip.mean + clip.q * clip.scale).unsqueeze(0).to(device)
+        with torch.no_grad():
+            entering = backbone.encode_until(values_1TV, stage)[0].float().cpu().numpy()
+        if x is None:
+            shape = (len(plan), *entering.shape)
+            folder.mkdir(parents=True, exist_ok=True)
+            x = np.lib.format.open_memmap(folder / "x.npy", mode="w+", dtype=np.float32, shape=shape)
+        x[row] = entering
+        if on_progress:
+            on_progress(row + 1, len(plan))
+    assert x is not None, "a cohort has at least one subject, and a subject at least one clip"
+    x.flush()
+    np.save(folder / "labels.npy", np.array([subject.label for subject in subjects], dtype=np.int64))
+    np.save(folder / "subject.npy", np.array([number for number, _, _ in plan], dtype=np.int64))
+    return ClipSet.load(folder)
+
+
+def _clip_starts(manifest: Manifest, subject: Subject, clips: int, length: int) -> list[tuple[int, int]]:
+    starts = []
+    for number, run in enumerate(subject.runs):
+        share = clips // len(subject.runs) + (number < clips % len(subject.runs))
+        last = manifest.runs[run].n_frames - length
+        # Centres of equal stretches, so that one clip is the middle of the run and no end is preferred.
+        places = {round(last * (2 * i + 1) / (2 * share)) for i in range(share)}
+        starts += [(run, start) for start in sorted(places)]
+    return starts

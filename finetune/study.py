@@ -1,0 +1,102 @@
+"""What a fine-tuning and a sweep have in common: shards, encoder, task, subjects and folds that fit together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from boldforge.configs import StrictModel
+from boldforge.data_shards import Manifest, ShardReader, load_manifest
+from boldforge.finetune.adapters import AdapterConfig
+from boldforge.finetune.backbone import Pool, load_backbone
+from boldforge.finetune.classifier import Classifier
+from boldforge.finetune.cohort import ClipSet, Cohort, OnProgress, Subject, check_recipe, find_cohort, gather_clips
+from boldforge.finetune.fit import TrainingConfig
+from boldforge.finetune.folds import Fold, subject_folds
+from boldforge.finetune.tasks import Task, get_task
+
+
+class StudyConfig(StrictModel):
+    """Data, encoder and protocol."""
+
+    shards: Path = Field(
+        description="Shard folder with phenotypes, made with the encoder's grid, TR and normalisation."
+    )
+    backbone: Path = Field(description="Pretraining run folder, its export/, or a release.")
+    out: Path = Field(description="Folder for the results; made if missing.")
+    task: str = Field("adhd", description="What to predict; adhd reads the phenotype column diagnosis.")
+    pool: Pool = Field(
+        "mean_std",
+        description="mean: mean over tokens. mean_std: that and the mean standard deviation over time, which carries "
+        "most of what BOLD without its mean says about a person.",
+    )
+    clips: int = Field(
+        4, ge=1, description="Most clips per subject, evenly spaced over its runs; a subject's score is their mean."
+    )
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="Rank, layers and scale of the adapter.")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="Epochs, rates and batch size.")
+    folds: int = Field(
+        5, ge=2, description="Parts the subjects are dealt into; of 5, one tests, one validates and three train."
+    )
+    seed: int = Field(0, ge=0, description="Decides folds, first values, order of clips and dropout.")
+
+
+@dataclass(frozen=True)
+class Study:
+    """An opened study; see `open_study`."""
+
+    config: StudyConfig
+    task: Task
+    manifest: Manifest
+    cohort: Cohort
+    folds: list[Fold]
+
+    def positions(self, names: Sequence[str]) -> list[int]:
+        """Return the subjects' positions in the cohort."""
+        position = {subject.name: i for i, subject in enumerate(self.cohort.subjects)}
+        return [position[name] for name in names]
+
+    def classifier(self, adapter: AdapterConfig) -> Classifier:
+        """Load the encoder afresh, with a new adapter and head, on the device that is there."""
+        backbone = load_backbone(self.config.backbone, self.config.pool)
+        return Classifier(backbone, self.task, adapter, self.config.seed).to(_device())
+
+    def gather(self, subjects: Sequence[Subject], folder: Path, on_progress: OnProgress | None = None) -> ClipSet:
+        """Read these subjects' clips, up to the first adapted stage, into a new folder."""
+        config = self.config
+        backbone = load_backbone(config.backbone, config.pool)
+        backbone.network.to(_device())
+        stage = config.adapter.first_stage
+        return gather_clips(backbone, stage, ShardReader(self.manifest), subjects, config.clips, folder, on_progress)
+
+
+def open_study(config: StudyConfig) -> Study:
+    """Check that shards, encoder and task fit together and deal the subjects into folds; makes the ``out`` folder.
+
+    Raises
+    ------
+    BoldForgeError
+        If they do not fit, or there are too few subjects.
+    """
+    task = get_task(config.task)
+    manifest = load_manifest(config.shards)
+    backbone = load_backbone(config.backbone, config.pool)
+    check_recipe(backbone, manifest)
+    # An adapter that does not fit should be known before the clips are read, which may take hours.
+    Classifier(backbone, task, config.adapter)
+    cohort = find_cohort(manifest, task, int(backbone.data["clip_length"]))
+    folds = subject_folds(
+        [subject.name for subject in cohort.subjects],
+        [subject.label for subject in cohort.subjects],
+        [subject.site for subject in cohort.subjects],
+        config.folds,
+        config.seed,
+    )
+    config.out.mkdir(parents=True, exist_ok=True)
+    return Study(config, task, manifest, cohort, folds)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
