@@ -89,8 +89,8 @@ class HeldoutClips:
             for segment in heldout
             for start in range(segment.start, segment.stop - clip_length + 1, clip_length)
         ]
-        picked = np.unique(np.linspace(0, len(every) - 1, min(limit, len(every))).round().astype(int)) if every else []
-        self.clips = [every[i] for i in picked]
+        picked = np.linspace(0, len(every) - 1, min(limit, len(every))).round().astype(int)
+        self.clips = [every[i] for i in sorted(set(picked.tolist()))]
 
     def measure(self, forward: Forward, patch_voxels: Tensor, n_voxels: int, dtype: torch.dtype) -> HeldoutError:
         """Measure the model on every clip; called by every rank, each takes a share.
@@ -159,5 +159,5 @@ class HeldoutClips:
             for segment in own:
                 clip = self._reader.read(segment.run, segment.start, segment.stop - segment.start)
                 frames.append(clip.mean + clip.q.astype(np.float32).mean(axis=0) * clip.scale)
-            self._mean_frames[run] = np.mean(frames, axis=0, dtype=np.float32)
+            self._mean_frames[run] = np.stack(frames).mean(axis=0, dtype=np.float32)
         return self._mean_frames[run]

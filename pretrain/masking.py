@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from boldforge.configs import StrictModel
-from boldforge.data_shards import Atlas, Grid, atlas_on_grid, get_grid
+from boldforge.data_shards import Atlas, Grid
 from boldforge.pretrain.tokens import TokenGrid
 
 # A region hides a token of which it fills at least this share; below it, it would mostly hide its neighbours.
@@ -63,25 +63,27 @@ class RegionTokens:
 def region_tokens(atlas: Atlas, grid: Grid, token_grid: TokenGrid) -> RegionTokens:
     """Measure how much of every first-stage token each region fills.
 
-    The labels are sampled at 2 mm even for `mni4mm` (both grids span the same cube), so regions of a few voxels are
-    not lost on the coarse grid.
+    Every voxel of the atlas, at the atlas's own resolution, is put into the token that holds its centre in millimetres:
+    a region of a few cubic millimetres is not lost on a coarse grid.
     """
-    stage = token_grid.stages[0]
-    fine = get_grid("mni2mm") if grid.name in ("mni2mm", "mni4mm") else grid
-    labels = atlas_on_grid(atlas, fine)
-    places = [
-        np.arange(n) * coarse // n // size
-        for n, coarse, size in zip(labels.shape, token_grid.mask.shape, token_grid.patch_size, strict=True)
-    ]
-    token = stage.numbers[np.ix_(*places)]
-    ids = np.array(sorted(atlas.labels))
-    inside = (token < stage.n_tokens) & np.isin(labels, ids)
-    counts = np.zeros((stage.n_tokens, len(ids)), dtype=np.int64)
-    np.add.at(counts, (token[inside], np.searchsorted(ids, labels[inside])), 1)
+    stage, ids = token_grid.stages[0], np.array(sorted(atlas.labels))
+    labelled = np.argwhere(np.isin(atlas.volume, ids))
+    to_grid = np.linalg.inv(grid.affine) @ atlas.affine
+    # Rounded first: a voxel on the border of two tokens must fall on the same side on every machine.
+    voxel = np.floor(np.round(labelled @ to_grid[:3, :3].T + to_grid[:3, 3], 6) + 0.5).astype(np.int64)
+    patch = voxel // np.array(token_grid.patch_size)
+    inside = ((voxel >= 0) & (patch < np.array(stage.grid))).all(axis=1)
+    token = np.full(len(labelled), stage.n_tokens)
+    token[inside] = stage.numbers[tuple(patch[inside].T)]
+    region = np.searchsorted(ids, atlas.volume[tuple(labelled.T)])
+    counts = np.zeros((stage.n_tokens + 1, len(ids)), dtype=np.int64)
+    np.add.at(counts, (token, region), 1)
+    counts = counts[:-1]
     present = counts.any(axis=0)
     ids, counts = ids[present], counts[:, present]
-    volume = np.bincount(token[token < stage.n_tokens].ravel(), minlength=stage.n_tokens)
-    share = (counts / volume[:, None]).astype(np.float32)
+    voxel_volume = abs(np.linalg.det(atlas.affine[:3, :3]))
+    token_volume = abs(np.linalg.det(grid.affine[:3, :3])) * np.prod(token_grid.patch_size)
+    share = (counts * (voxel_volume / token_volume)).astype(np.float32)
     member = share >= _MEMBER_SHARE
     member[share.argmax(axis=0), np.arange(len(ids))] = True
     names = tuple(atlas.labels[int(label)] for label in ids)

@@ -7,7 +7,8 @@ Shape suffixes: B clips · T frames · V brain voxels · S spatial tokens · L =
 patch.
 """
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -121,6 +122,9 @@ class NeuroStorm(nn.Module):
         Tokens of a clip; ``config.frames`` frames, ``config.n_stages`` stages.
     """
 
+    patch_voxels: Tensor
+    brain_mask_bits: Tensor
+
     def __init__(self, config: ModelConfig, token_grid: TokenGrid) -> None:
         super().__init__()
         self.config = config
@@ -192,7 +196,7 @@ class NeuroStorm(nn.Module):
 
     def encode_stage(self, x_BLC: Tensor, i: int) -> Tensor:
         """Run stage i: its embeddings, its blocks, and (but for the last) the merging into the next stage's tokens."""
-        stage, T = self.stages[i], self.config.frames
+        stage, T = cast(EncoderStage, self.stages[i]), self.config.frames
         x_BLC = (x_BLC.unflatten(1, (-1, T)) + (stage.position + stage.time)).flatten(1, 2)
         x_BLC = self._run_blocks(x_BLC, stage.blocks, i)
         if i < len(self.merging):
@@ -207,7 +211,7 @@ class NeuroStorm(nn.Module):
             i = self.config.n_stages - 2 - step
             parent, slot = self.get_buffer(f"parent_{i}"), self.get_buffer(f"slot_{i}")
             x_BLC = expanding(x_BLC.unflatten(1, (-1, T)), parent, slot).flatten(1, 2)
-            x_BLC = self._run_blocks(x_BLC, blocks, i)
+            x_BLC = self._run_blocks(x_BLC, cast(nn.ModuleList, blocks), i)
         return self.decoder_pred(self.norm_up(x_BLC))
 
     def forward(self, values_BTV: Tensor, mask_BL: Tensor | None = None) -> Tensor:
@@ -219,7 +223,7 @@ class NeuroStorm(nn.Module):
         mixer = ShiftedMamba(dim, config.d_state, config.d_conv, config.expand, config.backend)
         return Block(dim, mixer, config.mlp_ratio, drop_path)
 
-    def _run_blocks(self, x_BLC: Tensor, blocks: nn.ModuleList, stage: int) -> Tensor:
+    def _run_blocks(self, x_BLC: Tensor, blocks: Iterable[nn.Module], stage: int) -> Tensor:
         for number, block in enumerate(blocks):
             x_BLC = block(x_BLC, self._index(stage, shifted=number % 2 == 1, device=x_BLC.device))
         return x_BLC

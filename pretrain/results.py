@@ -27,7 +27,7 @@ def finish_run(run: Run) -> None:
     if run.rank == 0:
         out = run.config.out
         _write_regions(run, measured, out / "regions.csv")
-        np.savez_compressed(out / "reconstruction.npz", **example)
+        np.savez_compressed(out / "reconstruction.npz", **example)  # type: ignore[arg-type]  # its stub takes no arrays by name
         summary = {
             "steps": run.config.steps,
             "ranks": run.world_size,

@@ -1,8 +1,8 @@
 """Set a pretraining run up: check the recipe against the data, build the model and the DeepSpeed engine."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import deepspeed
 import torch
@@ -15,6 +15,7 @@ from boldforge.data_shards import (
     Atlas,
     ClipStream,
     Manifest,
+    Segment,
     ShardReader,
     brain_mask,
     load_atlas,
@@ -133,7 +134,7 @@ def check_batch(config: PretrainConfig, world_size: int) -> None:
         )
 
 
-def _check_lengths(config: PretrainConfig, manifest: Manifest, held: list[Any]) -> None:
+def _check_lengths(config: PretrainConfig, manifest: Manifest, held: Sequence[Segment]) -> None:
     longest = max((segment.stop - segment.start for segment in held), default=0)
     if longest < config.model.frames:
         raise ConfigError(

@@ -126,7 +126,7 @@ def scatter_patches(patches_BLP: Tensor, patch_voxels: Tensor, n_voxels: int) ->
 
 def _first_stage(mask: np.ndarray, patch_size: tuple[int, int, int]) -> Stage:
     blocks = _blocks(mask, patch_size, fill=False)
-    return Stage(grid=blocks.shape[:3], keep=blocks.any(axis=-1))
+    return Stage(grid=blocks.shape[:3], keep=np.asarray(blocks.any(axis=-1)))
 
 
 def _patch_table(mask: np.ndarray, patch_size: tuple[int, int, int]) -> np.ndarray:
@@ -148,7 +148,7 @@ def _blocks(volume: np.ndarray, size: tuple[int, int, int], fill: int | bool) ->
 
 def _merge(stage: Stage) -> Stage:
     blocks = _blocks(stage.keep, (2, 2, 2), fill=False)
-    return Stage(grid=blocks.shape[:3], keep=blocks.any(axis=-1))
+    return Stage(grid=blocks.shape[:3], keep=np.asarray(blocks.any(axis=-1)))
 
 
 def _link(fine: Stage, coarse: Stage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from boldforge.data_shards import atlas_on_grid, brain_mask, get_grid, load_atlas
+from boldforge.data_shards import brain_mask, get_grid, load_atlas
 from boldforge.pretrain import MaskConfig, MaskSampler, RegionTokens, TokenGrid, region_tokens
 
 
@@ -54,11 +54,24 @@ def test_no_region_is_too_small_to_be_hidden(regions: RegionTokens) -> None:
     assert regions.member.any(axis=0).all()
 
 
-def test_shares_agree_with_counting_voxels(grid_4mm: TokenGrid, regions: RegionTokens) -> None:
-    labels = atlas_on_grid(load_atlas("aal3"), get_grid("mni2mm"))
+def test_shares_agree_with_counting_millimetres(grid_4mm: TokenGrid, regions: RegionTokens) -> None:
+    atlas, grid = load_atlas("aal3"), get_grid("mni4mm")
     token = 200
-    x, y, z = grid_4mm.stages[0].coordinates[token] * 6
-    block = labels[x : x + 6, y : y + 6, z : z + 6]
-    counted = np.array([(block == label).mean() for label in regions.ids])
-    np.testing.assert_allclose(regions.share[token], counted, atol=1e-6)
-    assert counted.any()
+    low = grid.affine[:3, 3] + 4.0 * (3 * grid_4mm.stages[0].coordinates[token] - 0.5)
+    counts = np.zeros(len(regions.ids))
+    for point in np.ndindex(12, 12, 12):
+        voxel = np.linalg.inv(atlas.affine) @ [*(low + np.array(point)), 1.0]
+        label = atlas.volume[tuple(voxel[:3].round().astype(int))]
+        if label:
+            counts[regions.ids.index(int(label))] += 1
+    # The atlas's 1 mm lattice has points on the token's walls; the lower wall belongs to the token, the upper does not.
+    np.testing.assert_allclose(regions.share[token], counts / 12**3, atol=1e-6)
+    assert counts.sum() > 500
+
+
+def test_left_regions_hide_left_tokens(grid_4mm: TokenGrid, regions: RegionTokens) -> None:
+    x_mm = get_grid("mni4mm").affine[0, 3] + 4.0 * (3 * grid_4mm.stages[0].coordinates[:, 0] + 1)
+    for side, sign in (("_L", -1), ("_R", 1)):
+        columns = [number for number, name in enumerate(regions.names) if name.endswith(side)]
+        assert len(columns) > 70
+        assert all(sign * np.average(x_mm, weights=regions.share[:, column]) > 0 for column in columns)
