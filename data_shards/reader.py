@@ -26,6 +26,13 @@ class QuantisedClip(NamedTuple):
 class ShardReader:
     """Reads clips by position. Every shard's size is checked at once, every run's checksum before its first clip.
 
+    Parameters
+    ----------
+    manifest
+        The dataset.
+    verified
+        Runs (by index) that another reader of the same process has verified already; shared with it from then on.
+
     Raises
     ------
     ShardError
@@ -33,8 +40,9 @@ class ShardReader:
         does not match its checksum.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, verified: set[int] | None = None) -> None:
         self.manifest = manifest
+        self.verified = set() if verified is None else verified
         for shard in manifest.shards:
             path = manifest.folder / shard.file
             size = path.stat().st_size if path.is_file() else None
@@ -43,10 +51,9 @@ class ShardReader:
                 raise ShardError(f"{path}: the shard {found}; copy it again or build the shards again.")
         self._files: OrderedDict[int, int] = OrderedDict()
         self._scales: OrderedDict[int, npt.NDArray[np.float32]] = OrderedDict()
-        self._verified: set[int] = set()
 
-    def read(self, run_index: int, start: int, length: int) -> QuantisedClip:
-        """Return `length` frames of a run from frame `start`.
+    def read(self, run_index: int, start: int, length: int, out: npt.NDArray[Any] | None = None) -> QuantisedClip:
+        """Return `length` frames of a run from frame `start`, read into `out` [length, V] where it is given.
 
         Raises
         ------
@@ -58,10 +65,10 @@ class ShardReader:
         run = self.manifest.runs[run_index]
         if start < 0 or length < 1 or start + length > run.n_frames:
             raise IndexError(f"{run.key}: frames {start} to {start + length} are outside its {run.n_frames} frames")
-        if run_index not in self._verified:
+        if run_index not in self.verified:
             self._verify(run)
-            self._verified.add(run_index)
-        q = np.empty((length, self.manifest.n_voxels), dtype=self.manifest.dtype)
+            self.verified.add(run_index)
+        q = np.empty((length, self.manifest.n_voxels), dtype=self.manifest.dtype) if out is None else out
         self._fill(run, q.data.cast("B"), run.offset + start * q.strides[0])
         mean, scale = self._scale(run_index)
         return QuantisedClip(q, scale, mean)

@@ -8,13 +8,15 @@ Shape suffixes: B clips · T frames · V brain voxels.
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from boldforge.data_shards.manifest import Manifest, ShardError
 from boldforge.data_shards.permutation import mix, permute
@@ -61,7 +63,8 @@ class ClipStream:
     rank, world_size
         This process and how many there are.
     num_workers
-        Processes that read ahead, whole steps each; 0 reads in this process.
+        Threads that read ahead, whole steps each; 0 reads when asked. Reading, checksums and copies run outside
+        Python's lock, so threads do what worker processes would, without pickling or forking a process that trains.
 
     Raises
     ------
@@ -129,13 +132,16 @@ class ClipStream:
         ShardError
             If a shard is damaged.
         """
+        return self._read(self._reader, step)
+
+    def _read(self, reader: ShardReader, step: int) -> ClipBatch:
         clips = [self.clip(step * self.batch_size + slot) for slot in self._slots]
-        parts = [self._reader.read(clip.run, clip.start, self.clip_length) for clip in clips]
-        q, scale, mean = (np.stack(arrays) for arrays in zip(*parts, strict=True))
+        q = np.empty((len(clips), self.clip_length, self.manifest.n_voxels), dtype=self.manifest.dtype)
+        parts = [reader.read(clip.run, clip.start, self.clip_length, out) for clip, out in zip(clips, q, strict=True)]
         return ClipBatch(
             q=torch.from_numpy(q),
-            scale=torch.from_numpy(scale),
-            mean=torch.from_numpy(mean),
+            scale=torch.from_numpy(np.stack([part.scale for part in parts])),
+            mean=torch.from_numpy(np.stack([part.mean for part in parts])),
             run=torch.tensor([clip.run for clip in clips]),
             start=torch.tensor([clip.start for clip in clips]),
             step=step,
@@ -151,15 +157,18 @@ class ClipStream:
         if self.num_workers == 0:
             while True:
                 yield self.batch(self.step)
-        # Spawned workers inherit no threads or locks. DataLoader takes from them in turn, so the steps stay in order.
-        loader = DataLoader(
-            _WorkerSteps(self, self.step),
-            batch_size=None,
-            num_workers=self.num_workers,
-            collate_fn=_unchanged,
-            multiprocessing_context="spawn",
-        )
-        yield from loader
+        # A reader serves one thread at a time; what one has verified the others need not verify again.
+        readers = [ShardReader(self.manifest, self._reader.verified) for _ in range(self.num_workers)]
+        ahead: deque[Future[ClipBatch]] = deque()
+        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="clips")
+        try:
+            for step in count(self.step):
+                # As many steps in flight as readers, and consecutive steps use different ones: none is shared.
+                if len(ahead) == self.num_workers:
+                    yield ahead.popleft().result()
+                ahead.append(pool.submit(self._read, readers[step % self.num_workers], step))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, under 400 bytes as JSON: valid at any number of ranks and workers."""
@@ -193,23 +202,3 @@ class ClipStream:
             "batch_size": self.batch_size,
             "segments": segments,
         }
-
-
-class _WorkerSteps(IterableDataset[ClipBatch]):
-    """The steps of one reading process: every num_workers-th, from its own number on."""
-
-    def __init__(self, stream: ClipStream, first: int) -> None:
-        self._stream = stream
-        self._first = first
-
-    def __iter__(self) -> Iterator[ClipBatch]:
-        worker = get_worker_info()
-        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        step = self._first + number
-        while True:
-            yield self._stream.batch(step)
-            step += count
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
