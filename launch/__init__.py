@@ -1,1 +1,1 @@
-"""Placeholder while the package is being written."""
+"""What people run: the command line, the demo, the report and the release."""

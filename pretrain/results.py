@@ -134,6 +134,7 @@ def _write_regions(run: Run, measured: HeldoutError, path: Path) -> None:
         inside = labels_V == label
         count = measured.count_V[inside].sum()
         if count:
-            error, baseline = measured.error_V[inside].sum() / count, measured.baseline_V[inside].sum() / count
+            error = float(measured.error_V[inside].sum() / count)
+            baseline = float(measured.baseline_V[inside].sum() / count)
             lines.append(f"{label},{name},{int(count)},{error!r},{baseline!r}\n")
     path.write_text("".join(lines))

@@ -129,7 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         train(load_config(PretrainConfig, options.config, options.overrides))
     except BoldForgeError as error:
-        print(error, file=sys.stderr)
+        # The prefix lets `boldforge pretrain` find this sentence in the log that all ranks share.
+        print(f"boldforge: {error}", file=sys.stderr)
         return 2
     finally:
         if torch.distributed.is_initialized():

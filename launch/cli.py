@@ -1,0 +1,219 @@
+"""The ``boldforge`` command: one function per verb, in the order in which people meet them.
+
+Everything heavy (torch, ray, deepspeed, nibabel) is imported inside the verbs, so that ``--help`` answers at once.
+"""
+
+import errno
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+import boldforge
+from boldforge.configs import BoldForgeError
+
+app = typer.Typer(
+    name="boldforge",
+    help="Distributed pretraining for functional MRI: 4D scans in, a foundation model and an adapted classifier out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, e.g. steps=500 optimizer.lr=1e-4"),
+]
+Recipe = Annotated[str, typer.Option("--config", help="Recipe (YAML): your own file, or one that comes with BoldForge")]
+LayoutOption = Annotated[
+    Literal["auto", "bids", "adhd200", "table"],
+    typer.Option(help="How the folder is laid out; auto looks at the names"),
+]
+TrOption = Annotated[
+    float | None, typer.Option(help="Seconds between frames, where the files do not say or say it wrong")
+]
+
+_MENDS = {
+    errno.ENOENT: "check the name",
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+    errno.EROFS: "choose a folder that can be written",
+    errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.EISDIR: "a folder stands where a file is needed",
+    errno.EEXIST: "choose another name or remove it",
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some of your quota and run the same command again",
+}
+
+
+def main() -> None:
+    """Run the command line; a user's mistake becomes one sentence on standard error and exit code 2."""
+    try:
+        app()
+    except BoldForgeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 2))
+    except OSError as error:
+        if error.errno not in _MENDS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{where}{error.strerror}; {_MENDS[error.errno]}.", file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(boldforge.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version")] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: boldforge demo --out runs/demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes")] = Path("runs/demo"),
+    data: Annotated[Path, typer.Option(help="Folder with the two real runs of the checkout")] = Path("tests/data"),
+    fresh: Annotated[bool, typer.Option(help="Start again instead of going on from finished stages")] = False,
+) -> None:
+    """Run the whole pipeline on two real runs and a small simulated cohort, in a few minutes."""
+    from boldforge.launch.demo import run_demo
+
+    run_demo(data, out, fresh=fresh)
+
+
+@app.command(epilog="Example: boldforge inspect /data/fmriprep")
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder of 4D NIfTI files, or a table of runs")],
+    layout: LayoutOption = "auto",
+    tr: TrOption = None,
+) -> None:
+    """Show which runs a folder holds, and which would be skipped and why; nothing is written."""
+    from boldforge.launch.sharding import print_inspection
+
+    print_inspection(folder, layout, tr, Console())
+
+
+@app.command(epilog="Example: boldforge shard /data/fmriprep --out shards/study --grid mni4mm --tr 2.0 --workers 4")
+def shard(
+    folder: Annotated[Path, typer.Argument(help="Folder of 4D NIfTI files, or a table of runs")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards")],
+    grid: Annotated[Literal["mni4mm", "mni2mm"], typer.Option(help="Voxel grid")] = "mni4mm",
+    tr: Annotated[float, typer.Option(help="Seconds between frames to resample every run to")] = 2.0,
+    source_tr: TrOption = None,
+    normalisation: Annotated[
+        Literal["residual-z", "voxel-z", "global-z"], typer.Option(help="How each run is normalised")
+    ] = "residual-z",
+    dtype: Annotated[Literal["int16", "int8"], typer.Option(help="Stored type; int8 halves the size")] = "int16",
+    layout: LayoutOption = "auto",
+    workers: Annotated[int, typer.Option(min=1, help="Processes")] = 1,
+    overwrite: Annotated[bool, typer.Option(help="Replace the dataset that is there")] = False,
+) -> None:
+    """Turn a folder of runs into brain-only shards; a bad run is listed in rejected.tsv and the rest goes on."""
+    from boldforge.data_shards import DataRecipe, find_runs
+    from boldforge.launch.sharding import shard_runs
+
+    recipe = DataRecipe(grid=grid, tr=tr, normalisation=normalisation, dtype=dtype)
+    found = find_runs(folder, layout, source_tr)
+    shard_runs(found, out, recipe, Console(), workers=workers, overwrite=overwrite)
+
+
+@app.command(epilog="Example: boldforge simulate data/cohort --subjects 40 --effect 1.0 --region Thal_MDm_L --seed 0")
+def simulate(
+    out: Annotated[Path, typer.Argument(help="Folder for the cohort, in the ADHD-200 Athena layout")],
+    subjects: Annotated[int, typer.Option(min=2, help="Subjects, half of them with the planted difference")] = 40,
+    frames: Annotated[int, typer.Option(min=8, help="Frames per run")] = 40,
+    effect: Annotated[float, typer.Option(min=0, help="Size of the planted group difference; 0 plants none")] = 1.0,
+    region: Annotated[list[str] | None, typer.Option(help="AAL3 region that carries it; repeat for several")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same files")] = 0,
+) -> None:
+    """Write a simulated ADHD cohort (NIfTI and phenotype table) with a group difference of known size."""
+    from boldforge.launch.sharding import simulate_folder
+
+    simulate_folder(out, subjects, frames, effect, region, seed, Console())
+
+
+@app.command(
+    epilog="Example: boldforge pretrain --config configs/pretrain/tiny.yaml shards=shards/study out=runs/pretrain"
+)
+def pretrain(
+    config: Recipe = "configs/pretrain/tiny.yaml",
+    ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine: one per GPU, or CPU processes")] = 1,
+    overrides: Overrides = None,
+) -> None:
+    """Pretrain on shards under DeepSpeed; the same command again goes on from the last checkpoint."""
+    from boldforge.launch.training import pretrain_on_ranks
+
+    pretrain_on_ranks(config, overrides or [], ranks, Console())
+
+
+@app.command(
+    epilog="Example: boldforge finetune --config configs/finetune/adhd.yaml shards=shards/adhd backbone=runs/pretrain"
+)
+def finetune(config: Recipe = "configs/finetune/adhd.yaml", overrides: Overrides = None) -> None:
+    """Adapt a pretrained model to a diagnosis with LoRA, and test it on subjects it has not seen."""
+    from boldforge.launch.training import finetune_and_print
+
+    finetune_and_print(config, overrides or [], Console())
+
+
+@app.command(
+    epilog="Example: boldforge sweep --config configs/sweep/adhd.yaml shards=shards/adhd backbone=runs/pretrain"
+)
+def sweep(config: Recipe = "configs/sweep/adhd.yaml", overrides: Overrides = None) -> None:
+    """Search over LoRA ranks with Ray Tune; the best by validation AUC is tested once."""
+    from boldforge.launch.training import sweep_and_print
+
+    sweep_and_print(config, overrides or [], Console())
+
+
+@app.command(
+    epilog="Example: boldforge release runs/pretrain --adapter runs/sweep/best/adapter --out releases/study-v1"
+)
+def release(
+    pretrained: Annotated[Path, typer.Argument(help="Pretraining run folder, or its export folder")],
+    out: Annotated[Path, typer.Option(help="Folder for the release; must not exist yet")],
+    adapter: Annotated[Path | None, typer.Option(help="Adapter folder of a finetuning or a sweep's best trial")] = None,
+    replace: Annotated[bool, typer.Option(help="Replace a release that is already there")] = False,
+) -> None:
+    """Write a release: config.json, model.safetensors, a model card and optionally an adapter."""
+    from boldforge.launch.release import write_release
+
+    print(f"Release written to {write_release(pretrained, out, adapter, replace=replace)}")
+
+
+@app.command(epilog="Example: boldforge load releases/study-v1")
+def load(folder: Annotated[Path, typer.Argument(help="Release or export folder")]) -> None:
+    """Read a release back, verify its weights and reproduce its recorded embedding bit for bit."""
+    from boldforge.launch.release import check_release
+
+    raise typer.Exit(check_release(folder, Console()))
+
+
+@app.command(epilog="Example: boldforge report runs/pretrain runs/sweep releases/study-v1 --out report.html")
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders: pretraining, finetuning, sweep; and releases")],
+    out: Annotated[Path, typer.Option(help="The page to write")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about runs: losses, reconstructions, sweep, ROC, provenance."""
+    from boldforge.launch.report import write_report
+
+    print(f"Report written to {write_report(folders, out)}")
+
+
+@app.command(epilog="Example: boldforge doctor")
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Where runs will be written; its free space is checked")] = Path(),
+) -> None:
+    """Look at this machine: versions, accelerators, scan backends, and what is missing and how to mend it."""
+    from boldforge.launch.doctor import examine, print_findings
+
+    findings = examine(folder)
+    print_findings(findings, Console())
+    raise typer.Exit(1 if any(finding.status == "missing" for finding in findings) else 0)

@@ -1,0 +1,50 @@
+"""The model card of a release: what the model is, what it was trained on, how well it does, and how to load it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+FIGURES = ("auc", "balanced_accuracy", "accuracy", "sensitivity", "specificity")
+
+
+def render_card(config: Mapping[str, Any], summary: Mapping[str, Any], task: Mapping[str, Any]) -> str:
+    """Render the card as Markdown.
+
+    Parameters
+    ----------
+    config
+        The release's ``config.json``.
+    summary
+        ``summary.json`` of the pretraining run, empty where it is not at hand.
+    task
+        ``task.json`` of the adapter, empty where there is none.
+    """
+    environment = Environment(
+        loader=PackageLoader("boldforge.launch"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701  (Markdown from our own numbers and validated recipe names, not HTML)
+    )
+    adapted = task.get("figures", {})
+    figures = adapted.get("figures", {})
+    return environment.get_template("model_card.md.j2").render(
+        config=config,
+        data=config["data"],
+        model=config["model"],
+        training=config.get("training", {}),
+        summary=summary,
+        task=task,
+        adapted=adapted,
+        n_subjects=count_subjects(adapted.get("subjects", {})),
+        tested={name: figures[name] for name in FIGURES if isinstance(figures.get(name), int | float)},
+    )
+
+
+def count_subjects(subjects: Mapping[str, Any]) -> int:
+    """Return how many subjects an adapter saw or was tested on: counted in all, or per part of a split."""
+    if "n" in subjects:
+        return int(subjects["n"])
+    return sum(int(part["n"]) for part in subjects.values())

@@ -1,0 +1,88 @@
+"""Progress of long work: a bar with rate and time left on a terminal, a few quiet lines everywhere else."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+OnProgress = Callable[[int, int], None]
+
+
+class _RateColumn(ProgressColumn):
+    """Items per second over the last seconds."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.3g} {self.unit}/s" if speed else "", style="dim")
+
+
+@contextmanager
+def progress(title: str, unit: str, console: Console | None = None) -> Iterator[OnProgress]:
+    """Show how far a piece of work is.
+
+    Parameters
+    ----------
+    title
+        What is being done, e.g. ``"shard"``.
+    unit
+        Plural name of what is counted, e.g. ``"runs"``.
+    console
+        Where to write; the default is standard error, so that standard output stays clean for results.
+
+    Yields
+    ------
+    A callback ``(done, total)`` for the working function's ``on_progress``.
+    """
+    console = console or Console(stderr=True, highlight=False)
+    if console.is_terminal:
+        with _bar(title, unit, console) as on_progress:
+            yield on_progress
+    else:
+        with _lines(title, unit, console) as on_progress:
+            yield on_progress
+
+
+@contextmanager
+def _bar(title: str, unit: str, console: Console) -> Iterator[OnProgress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(unit),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _lines(title: str, unit: str, console: Console) -> Iterator[OnProgress]:
+    began = time.monotonic()
+    last_tenth, last_done = 0, 0
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal last_tenth, last_done
+        last_done = done
+        tenth = 10 * done // max(total, 1)
+        if tenth <= last_tenth:
+            return
+        last_tenth = tenth
+        rate = done / max(time.monotonic() - began, 1e-9)
+        if done < total:
+            remaining = (total - done) / rate
+            console.print(
+                f"{title}: {10 * tenth} % ({done}/{total} {unit}, {rate:.3g} {unit}/s, {remaining:.0f} s left)"
+            )
+
+    console.print(f"{title}: started")
+    yield on_progress
+    count = f"{last_done} {unit} in " if last_done else ""
+    console.print(f"{title}: done, {count}{time.monotonic() - began:.1f} s")

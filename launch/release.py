@@ -1,0 +1,265 @@
+"""Releases: a folder that other people can load, checked when it is written and again when it is read.
+
+    config.json  model.safetensors  README.md (model card)  adapter/ (optional)
+
+Shape suffixes: B clips · T frames · V brain voxels · C channels.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import boldforge
+from boldforge.configs import BoldForgeError
+from boldforge.finetune import Classifier, NeuroStormBackbone, load_backbone, load_classifier, read_task
+from boldforge.launch.model_card import render_card
+from boldforge.pretrain import load_pretrained
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors", "task.json")
+_PROBE_SEED = 0
+
+
+class ReleaseError(BoldForgeError):
+    """A release cannot be written or read as asked."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A release in memory.
+
+    Attributes
+    ----------
+    backbone
+        The pretrained encoder, without the adapter.
+    classifier
+        Encoder, adapter and head, None where the release has no adapter.
+    config
+        The folder's ``config.json``.
+    """
+
+    backbone: NeuroStormBackbone
+    classifier: Classifier | None
+    config: dict[str, Any]
+
+    @torch.no_grad()
+    def embed(self, values_BTV: Tensor | np.ndarray) -> Tensor:
+        """Embed clips.
+
+        Parameters
+        ----------
+        values_BTV
+            float32 [B, T, V]: ``clip_length`` frames, one every ``tr`` seconds, of the brain voxels of ``grid``,
+            normalised as ``normalisation`` says; all four are in ``config["data"]``. `ClipStream` yields such clips.
+
+        Returns
+        -------
+        Tensor
+            float32 [B, C].
+        """
+        return self.backbone.embed(self._checked(values_BTV))
+
+    def predict(self, values_BTV: Tensor | np.ndarray) -> Tensor:
+        """Return the adapter's score of each clip, float32 [B]: the probability of the second class of the task.
+
+        Raises
+        ------
+        ReleaseError
+            If the release has no adapter.
+        """
+        if self.classifier is None:
+            raise ReleaseError(
+                "This release has no adapter, so it can embed but not predict; make one with boldforge finetune or "
+                "sweep, and release it with --adapter."
+            )
+        return self.classifier.predict(self._checked(values_BTV))
+
+    def _checked(self, values_BTV: Tensor | np.ndarray) -> Tensor:
+        values = torch.as_tensor(values_BTV, dtype=torch.float32)
+        expected = (self.config["data"]["clip_length"], _voxels(self.backbone))
+        if values.ndim != 3 or tuple(values.shape[1:]) != expected:
+            raise ReleaseError(
+                f"The clips have shape {list(values.shape)}, expected [clips, {expected[0]} frames, {expected[1]} "
+                f"brain voxels of {self.config['data']['grid']}]; shard the runs with this release's recipe."
+            )
+        return values
+
+
+def from_pretrained(folder: str | Path) -> LoadedModel:
+    """Load a release (or an export) in evaluation mode on the CPU.
+
+    Raises
+    ------
+    BoldForgeError
+        If a file is missing, its hash is not the recorded one, or its format is another version's.
+    """
+    folder = Path(folder)
+    adapter = folder / "adapter"
+    classifier = load_classifier(folder, adapter) if adapter.is_dir() else None
+    backbone = load_backbone(folder, read_task(adapter)["pool"]) if classifier else load_backbone(folder)
+    return LoadedModel(backbone, classifier, load_pretrained(folder).config)
+
+
+def write_release(
+    pretrained: str | Path, out: str | Path, adapter: str | Path | None = None, replace: bool = False
+) -> Path:
+    """Write a release: everything is checked, written beside its place, and moved there whole.
+
+    No path, host name or subject identifier goes in.
+
+    Parameters
+    ----------
+    pretrained
+        A pretraining run folder, or an export (``config.json`` and ``model.safetensors``).
+    out
+        The release folder; must not exist, unless `replace` and it holds a release.
+    adapter
+        A folder that `boldforge.finetune.save_adapter` wrote, or one with it as ``adapter/``; trained on these weights.
+    replace
+        Replace a release that is already there.
+
+    Raises
+    ------
+    BoldForgeError
+        If something is missing, damaged or does not belong together, or `out` is taken.
+    """
+    pretrained, out = Path(pretrained), Path(out)
+    export = pretrained / "export" if (pretrained / "export").is_dir() else pretrained
+    _check_free(out, replace)
+    loaded = load_pretrained(export)
+    adapter = _adapter_folder(Path(adapter)) if adapter is not None else None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as partial:
+        staged = Path(partial) / "release"
+        staged.mkdir()
+        shutil.copyfile(export / "model.safetensors", staged / "model.safetensors")
+        config = _without_paths(loaded.config) | {"boldforge_version": boldforge.__version__}
+        _write_json(staged / "config.json", config)
+        if adapter is not None:
+            _copy_adapter(adapter, staged / "adapter")
+        model = from_pretrained(staged)
+        config["probe"] = probe(model)
+        _write_json(staged / "config.json", config)
+        summary = _read_json(export.parent / "summary.json") if export != pretrained else {}
+        task = _read_json(staged / "adapter" / "task.json")
+        (staged / "README.md").write_text(render_card(config, summary, task))
+        if out.exists():
+            shutil.rmtree(out)
+        staged.rename(out)
+    return out
+
+
+def probe(model: LoadedModel) -> dict[str, Any]:
+    """Embed a fixed random clip: a release that gives the same hash computes the same function, to the last bit.
+
+    Returns
+    -------
+    dict
+        ``seed``, ``shape`` [1, T, V], ``embedding_sha256`` of the float32 values, the first four of them for a reader
+        whose machine rounds differently, and the version of torch.
+    """
+    shape = (1, int(model.config["data"]["clip_length"]), _voxels(model.backbone))
+    clip = np.random.default_rng(_PROBE_SEED).standard_normal(shape, dtype=np.float32)
+    threads = torch.get_num_threads()
+    # The order of a sum, and so its last bit, may depend on how many threads share it.
+    torch.set_num_threads(1)
+    try:
+        embedding = model.embed(clip).numpy()
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        "seed": _PROBE_SEED,
+        "shape": list(shape),
+        "embedding_sha256": hashlib.sha256(embedding.tobytes()).hexdigest(),
+        "first_values": [float(value) for value in embedding[0, :4]],
+        "torch": torch.__version__,
+    }
+
+
+def check_release(folder: Path, console: Console) -> int:
+    """Read a release back, print what it is and whether it reproduces its recorded embedding; return the exit code."""
+    model = from_pretrained(folder)
+    data, recorded, computed = model.config["data"], model.config.get("probe"), probe(model)
+    console.print(
+        f"{folder}: weights verified, SHA-256 {model.backbone.weights_hash[:16]}…", highlight=False, soft_wrap=True
+    )
+    console.print(
+        f"Input: clips of {data['clip_length']} frames on {data['grid']} at {data['tr']} s, {data['normalisation']}; "
+        f"embedding of {model.backbone.dim} values"
+        + (f"; adapter for {model.classifier.task.name}." if model.classifier else "; no adapter."),
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"Embedding of the probe clip: {computed['embedding_sha256'][:16]}…", highlight=False, soft_wrap=True)
+    if recorded is None:
+        console.print("No embedding was recorded here (an export, not a release), so there is nothing to compare with.")
+        return 0
+    if recorded["embedding_sha256"] == computed["embedding_sha256"]:
+        console.print("It equals the recorded one, bit for bit.")
+        return 0
+    difference = np.abs(np.subtract(recorded["first_values"], computed["first_values"])).max()
+    console.print(
+        f"It differs from the recorded one ({recorded['embedding_sha256'][:16]}…), its first values by up to "
+        f"{difference:.2g}. It was recorded with torch {recorded['torch']}, this is {computed['torch']}, and another "
+        "processor may round differently too; the weights themselves are intact.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 1
+
+
+def _voxels(backbone: NeuroStormBackbone) -> int:
+    return int(backbone.network.token_grid.n_voxels)  # type: ignore[union-attr, arg-type]
+
+
+def _check_free(out: Path, replace: bool) -> None:
+    if not out.exists():
+        return
+    if not replace:
+        raise ReleaseError(f"{out}: is already there; choose another --out, or add --replace.")
+    if not ((out / "config.json").is_file() and (out / "model.safetensors").is_file()):
+        raise ReleaseError(f"{out}: is there but holds no release, so it is not replaced; choose another --out.")
+
+
+def _adapter_folder(folder: Path) -> Path:
+    inner = folder / "adapter"
+    return inner if inner.is_dir() else folder
+
+
+def _copy_adapter(source: Path, target: Path) -> None:
+    target.mkdir()
+    for name in ADAPTER_FILES:
+        if not (source / name).is_file():
+            continue
+        if name.endswith(".json"):
+            _write_json(target / name, _without_paths(_read_json(source / name)))
+        else:
+            shutil.copyfile(source / name, target / name)
+
+
+def _without_paths(value: Any) -> Any:
+    """Reduce every absolute path in a tree of settings to its last part: it would name the author's machine."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    if isinstance(value, str) and Path(value).expanduser().is_absolute():
+        return Path(value).name
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

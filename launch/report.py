@@ -1,0 +1,226 @@
+"""One self-contained HTML page about runs: no script, no request to anywhere, images inside."""
+
+import csv
+import json
+import math
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import boldforge
+from boldforge.configs import BoldForgeError
+from boldforge.launch import figures
+from boldforge.launch.model_card import FIGURES
+
+_MOST_EXAMPLES = 2
+_RUN_LIKE = (
+    "a pretraining run (metrics.csv), a finetuning (metrics.json), a sweep (sweep.json) or a release (config.json)"
+)
+
+
+class ReportError(BoldForgeError):
+    """A folder holds nothing that a report can show, or something damaged."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page: which kind of block the template draws, and what it draws."""
+
+    kind: str
+    content: dict[str, Any]
+    simulated: bool
+
+    @property
+    def title(self) -> str:
+        """What the section is about, in words."""
+        return {"sweep": "adapter sweep"}.get(self.kind, self.kind)
+
+
+def write_report(folders: Sequence[str | Path], out: str | Path) -> Path:
+    """Write the page.
+
+    Parameters
+    ----------
+    folders
+        Pretraining runs, finetunings, sweeps and releases, in the order in which they shall appear.
+    out
+        The HTML file; folders above it are made.
+
+    Raises
+    ------
+    ReportError
+        If a folder is none of these, or a file in it is damaged.
+    """
+    sections = [read_section(Path(folder)) for folder in folders]
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(render_page(sections))
+    return out
+
+
+def read_section(folder: Path) -> Section:
+    """Read what the report shows of one folder, telling its kind by the files in it."""
+    readers: dict[str, Callable[[Path], Section]] = {
+        "sweep.json": _read_sweep,
+        "metrics.csv": _read_pretraining,
+        "metrics.json": _read_finetuning,
+        "config.json": _read_release,
+    }
+    for name, read in readers.items():
+        if (folder / name).is_file():
+            try:
+                return read(folder)
+            except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError) as error:
+                raise ReportError(
+                    f"{folder}: its files cannot be shown ({type(error).__name__}: {' '.join(str(error).split())}); "
+                    "were they written by another version, or is the run still going?"
+                ) from error
+    raise ReportError(f"{folder}: nothing here that a report can show; expected {_RUN_LIKE}.")
+
+
+def render_page(sections: Sequence[Section]) -> str:
+    """Render the sections as one HTML page; every text is escaped, figures are inline."""
+    environment = Environment(
+        loader=PackageLoader("boldforge.launch"),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(figure=_show_number, percent=_show_percent)
+    return environment.get_template("report.html.j2").render(
+        sections=sections,
+        measured=[section for section in sections if section.kind != "release"],
+        colour_bar=Markup(figures.colour_bar()),  # noqa: S704  (hex colours of our own)
+        versions=_versions(),
+    )
+
+
+def _read_pretraining(folder: Path) -> Section:
+    from boldforge.pretrain import read_metrics
+
+    rows = read_metrics(folder)
+    if not rows:
+        raise ValueError("metrics.csv holds no step yet")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    summary = _read_json(folder / "summary.json")
+    export = _read_json(folder / "export" / "config.json")
+    content = {
+        "name": folder.name,
+        "config": config,
+        "summary": summary,
+        "data": export.get("data", {}),
+        "weights": export.get("weights_sha256", ""),
+        "last": rows[-1],
+        "steps_done": int(rows[-1]["step"]),
+        "frames_per_second": float(np.median([row["frames_per_second"] for row in rows])),
+        "loss": _inline(figures.loss_figure(rows)),
+        "examples": _read_examples(folder / "reconstruction.npz"),
+        "regions": _read_regions(folder / "regions.csv"),
+    }
+    return Section("pretraining", content, bool(summary.get("simulated", False)))
+
+
+def _read_examples(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with np.load(path, allow_pickle=False) as arrays:
+        stored = dict(arrays)
+    examples = []
+    for number in range(min(_MOST_EXAMPLES, len(stored["original"]))):
+        original, reconstructed, hidden = (stored[name][number] for name in ("original", "reconstructed", "hidden"))
+        example = figures.Example(original, reconstructed, hidden, stored["labels"], stored["affine"])
+        inside = hidden & np.isfinite(original)
+        correlation = np.corrcoef(original[inside], reconstructed[inside])[0, 1] if inside.sum() > 2 else math.nan
+        examples.append(
+            {
+                "rows": figures.slice_rows(example),
+                "regions": json.loads(str(stored["hidden_regions"][number])),
+                "hidden_voxels": int(inside.sum()),
+                "correlation": float(correlation),
+            }
+        )
+    return examples
+
+
+def _read_regions(path: Path) -> list[dict[str, Any]]:
+    """Return the regions by how much better than the baseline they are reconstructed, best first."""
+    if not path.is_file():
+        return []
+    rows = []
+    with path.open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            error, baseline = float(row["error"]), float(row["baseline"])
+            gain = 1 - error / baseline if baseline else 0.0
+            rows.append({"name": row["name"], "error": error, "baseline": baseline, "gain": gain})
+    return sorted(rows, key=lambda row: -row["gain"])
+
+
+def _read_finetuning(folder: Path) -> Section:
+    results = _read_json(folder / "metrics.json")
+    content = {"name": folder.name, "results": results, **_adapted(results)}
+    return Section("finetuning", content, bool(results["simulated"]))
+
+
+def _read_sweep(folder: Path) -> Section:
+    results = _read_json(folder / "sweep.json")
+    content = {"name": folder.name, "results": results, **_adapted(results)}
+    return Section("sweep", content, bool(results["simulated"]))
+
+
+def _adapted(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures and ROC curve that a finetuning and a sweep share."""
+    tested = results["figures"]
+    roc = results.get("roc")
+    return {
+        "figures": {name.replace("_", " "): tested.get(name) for name in FIGURES},
+        "n": tested["n"],
+        "n_positive": tested["n_positive"],
+        "roc": _inline(figures.roc_figure(roc["fpr"], roc["tpr"], tested["auc"], tested["n"])) if roc else None,
+    }
+
+
+def _read_release(folder: Path) -> Section:
+    config = _read_json(folder / "config.json")
+    adapter = _read_json(folder / "adapter" / "task.json")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    simulated = bool(config["data"].get("simulated", False) or adapter.get("figures", {}).get("simulated", False))
+    content = {
+        "name": folder.name,
+        "folder": str(folder),
+        "config": config,
+        "adapter": adapter,
+        "megabytes": size / 1e6,
+    }
+    return Section("release", content, simulated)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _inline(svg: str) -> Markup:
+    return Markup(svg)  # noqa: S704  (drawn by figures.py from numbers; its texts are escaped by matplotlib)
+
+
+def _show_number(value: float | None, digits: int = 3) -> str:
+    """Write a figure for a table; an undefined one is a dash."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _show_percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "deepspeed", "ray", "peft", "nibabel", "nilearn", "webdataset")
+    known = {"BoldForge": boldforge.__version__, "Python": platform.python_version()}
+    return known | {name: metadata.version(name) for name in packages}

@@ -1,0 +1,113 @@
+"""The verbs ``pretrain``, ``finetune`` and ``sweep``: start the work, show how far it is, print what came out."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from boldforge.configs import ConfigError, load_config, recipe_path
+from boldforge.data_shards import load_manifest
+from boldforge.launch.model_card import FIGURES
+from boldforge.launch.progress import progress
+from boldforge.launch.ranks import run_ranks
+
+_TAIL_BYTES = 4096
+
+
+def pretrain_on_ranks(recipe: str, overrides: Sequence[str], ranks: int, console: Console) -> Path:
+    """Pretrain under DeepSpeed's launcher, under a progress bar; return the run folder.
+
+    Raises
+    ------
+    BoldForgeError
+        For a recipe, shards or a run folder that cannot be used, before a rank is started where that can be told.
+    """
+    from boldforge.pretrain import PretrainConfig
+
+    config = load_config(PretrainConfig, recipe, overrides)
+    manifest = load_manifest(config.shards)
+    cuda = torch.cuda.is_available()
+    if cuda and ranks > torch.cuda.device_count():
+        raise ConfigError(
+            f"--ranks is {ranks}, but this machine has {torch.cuda.device_count()} GPUs; use at most that."
+        )
+    log = config.out / "ranks.log"
+    before = steps_done(config.out)
+    if before:
+        console.print(f"{config.out}: goes on from its last checkpoint.", highlight=False, soft_wrap=True)
+    where = "GPU" if cuda else "CPU"
+    plan = (
+        f"{len(manifest.runs)} runs, {config.steps} steps, {ranks} {where} ranks, ZeRO-{config.zero_stage}; log: {log}"
+    )
+    console.print(f"pretrain: {plan}", highlight=False, soft_wrap=True)
+    arguments = ["--config", str(recipe_path(recipe)), *overrides]
+    with progress("pretrain", "steps") as on_progress:
+
+        def show_steps() -> None:
+            # Until the first new step the ranks import, compile and read: that time says nothing about the rate.
+            if (done := steps_done(config.out)) != before:
+                on_progress(done, config.steps)
+
+        run_ranks("boldforge.pretrain.train", arguments, ranks, log, cuda, while_running=show_steps)
+    _print_pretrained(config.out, console)
+    return config.out
+
+
+def steps_done(folder: Path) -> int:
+    """Return the last step in a run's ``metrics.csv`` from the end of the file alone; 0 where there is none."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return 0
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        lines = stream.read().decode(errors="replace").splitlines(keepends=True)
+    # The last line may be half-written, the first one cut; a header is not a number.
+    steps = [line.split(",")[0] for line in lines if line.endswith("\n")]
+    return next((int(step) for step in reversed(steps) if step.isdigit()), 0)
+
+
+def finetune_and_print(recipe: str, overrides: Sequence[str], console: Console) -> Path:
+    """Fine-tune under a progress bar, print the figures and return the folder."""
+    from boldforge.finetune import FinetuneConfig, finetune
+
+    config = load_config(FinetuneConfig, recipe, overrides)
+    with progress("finetune", "clips") as on_progress:
+        results = finetune(config, on_progress)
+    _print_figures(results, console)
+    console.print(f"Adapter: {config.out / 'adapter'}", highlight=False, soft_wrap=True)
+    return config.out
+
+
+def sweep_and_print(recipe: str, overrides: Sequence[str], console: Console) -> Path:
+    """Sweep over LoRA ranks under a progress bar, print a line per trial and the choice, and return the folder."""
+    from boldforge.finetune import SweepConfig, sweep
+
+    config = load_config(SweepConfig, recipe, overrides)
+    with progress("sweep", "clips") as on_progress:
+        results = sweep(config, on_progress)
+    for trial in results["trials"]:
+        stopped = "stopped early after" if trial["stopped_early"] else "trained for"
+        figures = f"validation AUC {trial['validation_auc']:.3f}, {stopped} {trial['epochs']} epochs"
+        console.print(f"rank {trial['rank']}: {figures}", highlight=False)
+    console.print(results["sentence"], highlight=False, soft_wrap=True)
+    _print_figures(results, console)
+    console.print(f"Adapter: {config.out / 'best' / 'adapter'}", highlight=False, soft_wrap=True)
+    return config.out
+
+
+def _print_pretrained(folder: Path, console: Console) -> None:
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    error, baseline = summary["heldout_error"], summary["heldout_baseline"]
+    figures = f"held-out error {error:.4f}; predicting the mean frame gives {baseline:.4f}"
+    console.print(f"{folder}: {figures}.", highlight=False, soft_wrap=True)
+    console.print(f"Weights: {folder / 'export'}", highlight=False, soft_wrap=True)
+
+
+def _print_figures(results: Mapping[str, Any], console: Console) -> None:
+    figures = results["figures"]
+    parts = [f"{name.replace('_', ' ')} {figures[name]:.3f}" for name in FIGURES if figures.get(name) is not None]
+    of = "simulated subjects" if results["simulated"] else "subjects"
+    console.print(f"Test on {figures['n']} {of}: {', '.join(parts)}.", highlight=False, soft_wrap=True)
