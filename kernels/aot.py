@@ -10,7 +10,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,12 @@ class Resources:
     instructions: int
 
 
-def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
-    """Yield (name, kernel, signature, constants) of every kernel variant."""
+def variants(types: Sequence[str], states: Sequence[int]) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
+    """Yield (name, kernel, signature, constants) of every kernel for these input types and numbers of states."""
     pointers = ("u", "dt", "B", "C", "z", "y")
     scalars = ("n_channels", "n_tokens", "u_row", "dt_row", "B_row", "C_row", "z_row")
-    for dtype in ("fp32", "bf16", "fp16"):
-        for n_states in (1, 4, 16, 64):
+    for dtype in types:
+        for n_states in states:
             signature = {f"{name}_ptr": f"*{dtype}" for name in pointers}
             signature |= dict.fromkeys(("A_ptr", "D_ptr", "bias_ptr"), "*fp32")
             signature |= {"rows_ptr": "*i32", "cu_ptr": "*i32"} | dict.fromkeys(scalars, "i32")
@@ -90,10 +90,12 @@ def main() -> None:
     """Print the resources of every variant as JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--capability", type=int, default=90, help="NVIDIA compute capability (90: Hopper)")
-    capability = parser.parse_args().capability
+    parser.add_argument("--types", nargs="+", default=["fp32", "bf16", "fp16"], help="input types")
+    parser.add_argument("--states", nargs="+", type=int, default=[1, 4, 16, 64], help="numbers of states N")
+    chosen = parser.parse_args()
     report = [
-        asdict(resources(name, compile_variant(kernel, signature, constants, capability)))
-        for name, kernel, signature, constants in variants()
+        asdict(resources(name, compile_variant(kernel, signature, constants, chosen.capability)))
+        for name, kernel, signature, constants in variants(chosen.types, chosen.states)
     ]
     print(json.dumps(report, indent=1))
 
