@@ -1,0 +1,83 @@
+"""Held-out error: what is counted, and what it is compared with."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from boldforge.data_shards import Holdout, ShardReader, brain_mask, load_manifest, split_segments
+from boldforge.pretrain import HeldoutClips, MaskConfig, MaskSampler, TokenGrid, gather_patches, reconstruction_loss
+from boldforge.pretrain.evaluate import counted_voxels
+
+FRAMES = 4
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def parts(real_shards: Path) -> tuple[HeldoutClips, TokenGrid]:
+    manifest = load_manifest(real_shards)
+    grid = TokenGrid(brain_mask(manifest.grid), (3, 3, 3), FRAMES, 1)
+    train, heldout = split_segments(manifest, Holdout(by="frames", fraction=0.25))
+    sampler = MaskSampler(grid, MaskConfig(strategy="tube", ratio=0.5))
+    return HeldoutClips(ShardReader(manifest), train, heldout, sampler, FRAMES, limit=5), grid
+
+
+def test_clips_come_from_every_run_and_never_from_training_frames(parts: tuple[HeldoutClips, TokenGrid]) -> None:
+    heldout, _ = parts
+    assert {run for run, _ in heldout.clips} == {0, 1}
+    assert len(heldout.clips) == 5
+    for run, start in heldout.clips:
+        assert start >= heldout._train[run].stop
+
+
+def test_predicting_the_mean_frame_scores_exactly_the_baseline(
+    one_rank: None, parts: tuple[HeldoutClips, TokenGrid]
+) -> None:
+    heldout, grid = parts
+    table = torch.from_numpy(grid.patch_voxels)
+    seen = iter(range(len(heldout.clips)))
+
+    def mean_frame(values_BTV: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        frame = torch.from_numpy(heldout.mean_frame(heldout.clips[next(seen)][0]))
+        return gather_patches(frame.expand(1, FRAMES, -1), table)
+
+    measured = heldout.measure(mean_frame, table, grid.n_voxels, torch.float32)
+    assert measured.error == measured.baseline > 0
+    assert measured.count_V.max() <= 5 * FRAMES
+
+
+def test_the_truth_scores_zero_on_what_is_hidden(one_rank: None, parts: tuple[HeldoutClips, TokenGrid]) -> None:
+    heldout, grid = parts
+    table = torch.from_numpy(grid.patch_voxels)
+
+    def truth_where_hidden(values_BTV: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        return torch.where(mask_BL.unsqueeze(-1), gather_patches(values_BTV, table), 1e6)
+
+    measured = heldout.measure(truth_where_hidden, table, grid.n_voxels, torch.float32)
+    assert measured.error == 0.0
+
+
+def test_voxels_outside_brain_or_field_of_view_never_count() -> None:
+    mask = np.zeros((2, 2, 4), bool)
+    mask[0] = True
+    grid = TokenGrid(mask, (2, 2, 2), frames=2, n_stages=1)
+    table = torch.from_numpy(grid.patch_voxels)
+    signal = torch.ones(1, grid.n_voxels, dtype=torch.bool)
+    signal[0, 0] = False
+    hidden = torch.tensor([[True, True, False, False]])
+    counted = counted_voxels(hidden, signal, table)
+    assert counted.shape == (1, 4, 8)
+    assert counted[0, :2].sum() == 2 * (4 - 1)
+    assert not counted[0, 2:].any()
+    target = torch.zeros(1, 4, 8)
+    wrong_elsewhere = torch.where(counted, 2.0, 1e9)
+    assert reconstruction_loss(wrong_elsewhere, target, counted) == 4.0
