@@ -5,9 +5,11 @@ Shape suffixes: b clips · L tokens · D inner channels · N states · K taps.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +39,7 @@ class Backend(NamedTuple):
 
 def available_backends() -> dict[str, str]:
     """Return every backend with an empty string if it runs here, else the reason it does not."""
-    return {"torch": "", "triton": _why_no_triton()}
+    return {name: why_not() for name, why_not in _WHY_NOT.items()}
 
 
 def shifted_scan(
@@ -182,21 +184,25 @@ def _choose(name: str, tensor: Tensor) -> Backend:
     if name == "auto":
         on_gpu = tensor.device.type == "cuda" and tensor.dtype != torch.float64
         name = "triton" if on_gpu and not _why_no_triton() else "torch"
-    backends = available_backends()
-    working = ", ".join(known for known, reason in backends.items() if not reason)
-    if name not in backends:
-        raise BackendError(f'There is no scan backend named "{name}"; use auto or one of: {working}.')
-    reason = backends[name]
-    if name == "triton" and not reason:
-        reason = _why_not_on_triton(tensor)
+    if name not in _WHY_NOT:
+        raise BackendError(f'There is no scan backend named "{name}"; use auto or one of: {_working()}.')
+    reason = _WHY_NOT[name]() or _why_not_here(name, tensor)
     if reason:
-        raise BackendError(f'The scan backend "{name}" cannot run here: {reason}. Use auto or one of: {working}.')
-    if name == "torch":
-        return _TORCH
-    # Imported only when it is used: importing triton takes a moment and is not possible everywhere.
-    from boldforge.kernels import triton_scan
+        raise BackendError(f'The scan backend "{name}" cannot run here: {reason}. Use auto or one of: {_working()}.')
+    # Imported only when used: triton and mamba-ssm take a moment to import and are not everywhere.
+    if name == "triton":
+        from boldforge.kernels import triton_scan
 
-    return _TORCH._replace(scan_forward=triton_scan.scan_forward)
+        return _TORCH._replace(scan_forward=triton_scan.scan_forward)
+    if name == "mamba_ssm":
+        from boldforge.kernels import mamba_backend
+
+        return _TORCH._replace(scan_forward=mamba_backend.scan_forward, scan_backward=mamba_backend.scan_backward)
+    return _TORCH
+
+
+def _working() -> str:
+    return ", ".join(name for name, reason in available_backends().items() if not reason)
 
 
 def _interpreted() -> bool:
@@ -204,17 +210,42 @@ def _interpreted() -> bool:
 
 
 def _why_no_triton() -> str:
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_installed():
         return "triton is not installed"
     if not torch.cuda.is_available() and not _interpreted():
         return "no CUDA device was found"
     return ""
 
 
-def _why_not_on_triton(tensor: Tensor) -> str:
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _why_no_mamba_ssm() -> str:
+    if not torch.cuda.is_available():
+        return "no CUDA device was found"
+    try:
+        importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+    except ImportError as error:
+        return f"mamba-ssm with its compiled CUDA scan does not import ({error})"
+    return ""
+
+
+_WHY_NOT: dict[str, Callable[[], str]] = {
+    "torch": lambda: "",
+    "triton": _why_no_triton,
+    "mamba_ssm": _why_no_mamba_ssm,
+}
+
+
+def _why_not_here(name: str, tensor: Tensor) -> str:
+    """Return why a backend that works on this machine cannot take tensors like this one."""
+    if name == "torch":
+        return ""
     if tensor.dtype == torch.float64:
         return "it has no float64, which the torch backend has"
-    if tensor.device.type != "cuda" and not _interpreted():
+    if tensor.device.type != "cuda" and not (name == "triton" and _interpreted()):
         return f"the tensors are on {tensor.device.type}, not on a CUDA device"
     return ""
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, silu
+from torch.nn.functional import pad, silu, softplus
 
 from boldforge.kernels.index import ScanIndex
 from boldforge.kernels.packing import Block, packs
@@ -24,7 +24,8 @@ _CACHE_ELEMENTS = (
     1 << 17
 )  # state elements [lane, N, D] worked on at once on a CPU: the inner loop stays in its L2 cache
 _DEVICE_ELEMENTS = 1 << 22  # on an accelerator: enough work per launch, half a gigabyte of states in the backward
-_BLOCK_STEPS = 8  # steps whose states are held at once in the backward
+_FORWARD_STEPS = 32  # steps gathered at once in the forward: few calls, still in cache
+_BACKWARD_STEPS = 8  # steps whose states are held at once in the backward
 
 
 class ScanGradients(NamedTuple):
@@ -58,7 +59,7 @@ def scan_forward(
     work = _work_dtype(u)
     log2_A_ND = _log2_decay(A.to(work).T)
     out = _like_rows(u)
-    for blocks in packs(index, u.shape[0], _lanes(log2_A_ND), _BLOCK_STEPS):
+    for blocks in packs(index, u.shape[0], _lanes(log2_A_ND), _FORWARD_STEPS):
         h = log2_A_ND.new_zeros(blocks[0].sizes[0], *log2_A_ND.shape)
         for block in blocks:
             u_RD, B_RN, C_RN = (_take(tensor, block, work) for tensor in (u, B, C))
@@ -124,7 +125,7 @@ def scan_backward(
     du, ddt, dB, dC = (_like_rows(tensor) for tensor in (u, dt, B, C))
     dz = None if z is None else _like_rows(z)
     dA_ND, dD, dbias = torch.zeros_like(A_ND), A_ND.new_zeros(len(A)), A_ND.new_zeros(len(A))
-    all_packs = packs(index, u.shape[0], _lanes(A_ND), _BLOCK_STEPS)
+    all_packs = packs(index, u.shape[0], _lanes(A_ND), _BACKWARD_STEPS)
     workspace = A_ND.new_empty(2, max(len(pack[0].rows) for pack in all_packs), *A_ND.shape)
     for blocks in all_packs:
         entering = _states_entering(u, dt, A_ND, B, dt_bias, blocks)
@@ -245,15 +246,15 @@ def conv_backward(
     total = _convolve(x, weight, bias, index)
     gate = torch.sigmoid(total)
     dtotal = dout.to(work) * gate * (1 + total * (1 - gate))
-    taps = weight.to(work)
-    reach = weight.shape[1] - 1
+    taps, reach = weight.to(work), weight.shape[1] - 1
     dx = dtotal * taps[:, reach]
     dtaps = [(dtotal * x).sum((0, 1))]
-    x_padded, dtotal_padded = _with_zero_row(x.to(work)), _with_zero_row(dtotal)
-    before, after = index.neighbours(reach), index.neighbours(-reach)
-    for back in range(reach):
-        dx.addcmul_(dtotal_padded.index_select(1, after[back]), taps[:, reach - 1 - back])
-        dtaps.append((dtotal * x_padded.index_select(1, before[back])).sum((0, 1)))
+    dtotal_padded, after = _with_zero_row(dtotal), index.neighbours(-reach)
+    for ahead in range(reach):
+        # What each token did to the total of the one ahead of it: serves its own gradient and the tap's.
+        dtotal_ahead = dtotal_padded.index_select(1, after[ahead])
+        dx.addcmul_(dtotal_ahead, taps[:, reach - 1 - ahead])
+        dtaps.append(dtotal_ahead.mul_(x).sum((0, 1)))
     dweight = torch.stack(dtaps[::-1], dim=1).to(weight.dtype)
     return dx.to(x.dtype), dweight, None if bias is None else dtotal.sum((0, 1)).to(bias.dtype)
 
@@ -303,5 +304,5 @@ def _step_size(dt: Tensor, dt_bias: Tensor | None, block: Block, dtype: torch.dt
 
 
 def _softplus(step: Tensor) -> Tensor:
-    """log(1 + e^x) through log1p: the plain form loses all digits where the step is small."""
-    return step.abs().neg_().exp_().log1p_().add_(step.clamp_min(0))
+    """log1p(e^x), which keeps its digits where the step is tiny; beyond 40 it equals x even in float64."""
+    return softplus(step, threshold=40)

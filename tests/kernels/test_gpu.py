@@ -62,3 +62,12 @@ def test_convolution():
     x, weight, bias = torch.randn(2, index.n_tokens, 72), torch.randn(72, 4), torch.randn(72)
     y = shifted_conv(x.cuda(), weight.cuda(), bias.cuda(), index)
     assert relative_error(y.cpu(), conv_oracle(x, weight, bias, index)) < 1e-6
+
+
+def test_mamba_ssm_agrees():
+    if reason := available_backends()["mamba_ssm"]:
+        pytest.skip(reason)
+    index = ragged_index()
+    inputs = scan_inputs(index, 2, 72, 16, torch.float32)
+    y = shifted_scan(**on_gpu(inputs), index=index, backend="mamba_ssm")
+    assert relative_error(y.cpu(), scan_oracle(**inputs, index=index)) < 1e-3
