@@ -1,0 +1,167 @@
+from pathlib import Path
+
+import pytest
+from pydantic import Field, field_validator
+
+from boldforge.configs import ConfigError, StrictModel, load_config, recipe_names, recipe_path
+
+
+class Optimizer(StrictModel):
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+class Training(StrictModel):
+    out: Path
+    steps: int = 10
+    name: str | None = None
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    warmup: Optimizer | None = None
+
+    @field_validator("steps")
+    @classmethod
+    def _even(cls, steps: int) -> int:
+        if steps % 2:
+            raise ValueError("must be even")
+        return steps
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("out: runs/x\nsteps: 4\noptimizer: {lr: 0.01}\n")
+    return path
+
+
+def test_a_recipe_fills_the_model_and_the_rest_keeps_its_default(recipe):
+    config = load_config(Training, recipe)
+    assert (config.out, config.steps, config.optimizer.lr) == (Path("runs/x"), 4, 0.01)
+    assert config.optimizer.betas == (0.9, 0.95)
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier(recipe):
+    config = load_config(Training, recipe, ["optimizer.lr=1", "steps=6", "optimizer.lr=2.5"])
+    assert config.optimizer.lr == 2.5
+    assert config.steps == 6
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("2.5e3", 2500.0), ("3", 3.0)])
+def test_numbers_may_be_written_as_scientists_write_them(recipe, text, value):
+    assert load_config(Training, recipe, [f"optimizer.lr={text}"]).optimizer.lr == value
+
+
+def test_values_are_yaml_lists_null_and_text(recipe):
+    config = load_config(Training, recipe, ["optimizer.betas=[0.5, 0.6]", "name=null", "out=a folder/x=y"])
+    assert config.optimizer.betas == (0.5, 0.6)
+    assert config.name is None
+    assert config.out == Path("a folder/x=y")
+
+
+def test_an_override_can_open_a_section_that_the_file_does_not_have(recipe):
+    assert load_config(Training, recipe, ["warmup.lr=0.5"]).warmup == Optimizer(lr=0.5)
+
+
+def test_the_source_mapping_is_left_as_it_was():
+    source = {"out": "x", "optimizer": {"lr": 0.1}}
+    load_config(Training, source, ["optimizer.lr=0.2"])
+    assert source == {"out": "x", "optimizer": {"lr": 0.1}}
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name(recipe):
+    with pytest.raises(ConfigError, match=r"unknown key 'optimizer\.betaz'; did you mean 'betas'\?"):
+        load_config(Training, recipe, ["optimizer.betaz=[1, 1]"])
+
+
+def test_an_unknown_key_unlike_any_other_gets_the_list(recipe):
+    with pytest.raises(ConfigError, match=r"unknown key 'qqq'; valid keys are out, steps, name, optimizer, warmup"):
+        load_config(Training, recipe, ["qqq=1"])
+
+
+def test_the_nearest_name_is_found_inside_an_optional_section(recipe):
+    with pytest.raises(ConfigError, match=r"'warmup\.l_r'; did you mean 'lr'\?"):
+        load_config(Training, recipe, ["warmup.l_r=1"])
+
+
+def test_a_value_out_of_range_names_key_value_and_file(recipe):
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: key 'optimizer\.lr' is -1, but: .*greater than 0"):
+        load_config(Training, recipe, ["optimizer.lr=-1"])
+
+
+def test_a_validators_own_words_reach_the_user_without_pydantics_prefix(recipe):
+    with pytest.raises(ConfigError, match=r"key 'steps' is 5, but: must be even\.") as caught:
+        load_config(Training, recipe, ["steps=5"])
+    assert "Value error" not in str(caught.value)
+
+
+def test_every_mistake_is_told_at_once(recipe):
+    with pytest.raises(ConfigError) as caught:
+        load_config(Training, recipe, ["steps=x", "optimizer.lr=-1"])
+    assert "'steps'" in str(caught.value)
+    assert "'optimizer.lr'" in str(caught.value)
+
+
+def test_a_missing_key_says_how_to_set_it():
+    with pytest.raises(ConfigError, match=r"key 'out' is missing; .*out=VALUE"):
+        load_config(Training, None, ["steps=2"])
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", " =3"])
+def test_an_override_without_key_or_value_is_refused(recipe, override):
+    with pytest.raises(ConfigError, match="key=value"):
+        load_config(Training, recipe, [override])
+
+
+def test_an_override_below_a_single_value_is_refused(recipe):
+    with pytest.raises(ConfigError, match=r"'steps' holds a single value, it has no key 'x'"):
+        load_config(Training, recipe, ["steps.x=1"])
+
+
+def test_an_override_that_is_not_yaml_is_refused(recipe):
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(Training, recipe, ["optimizer.betas=[1, 2"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"out: [1, 2\n", "is not valid YAML"),
+        (b"\xff\xfe\x00\x01", "is not valid YAML"),
+        (b"- a\n- b\n", "holds list, expected a mapping"),
+        (b"", "holds NoneType, expected a mapping"),
+        (b"out: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
+    ],
+    ids=["unclosed", "binary", "list", "empty", "code"],
+)
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(Training, path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_packaged_recipe_is_found_by_its_repository_path_and_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe_path("configs/pretrain/tiny.yaml") == recipe_path("pretrain/tiny.yaml")
+
+
+def test_the_users_own_file_of_the_same_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "configs" / "pretrain" / "tiny.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("steps: 1\n")
+    assert recipe_path("configs/pretrain/tiny.yaml").resolve() == own
+
+
+@pytest.mark.parametrize("name", ["configs/pretrain/tinny.yaml", "/etc/passwd.yaml", "configs/../loading.py", ""])
+def test_a_recipe_that_is_not_there_lists_those_that_are(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"no such recipe; .*pretrain/tiny\.yaml"):
+        recipe_path(name)
+
+
+def test_recipe_names_can_all_be_loaded_by_name():
+    names = recipe_names()
+    assert {"pretrain/tiny.yaml", "pretrain/demo.yaml"} <= set(names)
+    assert all(recipe_path(name).is_file() for name in names)

@@ -1,0 +1,155 @@
+import getpass
+import json
+import shutil
+import socket
+
+import numpy as np
+import pytest
+import torch
+
+import boldforge
+from boldforge.configs import BoldForgeError
+from boldforge.launch.release import ReleaseError, from_pretrained, probe, write_release
+
+VOXELS = 29773
+
+
+@pytest.fixture(scope="module")
+def release(pretraining, adapter, tmp_path_factory):
+    return write_release(pretraining, tmp_path_factory.mktemp("releases") / "v1", adapter)
+
+
+@pytest.fixture
+def copy(release, tmp_path):
+    return shutil.copytree(release, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return torch.from_numpy(np.random.default_rng(7).standard_normal((2, 4, VOXELS), dtype=np.float32))
+
+
+def test_a_release_embeds_bit_for_bit_as_the_run_it_came_from(release, pretraining, clips):
+    ours, theirs = boldforge.from_pretrained(release), from_pretrained(pretraining / "export")
+    embedding = ours.embed(clips)
+    assert embedding.shape[0] == 2
+    assert embedding.std() > 0
+    assert torch.equal(embedding, from_pretrained(release).embed(clips))
+    assert torch.equal(embedding, theirs.embed(clips))
+
+
+def test_the_recorded_probe_is_what_a_fresh_load_computes(release):
+    recorded = json.loads((release / "config.json").read_text())["probe"]
+    assert recorded == probe(from_pretrained(release))
+
+
+def test_embed_leaves_the_adapter_out_and_predict_uses_it(copy, clips):
+    before, path = from_pretrained(copy), copy / "adapter" / "adapter_model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    changed = {name: tensor + 0.05 for name, tensor in load_file(path).items()}
+    save_file(changed, path, metadata={"format": "pt"})
+    after = from_pretrained(copy)
+    assert torch.equal(before.embed(clips), after.embed(clips))
+    assert not torch.equal(before.predict(clips), after.predict(clips))
+    assert ((after.predict(clips) >= 0) & (after.predict(clips) <= 1)).all()
+
+
+def test_numpy_clips_are_accepted(release, clips):
+    model = from_pretrained(release)
+    assert torch.equal(model.embed(clips.numpy()), model.embed(clips))
+
+
+def test_nothing_in_a_release_names_a_machine_a_path_or_a_person(release, pretraining):
+    text = b"\n".join(path.read_bytes() for path in release.rglob("*") if path.is_file()).decode("latin-1")
+    names = [socket.gethostname(), str(pretraining), str(pretraining.parent), "/home/", "/tmp/", "sub-secret"]
+    # A short account name such as "root" may occur in any text.
+    names += [getpass.getuser()] if len(getpass.getuser()) > 4 else []
+    assert [name for name in names if name in text] == []
+
+
+def test_absolute_paths_in_a_recipe_are_reduced_to_their_last_part(pretraining, tmp_path):
+    export = shutil.copytree(pretraining / "export", tmp_path / "export")
+    config = json.loads((export / "config.json").read_text())
+    config["training"]["mask"]["atlas"] = "/data/lab/private/atlas.nii.gz"
+    (export / "config.json").write_text(json.dumps(config))
+    written = write_release(export, tmp_path / "release")
+    assert json.loads((written / "config.json").read_text())["training"]["mask"]["atlas"] == "atlas.nii.gz"
+
+
+def test_the_card_says_simulated_and_how_to_load(release):
+    card = (release / "README.md").read_text()
+    assert "trained and tested on simulated subjects" in card
+    assert "40 simulated subjects" in card
+    assert "0.7000" in card, "held-out error"
+    assert "1.0000" in card, "its baseline"
+    assert "| auc | 0.812 |" in card
+    assert 'boldforge.from_pretrained("' in card
+    assert "Not a medical device" in card
+    assert "Rolls" in card
+    assert "2 runs of 2 subjects, 154 frames" in card
+
+
+def test_the_card_of_a_release_without_adapter_speaks_of_none(pretraining, tmp_path):
+    card = (write_release(pretraining, tmp_path / "plain") / "README.md").read_text()
+    assert "adapter" not in card
+    assert "imulated" not in card
+
+
+def test_predict_without_an_adapter_says_how_to_get_one(pretraining, clips, tmp_path):
+    model = from_pretrained(write_release(pretraining, tmp_path / "plain"))
+    with pytest.raises(ReleaseError, match="no adapter.*boldforge finetune"):
+        model.predict(clips)
+
+
+@pytest.mark.parametrize("shape", [(4, VOXELS), (1, 3, VOXELS), (1, 4, VOXELS - 1)])
+def test_clips_of_another_shape_are_refused_with_the_expected_one(release, shape):
+    with pytest.raises(ReleaseError, match=r"expected \[clips, 4 frames, 29773 brain voxels of mni4mm\]"):
+        from_pretrained(release).embed(torch.zeros(shape))
+
+
+def test_an_existing_folder_is_left_alone_unless_asked(release, pretraining, tmp_path):
+    with pytest.raises(ReleaseError, match="already there"):
+        write_release(pretraining, release)
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter.txt").write_text("years of work")
+    with pytest.raises(ReleaseError, match="holds no release"):
+        write_release(pretraining, other, replace=True)
+    assert (other / "chapter.txt").read_text() == "years of work"
+
+
+def test_replacing_a_release_leaves_nothing_of_the_old_one(copy, pretraining):
+    write_release(pretraining, copy, replace=True)
+    assert sorted(path.name for path in copy.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_a_release_that_fails_leaves_nothing_behind(pretraining, adapter, tmp_path):
+    broken = shutil.copytree(adapter, tmp_path / "adapter")
+    task = json.loads((broken / "task.json").read_text())
+    (broken / "task.json").write_text(json.dumps(task | {"base_weights_hash": "0" * 64}))
+    with pytest.raises(BoldForgeError, match="trained on the encoder with weights hash 0000"):
+        write_release(pretraining, tmp_path / "out" / "v1", broken)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_one_flipped_bit_in_the_weights_is_noticed(copy):
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1000] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    with pytest.raises(BoldForgeError, match=r"model\.safetensors: SHA-256 is .*damaged"):
+        from_pretrained(copy)
+
+
+def test_a_format_of_the_future_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"format_version": 99}))
+    with pytest.raises(BoldForgeError, match="format_version is 99"):
+        from_pretrained(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "adapter/task.json", "adapter/head.safetensors"])
+def test_a_missing_file_is_named(copy, name):
+    (copy / name).unlink()
+    with pytest.raises(BoldForgeError, match=name.replace(".", r"\.")):
+        from_pretrained(copy)
