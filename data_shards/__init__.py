@@ -10,6 +10,7 @@ from boldforge.data_shards.prepare import PreparedRun, prepare_run
 from boldforge.data_shards.reader import QuantisedClip, ShardReader
 from boldforge.data_shards.recipe import DataRecipe
 from boldforge.data_shards.runs import Run, RunList, Skipped, check_headers, detect_layout, find_runs
+from boldforge.data_shards.simulate import SimulationConfig, SimulationError, simulate_cohort
 from boldforge.data_shards.splits import Holdout, Segment, split_segments, whole_runs
 from boldforge.data_shards.stream import ClipBatch, ClipStream
 
@@ -54,4 +55,7 @@ __all__ = [
     "whole_runs",
     "ClipBatch",
     "ClipStream",
+    "SimulationConfig",
+    "SimulationError",
+    "simulate_cohort",
 ]
