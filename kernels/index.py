@@ -7,14 +7,16 @@ Shape suffixes: S places in the scan · L tokens of a clip (S = L, each token is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 RESTART = -(2**31)
 """The sign bit of an int32: set on a row, the state restarts before that token."""
@@ -44,7 +46,7 @@ class ScanIndex:
     rows: Tensor
     cu_seqlens: Tensor
     n_tokens: int
-    _tables: dict[object, object] = field(default_factory=dict, init=False, repr=False)
+    _tables: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, table in (("rows", self.rows), ("cu_seqlens", self.cu_seqlens)):
@@ -63,15 +65,20 @@ class ScanIndex:
         if int(self.tokens.max()) >= self.n_tokens or int(torch.bincount(self.tokens).max()) > 1:
             raise ValueError(f"rows must name every token 0…{self.n_tokens - 1} exactly once.")
 
+    def cached(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what ``make`` made for this key the first time: tables that follow from the index are built once."""
+        if key not in self._tables:
+            self._tables[key] = make()
+        return self._tables[key]
+
     def to(self, device: torch.device | str) -> ScanIndex:
         """Return this index on ``device``; the copy is made once and kept."""
         device = torch.device(device)
         if device == self.rows.device:
             return self
-        key = ("to", device)
-        if key not in self._tables:
-            self._tables[key] = ScanIndex(self.rows.to(device), self.cu_seqlens.to(device), self.n_tokens)
-        return self._tables[key]  # type: ignore[return-value]
+        return self.cached(
+            ("to", device), lambda: ScanIndex(self.rows.to(device), self.cu_seqlens.to(device), self.n_tokens)
+        )
 
     @property
     def n_sequences(self) -> int:
@@ -109,18 +116,18 @@ class ScanIndex:
         int64 [abs(steps), L]
             Row ``j - 1`` holds, for every token, the token ``j`` places away; ``n_tokens`` where there is none.
         """
-        key = ("neighbours", steps)
-        if key not in self._tables:
-            place = torch.arange(self.n_tokens, device=self.rows.device)
-            segment = self.starts.cumsum(0)
-            table = torch.full((abs(steps), self.n_tokens), self.n_tokens, device=self.rows.device)
-            for row in range(abs(steps)):
-                other = place - (row + 1 if steps > 0 else -row - 1)
-                inside = other.clamp(0, self.n_tokens - 1)
-                found = (other == inside) & (segment[inside] == segment)
-                table[row, self.tokens[found]] = self.tokens[inside[found]]
-            self._tables[key] = table
-        return self._tables[key]  # type: ignore[return-value]
+        return self.cached(("neighbours", steps), lambda: self._make_neighbours(steps))
+
+    def _make_neighbours(self, steps: int) -> Tensor:
+        place = torch.arange(self.n_tokens, device=self.rows.device)
+        segment = self.starts.cumsum(0)
+        table = torch.full((abs(steps), self.n_tokens), self.n_tokens, device=self.rows.device)
+        for row in range(abs(steps)):
+            other = place - (row + 1 if steps > 0 else -row - 1)
+            inside = other.clamp(0, self.n_tokens - 1)
+            found = (other == inside) & (segment[inside] == segment)
+            table[row, self.tokens[found]] = self.tokens[inside[found]]
+        return table
 
 
 def window_index(

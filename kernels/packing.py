@@ -32,8 +32,8 @@ class Block:
     sizes: list[int]
 
 
-def packs(index: ScanIndex, batch: int, lanes: int, steps: int) -> list[list[Block]]:
-    """Return all segments of ``batch`` clips, at most ``lanes`` at a time, each time in blocks of ``steps`` steps.
+def packs(index: ScanIndex, batch: int, lanes: int, rows: int) -> list[list[Block]]:
+    """Return all segments of ``batch`` clips, at most ``lanes`` at a time, each time in blocks of steps.
 
     Parameters
     ----------
@@ -41,15 +41,19 @@ def packs(index: ScanIndex, batch: int, lanes: int, steps: int) -> list[list[Blo
         The scan path of one clip.
     batch : int
         Clips b; the rows of clip ``c`` start at ``c * L``.
-    lanes, steps : int
-        Lanes of a pack and steps of a block: what the caller can hold in its cache.
+    lanes, rows : int
+        At most so many lanes in a pack and (unless one step has more) rows in a block: what the caller's cache holds.
 
     Returns
     -------
     list of list of Block
         The blocks of every pack in the order of time; lanes keep their place from one block to the next. Together they
-        hold every row exactly once.
+        hold every row exactly once. Kept on the index, so the same request is answered at once.
     """
+    return index.cached(("packs", batch, lanes, rows), lambda: _make_packs(index, batch, lanes, rows))
+
+
+def _make_packs(index: ScanIndex, batch: int, lanes: int, rows: int) -> list[list[Block]]:
     first, length = index.segments
     longest = torch.argsort(length, descending=True, stable=True)
     first = first[longest].repeat_interleave(batch)
@@ -61,8 +65,20 @@ def packs(index: ScanIndex, batch: int, lanes: int, steps: int) -> list[list[Blo
     for start, size, base in zip(first.split(lanes), length.split(lanes), offset.split(lanes), strict=True):
         step = torch.arange(int(size[0]))[:, None]
         running = step < size
-        rows = (tokens[(start + step)[running]] + base.expand_as(running)[running]).to(device)
-        sizes = running.sum(1).tolist()
-        by_block = [sizes[i : i + steps] for i in range(0, len(sizes), steps)]
-        found.append([Block(*both) for both in zip(rows.split([sum(s) for s in by_block]), by_block, strict=True)])
+        order = (tokens[(start + step)[running]] + base.expand_as(running)[running]).to(device)
+        blocks = _split(running.sum(1).tolist(), rows)
+        found.append([Block(*both) for both in zip(order.split([sum(b) for b in blocks]), blocks, strict=True)])
     return found
+
+
+def _split(sizes: list[int], rows: int) -> list[list[int]]:
+    """Cut the steps of a pack into runs of at most ``rows`` rows."""
+    blocks: list[list[int]] = [[]]
+    room = rows
+    for size in sizes:
+        if size > room and blocks[-1]:
+            blocks.append([])
+            room = rows
+        blocks[-1].append(size)
+        room -= size
+    return blocks

@@ -20,12 +20,11 @@ from torch.nn.functional import pad, silu, softplus
 from boldforge.kernels.index import ScanIndex
 from boldforge.kernels.packing import Block, packs
 
-_CACHE_ELEMENTS = (
-    1 << 17
-)  # state elements [lane, N, D] worked on at once on a CPU: the inner loop stays in its L2 cache
-_DEVICE_ELEMENTS = 1 << 22  # on an accelerator: enough work per launch, half a gigabyte of states in the backward
-_FORWARD_STEPS = 32  # steps gathered at once in the forward: few calls, still in cache
-_BACKWARD_STEPS = 8  # steps whose states are held at once in the backward
+# State elements [lane, N, D] of one step and of one block. On a CPU a step stays in the L2 cache and a block in the L3; on
+# an accelerator they are enough work per launch, and the two buffers of a block take half a gigabyte.
+_STEP_ELEMENTS = {"cpu": 1 << 17}
+_BLOCK_ELEMENTS = {"cpu": 1 << 20}
+_DEVICE_STEP_ELEMENTS, _DEVICE_BLOCK_ELEMENTS = 1 << 22, 1 << 26
 
 
 class ScanGradients(NamedTuple):
@@ -59,12 +58,14 @@ def scan_forward(
     work = _work_dtype(u)
     log2_A_ND = _log2_decay(A.to(work).T)
     out = _like_rows(u)
-    for blocks in packs(index, u.shape[0], _lanes(log2_A_ND), _FORWARD_STEPS):
+    all_packs, decay, states = _plan(index, u.shape[0], log2_A_ND)
+    for blocks in all_packs:
         h = log2_A_ND.new_zeros(blocks[0].sizes[0], *log2_A_ND.shape)
         for block in blocks:
             u_RD, B_RN, C_RN = (_take(tensor, block, work) for tensor in (u, B, C))
             delta_RD = _softplus(_step_size(dt, dt_bias, block, work))
-            y_RD = _scan_block(u_RD, delta_RD, log2_A_ND, B_RN, C_RN, block.sizes, h)
+            h = _advance(h, delta_RD, u_RD, B_RN, log2_A_ND, block.sizes, decay, states)
+            y_RD = torch.bmm(C_RN.unsqueeze(1), states[: len(u_RD)]).squeeze(1)
             if D is not None:
                 y_RD.addcmul_(u_RD, D.to(work))
             if z is not None:
@@ -73,32 +74,23 @@ def scan_forward(
     return out.view(u.shape)
 
 
-def _scan_block(
-    u_RD: Tensor, delta_RD: Tensor, log2_A_ND: Tensor, B_RN: Tensor, C_RN: Tensor, sizes: list[int], h: Tensor
+def _advance(
+    h: Tensor,
+    delta_RD: Tensor,
+    u_RD: Tensor,
+    B_RN: Tensor,
+    log2_A_ND: Tensor,
+    sizes: list[int],
+    decay: Tensor,
+    states: Tensor,
 ) -> Tensor:
-    """Return one block of the recurrence, without skip and gate; ``h`` is carried on in place."""
-    y_RD = torch.empty_like(u_RD)
-    decay = torch.empty_like(h)
-    steps = zip(
-        delta_RD.unsqueeze(1).split(sizes),
-        (delta_RD * u_RD).unsqueeze(1).split(sizes),
-        B_RN.unsqueeze(2).split(sizes),
-        C_RN.unsqueeze(1).split(sizes),
-        y_RD.unsqueeze(1).split(sizes),
-        strict=True,
-    )
-    for delta, x, B, C, y in steps:
-        if len(h) != len(x):
-            h, decay = h[: len(x)], decay[: len(x)]
-        _advance(h, h, decay, delta, x, B, log2_A_ND)
-        torch.bmm(C, h, out=y)
-    return y_RD
-
-
-def _advance(h: Tensor, out: Tensor, decay: Tensor, delta: Tensor, x: Tensor, B: Tensor, log2_A_ND: Tensor) -> None:
-    """One step of the recurrence: ``out = 2 ** (delta log2_A) h + B x``; leaves the decay in ``decay``."""
-    torch.mul(delta, log2_A_ND, out=decay).exp2_()
-    torch.mul(decay, h, out=out).addcmul_(B, x)
+    """Fill ``decay`` and ``states`` [R, N, D] of one block and return the last state; ``h`` is the one before it."""
+    decay, states = decay[: len(u_RD)], states[: len(u_RD)]
+    torch.mul(delta_RD.unsqueeze(1), log2_A_ND, out=decay).exp2_()
+    torch.mul(B_RN.unsqueeze(2), (delta_RD * u_RD).unsqueeze(1), out=states)
+    for step_decay, state in zip(decay.split(sizes), states.split(sizes), strict=True):
+        h = state.addcmul_(step_decay, h if len(h) == len(state) else h[: len(state)])
+    return h.clone()
 
 
 def scan_backward(
@@ -125,11 +117,10 @@ def scan_backward(
     du, ddt, dB, dC = (_like_rows(tensor) for tensor in (u, dt, B, C))
     dz = None if z is None else _like_rows(z)
     dA_ND, dD, dbias = torch.zeros_like(A_ND), A_ND.new_zeros(len(A)), A_ND.new_zeros(len(A))
-    all_packs = packs(index, u.shape[0], _lanes(A_ND), _BACKWARD_STEPS)
-    workspace = A_ND.new_empty(2, max(len(pack[0].rows) for pack in all_packs), *A_ND.shape)
+    all_packs, decay, states = _plan(index, u.shape[0], A_ND)
     for blocks in all_packs:
-        entering = _states_entering(u, dt, A_ND, B, dt_bias, blocks)
-        dh, dA = torch.zeros_like(entering[0]), torch.zeros_like(entering[0])
+        entering = _states_entering(u, dt, A_ND, B, dt_bias, blocks, decay, states)
+        dh = torch.zeros_like(entering[0])
         for block in reversed(blocks):
             u_RD, B_RN, C_RN, dy_RD = (_take(tensor, block, work) for tensor in (u, B, C, dout))
             step_RD = _step_size(dt, dt_bias, block, work)
@@ -139,9 +130,10 @@ def scan_backward(
                 gate_RD = torch.sigmoid(z_RD)
                 dgate_RD = dy_RD * gate_RD * (1 + z_RD * (1 - gate_RD))
                 dy_RD *= z_RD * gate_RD
-            sums = _reverse_block(
-                dy_RD, u_RD, delta_RD, A_ND, B_RN, C_RN, block.sizes, entering.pop(), dh, dA, workspace
-            )
+            h = entering.pop()
+            _advance(h, delta_RD, u_RD, B_RN, _log2_decay(A_ND), block.sizes, decay, states)
+            sums = _reverse(h, dh, dy_RD, delta_RD, u_RD, B_RN, C_RN, A_ND, block.sizes, decay, states)
+            dA_ND += sums.dA_ND
             if dz is not None:
                 dz.index_copy_(0, block.rows, dgate_RD.mul_(sums.y_RD.addcmul_(u_RD, skip)).to(dz.dtype))
             ddt_RD = (sums.gB_RD * u_RD).add_(sums.pA_RD).mul_(torch.sigmoid(step_RD))
@@ -151,7 +143,6 @@ def scan_backward(
             ddt.index_copy_(0, block.rows, ddt_RD.to(ddt.dtype))
             dB.index_copy_(0, block.rows, sums.dB_RN.to(dB.dtype))
             dC.index_copy_(0, block.rows, sums.dC_RN.to(dC.dtype))
-        dA_ND += dA.sum(0)
     return ScanGradients(
         du.view(u.shape),
         ddt.view(dt.shape),
@@ -165,72 +156,69 @@ def scan_backward(
 
 
 def _states_entering(
-    u: Tensor, dt: Tensor, A_ND: Tensor, B: Tensor, dt_bias: Tensor | None, blocks: list[Block]
+    u: Tensor,
+    dt: Tensor,
+    A_ND: Tensor,
+    B: Tensor,
+    dt_bias: Tensor | None,
+    blocks: list[Block],
+    decay: Tensor,
+    states: Tensor,
 ) -> list[Tensor]:
     """Return the state before every block of a pack, each [lane, N, D]."""
     log2_A_ND = _log2_decay(A_ND)
-    running = h = A_ND.new_zeros(blocks[0].sizes[0], *A_ND.shape)
-    decay = torch.empty_like(h)
-    entering = [h.clone()]
+    entering = [A_ND.new_zeros(blocks[0].sizes[0], *A_ND.shape)]
     for block in blocks[:-1]:
         u_RD, B_RN = (_take(tensor, block, A_ND.dtype) for tensor in (u, B))
         delta_RD = _softplus(_step_size(dt, dt_bias, block, A_ND.dtype))
-        delta, x = (t.unsqueeze(1).split(block.sizes) for t in (delta_RD, delta_RD * u_RD))
-        for t, B_column in enumerate(B_RN.unsqueeze(2).split(block.sizes)):
-            if len(running) != len(B_column):
-                running, decay = running[: len(B_column)], decay[: len(B_column)]
-            _advance(running, running, decay, delta[t], x[t], B_column, log2_A_ND)
-        entering.append(h.clone())
+        entering.append(_advance(entering[-1], delta_RD, u_RD, B_RN, log2_A_ND, block.sizes, decay, states))
     return entering
 
 
 class _BlockSums(NamedTuple):
-    """What the reverse loop leaves per row: the ungated output and the sums over states or channels."""
+    """What the reverse loop leaves: the ungated output and the sums over states, channels or rows."""
 
     y_RD: Tensor  # sum_N C h
     gB_RD: Tensor  # sum_N g B
     pA_RD: Tensor  # sum_N A g a h_before
     dB_RN: Tensor
     dC_RN: Tensor
+    dA_ND: Tensor
 
 
-def _reverse_block(
-    dy_RD: Tensor,
-    u_RD: Tensor,
-    delta_RD: Tensor,
-    A_ND: Tensor,
-    B_RN: Tensor,
-    C_RN: Tensor,
-    sizes: list[int],
+def _reverse(
     h: Tensor,
     dh: Tensor,
-    dA: Tensor,
-    workspace: Tensor,
+    dy_RD: Tensor,
+    delta_RD: Tensor,
+    u_RD: Tensor,
+    B_RN: Tensor,
+    C_RN: Tensor,
+    A_ND: Tensor,
+    sizes: list[int],
+    decay: Tensor,
+    states: Tensor,
 ) -> _BlockSums:
-    """Compute the states of one block again from the entering ``h``, then go back; ``dh`` and ``dA`` are carried on."""
-    log2_A_ND = _log2_decay(A_ND)
-    sums = _BlockSums(*(torch.empty_like(t) for t in (u_RD, u_RD, u_RD, B_RN, C_RN)))
-    delta, x, dy = (t.unsqueeze(1).split(sizes) for t in (delta_RD, delta_RD * u_RD, dy_RD))
-    y, gB, pA, dB, dC = (t.unsqueeze(1).split(sizes) for t in sums)
-    (B_row, C_row), (B_column, C_column) = ([t.unsqueeze(i).split(sizes) for t in (B_RN, C_RN)] for i in (1, 2))
-    after, decays = (buffer[: len(u_RD)].split(sizes) for buffer in workspace)
-    before = [h, *after[:-1]]
-    for t, n in enumerate(sizes):
-        if len(before[t]) != n:
-            before[t] = before[t][:n]
-        _advance(before[t], after[t], decays[t], delta[t], x[t], B_column[t], log2_A_ND)
+    """Go back through one block from its decays and states, both overwritten; ``dh`` is carried on in place.
+
+    Once a state has served the output and dC, its place takes ``g``; a decay's place takes ``p = a g h_before``.
+    """
+    decay, states = decay[: len(u_RD)], states[: len(u_RD)]
+    y_RD = torch.bmm(C_RN.unsqueeze(1), states).squeeze(1)
+    dC_RN = torch.bmm(dy_RD.unsqueeze(1), states.mT).squeeze(1)
+    dy, C = dy_RD.unsqueeze(1).split(sizes), C_RN.unsqueeze(2).split(sizes)
+    step_decay, state = decay.split(sizes), states.split(sizes)
     for t in reversed(range(len(sizes))):
-        if t == len(sizes) - 1 or sizes[t] != sizes[t + 1]:
-            g, dA_lanes = dh[: sizes[t]], dA[: sizes[t]]
-        torch.bmm(C_row[t], after[t], out=y[t])
-        torch.bmm(dy[t], after[t].mT, out=dC[t])
-        g.addcmul_(C_column[t], dy[t])
-        torch.bmm(x[t], g.mT, out=dB[t])
-        torch.bmm(B_row[t], g, out=gB[t])
-        p = torch.mul(g.mul_(decays[t]), before[t], out=decays[t])
-        dA_lanes.addcmul_(p, delta[t])
-        torch.sum(p.mul_(A_ND), 1, keepdim=True, out=pA[t])
-    return sums
+        running = dh[: sizes[t]]
+        before = h if t == 0 else state[t - 1]
+        torch.addcmul(running, C[t], dy[t], out=state[t])
+        torch.mul(state[t], step_decay[t], out=running)
+        torch.mul(running, before[: sizes[t]], out=step_decay[t])
+    gB_RD = torch.bmm(B_RN.unsqueeze(1), states).squeeze(1)
+    dB_RN = torch.bmm((delta_RD * u_RD).unsqueeze(1), states.mT).squeeze(1)
+    pA_RD = torch.mul(decay, A_ND, out=states).sum(1)
+    dA_ND = decay.mul_(delta_RD.unsqueeze(1)).sum(0)
+    return _BlockSums(y_RD, gB_RD, pA_RD, dB_RN, dC_RN, dA_ND)
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: ScanIndex) -> Tensor:
@@ -284,9 +272,15 @@ def _log2_decay(A_ND: Tensor) -> Tensor:
     return (A_ND * math.log2(math.e)).contiguous()
 
 
-def _lanes(A_ND: Tensor) -> int:
-    elements = _CACHE_ELEMENTS if A_ND.device.type == "cpu" else _DEVICE_ELEMENTS
-    return max(1, elements // A_ND.numel())
+def _plan(index: ScanIndex, batch: int, A_ND: Tensor) -> tuple[list[list[Block]], Tensor, Tensor]:
+    """Return the packs, and two empty buffers [R, N, D] that hold any of their blocks."""
+    kind = A_ND.device.type
+    lanes = max(1, _STEP_ELEMENTS.get(kind, _DEVICE_STEP_ELEMENTS) // A_ND.numel())
+    rows = max(1, _BLOCK_ELEMENTS.get(kind, _DEVICE_BLOCK_ELEMENTS) // A_ND.numel())
+    found = packs(index, batch, lanes, rows)
+    most = max(len(block.rows) for blocks in found for block in blocks)
+    decay, states = A_ND.new_empty(2, most, *A_ND.shape)
+    return found, decay, states
 
 
 def _like_rows(tensor: Tensor) -> Tensor:

@@ -74,12 +74,9 @@ def test_gradcheck():
 def test_many_packs_and_blocks_give_the_same_as_one(monkeypatch):
     index = ragged_index()
     inputs = scan_inputs(index)
-    monkeypatch.setattr(torch_backend, "_FORWARD_STEPS", 512)
-    monkeypatch.setattr(torch_backend, "_BACKWARD_STEPS", 512)
     whole = values_and_gradients(shifted_scan, inputs, index)
-    monkeypatch.setattr(torch_backend, "_FORWARD_STEPS", 3)
-    monkeypatch.setattr(torch_backend, "_BACKWARD_STEPS", 2)
-    monkeypatch.setattr(torch_backend, "_CACHE_ELEMENTS", 5 * 3 * 4)
+    monkeypatch.setitem(torch_backend._STEP_ELEMENTS, "cpu", 5 * 3 * 4)
+    monkeypatch.setitem(torch_backend._BLOCK_ELEMENTS, "cpu", 5 * 3 * 7)
     assert_close(values_and_gradients(shifted_scan, inputs, index), whole, 1e-13)
 
 
