@@ -109,6 +109,10 @@ def run_on_ray(
                 history[trial.config["rank"]].append(dict(result))
                 on_epoch(trial.config["rank"], result["epoch"])
 
+            def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
+                # Ray pickles its settings for a restore that is not used here; a progress bar's lock cannot be pickled.
+                return tune.Callback, ()
+
         # A short path of our own: Ray puts sockets below it, and socket names are limited to about 100 characters.
         with tempfile.TemporaryDirectory(prefix="bf-", ignore_cleanup_errors=True) as session:
             try:

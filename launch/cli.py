@@ -134,9 +134,15 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Same seed, same files")] = 0,
 ) -> None:
     """Write a simulated ADHD cohort (NIfTI and phenotype table) with a group difference of known size."""
-    from boldforge.launch.sharding import simulate_folder
+    from boldforge.configs import load_config
+    from boldforge.data_shards import SimulationConfig, simulate_cohort
+    from boldforge.launch.progress import progress
 
-    simulate_folder(out, subjects, frames, effect, region, seed, Console())
+    settings = {"n_subjects": subjects, "n_frames": frames, "effect": effect, "seed": seed}
+    config = load_config(SimulationConfig, settings | ({"regions": region} if region else {}))
+    with progress("simulate", "subjects") as on_progress:
+        simulate_cohort(out, config, on_progress)
+    print(f"{subjects} simulated subjects written to {out}")
 
 
 @app.command(

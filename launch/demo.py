@@ -96,6 +96,7 @@ def run_demo(data: Path, out: Path, fresh: bool = False) -> None:
         )
     # Heavy imports only now: the mistake above should be known at once.
     from boldforge.data_shards import DataRecipe, SimulationConfig, find_runs, simulate_cohort
+    from boldforge.data_shards.simulate import PHENOTYPE_FILE
     from boldforge.launch.progress import progress
     from boldforge.launch.release import check_release, write_release
     from boldforge.launch.report import write_report
@@ -128,7 +129,7 @@ def run_demo(data: Path, out: Path, fresh: bool = False) -> None:
     stages = Stages(8, console)
     stages.run("Shard two real runs", real / "manifest.json", lambda: shard(data, real))
     stages.run("Pretrain on them: 2 ranks, ZeRO-2", pretrained / "summary.json", pretrain, remake=pretrained)
-    stages.run("Simulate a small ADHD cohort (no real people)", cohort / "done", simulate)
+    stages.run("Simulate a small ADHD cohort (no real people)", cohort / PHENOTYPE_FILE, simulate)
     stages.run("Shard the simulated cohort", labelled / "manifest.json", lambda: shard(cohort, labelled))
     stages.run("Search over LoRA ranks with Ray Tune", sweep / "sweep.json", search, remake=sweep)
     stages.run("Release", release / "none", lambda: write_release(pretrained, release, sweep / "best", replace=True))

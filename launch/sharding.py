@@ -18,10 +18,10 @@ def print_inspection(folder: Path, layout: Layout, source_tr: float | None, cons
     console.print(f"{folder}: layout {found.layout}, {counts}.", highlight=False, soft_wrap=True)
     if found.runs:
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for title in ("run", "site", "frames", "TR (s)", "shape", "diagnosis", "file"):
+        for title in ("run", "site", "frames", "TR (s)", "shape", "diagnosis"):
             table.add_column(title, overflow="fold", justify="right" if title in ("frames", "TR (s)") else "left")
         for run in found.runs:
-            table.add_row(*_cells(run, folder))
+            table.add_row(*_cells(run))
         console.print(table)
     for path, reason in found.skipped:
         console.print(Text(f"skipped {_below(path, folder)}: {reason.removeprefix(f'{path}: ')}"), soft_wrap=True)
@@ -43,12 +43,12 @@ def shard_runs(
     return built.manifest
 
 
-def _cells(run: Run, folder: Path) -> tuple[str, ...]:
+def _cells(run: Run) -> tuple[str, ...]:
     bold = open_bold(run.path, run.tr)
     diagnosis = run.phenotype.get("diagnosis")
     shape = "×".join(map(str, bold.shape))
     known = "" if diagnosis is None else {0: "control", 1: "ADHD"}.get(diagnosis, str(diagnosis))  # type: ignore[call-overload]
-    return (run.key, run.site or "", str(bold.n_frames), f"{bold.tr:g}", shape, known, str(_below(run.path, folder)))
+    return (run.key, run.site or "", str(bold.n_frames), f"{bold.tr:g}", shape, known)
 
 
 def _below(path: Path, folder: Path) -> Path:

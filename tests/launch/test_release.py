@@ -98,7 +98,7 @@ def test_the_card_of_a_release_without_adapter_speaks_of_none(pretraining, tmp_p
 
 def test_predict_without_an_adapter_says_how_to_get_one(pretraining, clips, tmp_path):
     model = from_pretrained(write_release(pretraining, tmp_path / "plain"))
-    with pytest.raises(ReleaseError, match="no adapter.*boldforge finetune"):
+    with pytest.raises(ReleaseError, match=r"no adapter.*boldforge finetune"):
         model.predict(clips)
 
 

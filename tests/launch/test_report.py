@@ -1,0 +1,131 @@
+import html
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from boldforge.launch.figures import Example, loss_figure, slice_rows
+from boldforge.launch.release import write_release
+from boldforge.launch.report import ReportError, write_report
+
+
+@pytest.fixture(scope="module")
+def page(pretraining, sweep, adapter, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    release = write_release(pretraining, folder / "v1", adapter)
+    return write_report([pretraining, sweep, release], folder / "deep" / "report.html").read_text()
+
+
+def test_the_page_asks_nothing_of_any_other_place(page):
+    references = re.findall(r'(?:src|href|action|data|poster)\s*=\s*"([^"]*)"|url\(([^)]*)\)|@import\s+(\S+)', page)
+    targets = ["".join(found) for found in references]
+    outside = [target for target in targets if not target.startswith(("data:image/", "#", '"#', "'#"))]
+    assert outside == []
+    assert len(targets) > 10, "the images are in the page"
+    assert "<script" not in page
+    assert "<link" not in page
+    # An address that the browser does not fetch: the namespace of an inline SVG.
+    assert set(re.findall(r"https?://[\w./]+", page)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+
+
+def test_real_and_simulated_figures_are_told_apart_in_words(page):
+    text = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", page)))
+    assert "Real recordings: pretraining." in text
+    assert "Simulated subjects: adapter sweep." in text
+    assert "say nothing about people" in text
+    assert "On 8 simulated test subjects, 4 of them positive" in text
+
+
+def test_the_figures_are_those_of_the_runs(page):
+    assert "0.700" in page
+    assert "30 %" in page, "less error than the mean frame"
+    assert "Rank 2 was best." in page
+    assert re.search(r'class="best"><td>2</td>', page)
+    assert "AUC 0.81, n = 8" in page
+
+
+def test_left_and_right_are_stated(page):
+    assert "the left of the picture is the left of" in page
+
+
+def test_no_subject_is_named(page):
+    assert "secret" not in page
+
+
+def test_text_from_outside_is_escaped(sweep, tmp_path):
+    folder = shutil.copytree(sweep, tmp_path / "a<b>&c")
+    results = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps(results | {"sentence": "<img src=x onerror=alert(1)>"}))
+    page = write_report([folder], tmp_path / "report.html").read_text()
+    assert "<img src=x" not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+    assert "a&lt;b&gt;&amp;c" in page
+
+
+def test_a_run_that_is_still_going_is_shown(pretraining, tmp_path):
+    going = tmp_path / "going"
+    going.mkdir()
+    for name in ("metrics.csv", "config.yaml"):
+        shutil.copy(pretraining / name, going / name)
+    page = write_report([going], tmp_path / "report.html").read_text()
+    assert "the run has not ended" in page
+
+
+def test_an_undefined_figure_is_a_dash(sweep, tmp_path):
+    folder = shutil.copytree(sweep, tmp_path / "sweep")
+    results = json.loads((folder / "sweep.json").read_text())
+    results["figures"] |= {"auc": None, "sensitivity": None}
+    del results["roc"]
+    (folder / "sweep.json").write_text(json.dumps(results))
+    assert "<b>–</b>" in write_report([folder], tmp_path / "report.html").read_text()
+
+
+def test_a_folder_with_nothing_to_show_says_what_was_expected(tmp_path):
+    with pytest.raises(ReportError, match="nothing here that a report can show; expected a pretraining run"):
+        write_report([tmp_path], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_damaged_file_is_one_sentence(tmp_path, content):
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(ReportError, match="its files cannot be shown") as caught:
+        write_report([tmp_path], tmp_path / "report.html")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_same_runs_give_the_same_curves(pretraining):
+    rows = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
+    assert loss_figure(rows) == loss_figure(rows)
+
+
+def _example(affine, flip):
+    """A brain whose left half alone is hidden, stored in either direction."""
+    x = np.arange(20)[:, None, None] * 8 - 76.0
+    left = np.broadcast_to(x < 0, (20, 24, 12))
+    original = np.where(left, 2.0, -2.0).astype(np.float32)
+    volumes = [np.flip(v, 0) if flip else v for v in (original, original * 0, left.copy(), left.astype(np.int16))]
+    return Example(*volumes, np.array(affine, dtype=float))
+
+
+def test_a_volume_stored_right_to_left_gives_the_same_picture():
+    upright = [[8, 0, 0, -76], [0, 8, 0, -100], [0, 0, 8, -40], [0, 0, 0, 1]]
+    mirrored = [[-8, 0, 0, 76], [0, 8, 0, -100], [0, 0, 8, -40], [0, 0, 0, 1]]
+    assert slice_rows(_example(upright, flip=False)) == slice_rows(_example(mirrored, flip=True))
+
+
+def test_the_brains_left_is_on_the_pictures_left():
+    import base64
+    import io
+
+    import matplotlib.image
+
+    affine = [[8, 0, 0, -76], [0, 8, 0, -100], [0, 0, 8, -40], [0, 0, 0, 1]]
+    encoded = slice_rows(_example(affine, flip=False))[0].original.split(",", 1)[1]
+    picture = matplotlib.image.imread(io.BytesIO(base64.b64decode(encoded)), format="png")
+    height, width, _ = picture.shape
+    left, right = picture[height // 2, int(width * 0.3)], picture[height // 2, int(width * 0.7)]
+    assert left[0] > left[2], "the hidden left half is red (+2)"
+    assert right[2] > right[0], "the right half is blue (−2)"
