@@ -51,12 +51,12 @@ def plain_loop(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
-    """Return the shortest of ``repeats`` runs: what the machine does when nothing disturbs it."""
+    """Return the processor time of the shortest of ``repeats`` runs, which other work on the machine disturbs least."""
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
