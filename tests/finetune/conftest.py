@@ -1,10 +1,11 @@
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
-from boldforge.data_shards import brain_mask, get_grid, mask_hash
+from boldforge.data_shards import DataRecipe, Run, brain_mask, build_shards, get_grid, mask_hash
 from boldforge.pretrain import ModelConfig, build_model, write_export
 
 GRID = "mni4mm"
@@ -55,3 +56,45 @@ def values_BTV() -> torch.Tensor:
     n_voxels = int(brain_mask(get_grid(GRID)).sum())
     generator = np.random.default_rng(5)
     return torch.from_numpy(generator.standard_normal((3, FRAMES, n_voxels)).astype(np.float32))
+
+
+@pytest.fixture(scope="session")
+def build_cohort(tmp_path_factory):
+    """Shard a small cohort whose class 1 fluctuates more in one block of the brain; effect 0 plants nothing."""
+
+    def build(subjects: int, effect: float, seed: int = 0, frames: int = 12, unlabelled: int = 0) -> Path:
+        folder = tmp_path_factory.mktemp("cohort")
+        grid = get_grid(GRID)
+        mask = brain_mask(grid)
+        place = np.argwhere(mask)
+        planted = (place[:, 0] < 22) & (place[:, 1] > 26)
+        generator = np.random.default_rng(seed)
+        runs = []
+        for number in range(subjects):
+            label = number % 2 if number >= unlabelled else None
+            values_TV = generator.standard_normal((frames, len(place)), dtype=np.float32)
+            values_TV *= 1 + 0.1 * generator.standard_normal()
+            # Coherent fluctuation, as a network gives: it survives averaging over a patch, white noise does not.
+            strength = 0.6 + 0.05 * generator.standard_normal() + effect * (label or 0)
+            values_TV[:, planted] += strength * generator.standard_normal((frames, 1), dtype=np.float32)
+            volume = np.zeros((*grid.shape, frames), dtype=np.float32)
+            volume[mask] = values_TV.T
+            image = nib.Nifti1Image(volume, grid.affine)
+            image.header.set_zooms((4, 4, 4, 2))
+            image.header.set_xyzt_units("mm", "sec")
+            path = folder / f"{number}.nii"
+            nib.save(image, path)
+            site = ("KKI", "NYU")[number // 2 % 2]
+            runs.append(Run(f"person{number:02d}", "1", site, 2.0, path, phenotype={"diagnosis": label}, simulated=True))
+        recipe = DataRecipe(grid=GRID, tr=2.0, normalisation="residual-z", dtype="int16")
+        build_shards(runs, folder / "shards", recipe)
+        for run in runs:
+            run.path.unlink()
+        return folder / "shards"
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def cohort(build_cohort) -> Path:
+    return build_cohort(subjects=24, effect=2.0, unlabelled=2)

@@ -1,0 +1,140 @@
+import csv
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from boldforge.configs import load_config
+from boldforge.data_shards import brain_mask, get_grid, load_manifest
+from boldforge.finetune import (
+    AdapterConfig,
+    AdhdDiagnosis,
+    Classifier,
+    FinetuneConfig,
+    FinetuneError,
+    TrainingConfig,
+    finetune,
+    load_backbone,
+    load_classifier,
+)
+from boldforge.finetune.cohort import ClipSet, find_cohort
+from boldforge.finetune.fit import fit
+
+SMALL = {"clips": 3, "folds": 3, "training": {"epochs": 6}, "adapter": {"rank": 2, "first_stage": 1}}
+
+
+def _config(cohort, encoder, out, **changes):
+    return load_config(FinetuneConfig, {"shards": cohort, "backbone": encoder, "out": out, **SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(cohort, encoder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finetune")
+    seen = []
+    results = finetune(_config(cohort, encoder, out), lambda done, total: seen.append((done, total)))
+    return out, results, seen
+
+
+def test_a_planted_effect_is_found_and_every_subject_is_tested_once(finished, cohort):
+    out, results, _ = finished
+    assert results["figures"]["auc"] > 0.8
+    assert results["simulated"] is True
+    assert results["subjects"] == {"n": 22, "n_positive": 11}
+    assert results["n_unlabelled"] == 2
+    assert sum(fold["n_test"] for fold in results["folds"]) == 22
+    assert json.loads((out / "metrics.json").read_text()) == results
+
+
+def test_predictions_carry_pseudonyms_and_no_real_name_is_written_anywhere(finished, cohort):
+    out, results, _ = finished
+    with (out / "predictions.tsv").open() as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    assert [row["subject"] for row in rows] == [f"sub-{i:04d}" for i in range(1, 23)]
+    hits = sum((float(row["score"]) >= 0.5) == (row["label"] == "1") for row in rows)
+    assert hits / 22 == pytest.approx(results["figures"]["accuracy"])
+    names = {run.subject for run in load_manifest(cohort).runs}
+    for path in out.rglob("*"):
+        if path.suffix in {".json", ".tsv"}:
+            assert not [name for name in names if name in path.read_text()], path
+
+
+def test_only_results_are_left_in_the_folder(finished):
+    out, _, _ = finished
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "head.safetensors", "task.json"}
+    assert found == {"metrics.json", "predictions.tsv"} | {f"adapter/{name}" for name in adapter}
+
+
+def test_the_adapter_can_be_loaded_and_predicts(finished, encoder):
+    out, results, _ = finished
+    classifier = load_classifier(encoder, out / "adapter")
+    n_voxels = int(brain_mask(get_grid("mni4mm")).sum())
+    score = classifier.predict(torch.zeros(1, 4, n_voxels))
+    assert score.shape == (1,) and 0 < score.item() < 1
+    task = json.loads((out / "adapter" / "task.json").read_text())
+    assert task["figures"]["figures"] == results["figures"]
+    assert task["figures"]["simulated"] is True
+
+
+def test_progress_only_grows_and_ends_full(finished):
+    _, _, seen = finished
+    assert all(later[0] >= earlier[0] for earlier, later in pairwise(seen))
+    assert {total for _, total in seen} == {seen[-1][0]}
+
+
+def test_the_same_seed_gives_the_same_bits(finished, cohort, encoder, tmp_path):
+    out, _, _ = finished
+    finetune(_config(cohort, encoder, tmp_path))
+    for name in (
+        "predictions.tsv",
+        "adapter/head.safetensors",
+        "adapter/adapter_model.safetensors",
+        "adapter/task.json",
+    ):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes(), name
+
+
+def test_freezing_the_first_stage_gives_the_same_probe(finished, cohort, encoder, tmp_path):
+    """What lies below the first adapted stage is computed once; for a probe it must not matter where that is."""
+    probes = [
+        finetune(_config(cohort, encoder, tmp_path / str(stage), adapter={"rank": 0, "first_stage": stage}))
+        for stage in (0, 1)
+    ]
+    assert probes[0]["folds"] == probes[1]["folds"]
+
+
+def test_shards_of_another_recipe_are_refused_with_the_command_that_mends_it(cohort, write_encoder, tmp_path):
+    other = write_encoder(tr=0.8, normalisation="global-z")
+    with pytest.raises(FinetuneError) as caught:
+        finetune(_config(cohort, other, tmp_path))
+    message = str(caught.value)
+    assert "tr 2.0 instead of 0.8" in message and "normalisation residual-z instead of global-z" in message
+    assert "boldforge shard FOLDER --out OTHER --grid mni4mm --tr 0.8 --normalisation global-z" in message
+
+
+def test_a_cohort_without_labels_is_refused(build_cohort, encoder, tmp_path):
+    shards = build_cohort(subjects=3, effect=0, unlabelled=3)
+    with pytest.raises(FinetuneError, match=r"none of the 3 subjects .* 3 have no label"):
+        finetune(_config(shards, encoder, tmp_path))
+
+
+def test_a_loss_that_is_no_number_says_what_to_lower(encoder):
+    classifier = Classifier(load_backbone(encoder), AdhdDiagnosis(), AdapterConfig(rank=2, first_stage=1))
+    x = np.zeros((4, 8 * 4, 16), dtype=np.float32)
+    clips = ClipSet(x, np.arange(4), np.arange(4), np.array([0, 1, 0, 1]))
+    x[2] = np.nan
+    with pytest.raises(FinetuneError, match=r"training loss is nan in epoch 1; set training\.lr below 0\.005"):
+        list(fit(classifier, clips, None, TrainingConfig(), 2, seed=0))
+
+
+def test_clips_are_spread_over_a_subjects_runs_and_short_runs_are_left_out(cohort, encoder, tmp_path):
+    manifest = load_manifest(cohort)
+    short = manifest.runs[0].model_copy(update={"n_frames": 3})
+    shortened = manifest.model_copy(update={"runs": (short, *manifest.runs[1:])})
+    found = find_cohort(shortened, AdhdDiagnosis(), clip_length=4)
+    assert (len(found.subjects), found.n_unlabelled, found.n_too_short) == (22, 2, 0)
+    last = manifest.runs[-1].model_copy(update={"n_frames": 3})
+    found = find_cohort(manifest.model_copy(update={"runs": (*manifest.runs[:-1], last)}), AdhdDiagnosis(), 4)
+    assert (len(found.subjects), found.n_too_short) == (21, 1)

@@ -1,0 +1,185 @@
+import csv
+import json
+import shutil
+import tempfile
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from boldforge.configs import ConfigError, load_config
+from boldforge.data_shards import load_manifest
+from boldforge.finetune import SweepConfig, SweepError, load_classifier, rank_sweep, sweep
+from boldforge.finetune.ray_driver import TrialResult, run_on_ray
+from boldforge.finetune.trial import run_trial
+
+SMALL = {
+    "clips": 3,
+    "folds": 3,
+    "ranks": [2, 4],
+    "grace": 2,
+    "adapter": {"first_stage": 1},
+    "training": {"epochs": 8},
+}
+
+
+def _config(shards, encoder, out, **changes):
+    return load_config(SweepConfig, {"shards": shards, "backbone": encoder, "out": out, **SMALL, **changes})
+
+
+def _processes_of(folder: str) -> list[str]:
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            commands.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue
+    return [command for command in commands if folder in command]
+
+
+@pytest.fixture(scope="module")
+def ray_folder():
+    """Where Ray keeps its session; its processes carry the name. Short, because sockets live below it."""
+    folder, before = tempfile.mkdtemp(prefix="t-"), tempfile.tempdir
+    tempfile.tempdir = folder
+    yield folder
+    tempfile.tempdir = before
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def shards(build_cohort):
+    return build_cohort(subjects=60, effect=2.0, seed=0)
+
+
+@pytest.fixture(scope="module")
+def planted(shards, encoder, tmp_path_factory, ray_folder):
+    out = tmp_path_factory.mktemp("sweep")
+    seen = []
+    results = sweep(_config(shards, encoder, out), lambda done, total: seen.append((done, total)))
+    return out, results, seen
+
+
+def test_a_planted_effect_is_found(planted):
+    _, results, _ = planted
+    assert results["best"]["validation_auc"] > 0.8
+    assert results["figures"]["auc"] > 0.8
+    assert results["figures"]["n"] == results["subjects"]["test"]["n"] == 20
+    assert f"rank {results['best']['rank']} had the highest validation AUC" in results["sentence"]
+    assert results["sentence"].endswith("The subjects are simulated.")
+
+
+def test_without_an_effect_the_test_is_at_chance(build_cohort, encoder, tmp_path):
+    results = sweep(_config(build_cohort(subjects=60, effect=0, seed=0), encoder, tmp_path))
+    # 20 test subjects: the AUC of a coin has a standard deviation of 0.13 around 0.5.
+    assert 0.2 <= results["figures"]["auc"] <= 0.8
+
+
+def test_the_best_is_the_one_with_the_highest_validation_auc(planted):
+    _, results, _ = planted
+    assert [trial["rank"] for trial in results["trials"]] == [2, 4]
+    for trial in results["trials"]:
+        curve = trial["validation_auc_by_epoch"]
+        assert trial["validation_auc"] == max(curve) == curve[trial["best_epoch"] - 1]
+        assert trial["stopped_early"] == (len(curve) < 8)
+    assert results["best"]["validation_auc"] == max(trial["validation_auc"] for trial in results["trials"])
+
+
+def test_files_agree_and_hold_no_real_name(planted, encoder, shards):
+    out, results, _ = planted
+    assert json.loads((out / "sweep.json").read_text()) == results
+    with (out / "trials.tsv").open() as stream:
+        assert [int(row["rank"]) for row in csv.DictReader(stream, delimiter="\t")] == [2, 4]
+    assert json.loads((out / "best" / "metrics.json").read_text())["figures"] == results["figures"]
+    assert len((out / "best" / "predictions.tsv").read_text().splitlines()) == 21
+    classifier = load_classifier(encoder, out / "best" / "adapter")
+    assert classifier.adapter.rank == results["best"]["rank"]
+    assert classifier.trainable == results["best"]["trainable_parameters"]
+    found = {path.name for path in out.iterdir()}
+    assert found == {"sweep.json", "trials.tsv", "best"}
+    names = {run.subject for run in load_manifest(shards).runs}
+    for path in out.rglob("*"):
+        if path.suffix in {".json", ".tsv"}:
+            assert not [name for name in names if name in path.read_text()], path
+
+
+def test_ray_leaves_no_process_and_no_file_behind(planted, ray_folder):
+    assert _processes_of(ray_folder) == []
+    assert list(Path(ray_folder).iterdir()) == []
+
+
+def test_progress_only_grows_and_ends_full(planted):
+    _, _, seen = planted
+    assert all(later[0] >= earlier[0] for earlier, later in pairwise(seen))
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_trials_see_no_test_subject_and_give_the_same_curves_without_ray(
+    planted, shards, encoder, tmp_path, monkeypatch
+):
+    _, with_ray, _ = planted
+
+    def serially(spec, ranks, asha, folder, on_epoch):
+        labels = np.load(spec.clips / "labels.npy")
+        assert len(labels) == 40 == len(set(spec.train) | set(spec.validation))
+        assert sorted(path.name for path in folder.parent.iterdir()) == ["seen"]
+        trials = []
+        for rank in ranks:
+            history, states = [], []
+
+            def report(figures, state, history=history, states=states):
+                history.append(figures)
+                states.append(state or states[-1])
+
+            run_trial(replace(spec, adapter=spec.adapter.model_copy(update={"rank": rank})), report)
+            trials.append(TrialResult(rank, tuple(history), states[-1]))
+        return trials
+
+    monkeypatch.setattr(rank_sweep, "run_on_ray", serially)
+    results = sweep(_config(shards, encoder, tmp_path))
+    for serial, ray in zip(results["trials"], with_ray["trials"], strict=True):
+        assert serial["validation_auc_by_epoch"][: ray["epochs"]] == ray["validation_auc_by_epoch"]
+        assert serial["train_loss_by_epoch"][: ray["epochs"]] == ray["train_loss_by_epoch"]
+
+
+def test_a_tie_goes_to_the_lower_rank(shards, encoder, tmp_path, monkeypatch):
+    def tied(spec, ranks, asha, folder, on_epoch):
+        trials = []
+        for rank in ranks:
+
+            def report(figures, state, rank=rank):
+                curve = ({**figures, "auc": 0.75},)
+                trials.append(TrialResult(rank, curve, state))
+
+            training = spec.training.model_copy(update={"epochs": 1})
+            adapter = spec.adapter.model_copy(update={"rank": rank})
+            run_trial(replace(spec, adapter=adapter, training=training), report)
+        return trials
+
+    monkeypatch.setattr(rank_sweep, "run_on_ray", tied)
+    assert sweep(_config(shards, encoder, tmp_path, ranks=[8, 0, 2]))["best"]["rank"] == 0
+
+
+def test_a_failing_trial_ends_the_sweep_with_its_own_message(shards, encoder, tmp_path, monkeypatch, ray_folder):
+    def lose_the_clips(spec, ranks, asha, folder, on_epoch):
+        shutil.rmtree(spec.clips)
+        return run_on_ray(spec, ranks, asha, folder, on_epoch)
+
+    monkeypatch.setattr(rank_sweep, "run_on_ray", lose_the_clips)
+    with pytest.raises(SweepError, match=r"The trial at rank [24] failed: .*No such file.*x\.npy"):
+        sweep(_config(shards, encoder, tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    assert _processes_of(ray_folder) == []
+
+
+def test_more_gpus_than_there_are_is_an_error_not_a_wait(shards, encoder, tmp_path):
+    with pytest.raises(SweepError, match="gpus is 64 per trial, but Ray sees"):
+        sweep(_config(shards, encoder, tmp_path, gpus=64))
+
+
+@pytest.mark.parametrize("ranks", [[2, 2], [-1], []])
+def test_ranks_that_make_no_sense_are_refused(ranks):
+    with pytest.raises(ConfigError, match="ranks"):
+        _config("shards", "encoder", "out", ranks=ranks)
