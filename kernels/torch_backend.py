@@ -20,8 +20,8 @@ from torch.nn.functional import pad, silu, softplus
 from boldforge.kernels.index import ScanIndex
 from boldforge.kernels.packing import Block, packs
 
-# State elements [lane, N, D] of one step and of one block. On a CPU a step stays in the L2 cache and a block in the L3; on
-# an accelerator they are enough work per launch, and the two buffers of a block take half a gigabyte.
+# State elements [lane, N, D] of one step and of one block. On a CPU a step stays in the L2 cache and a block in the L3;
+# on an accelerator they are enough work per launch, and the two buffers of a block take half a gigabyte.
 _STEP_ELEMENTS = {"cpu": 1 << 17}
 _BLOCK_ELEMENTS = {"cpu": 1 << 20}
 _DEVICE_STEP_ELEMENTS, _DEVICE_BLOCK_ELEMENTS = 1 << 22, 1 << 26
