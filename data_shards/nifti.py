@@ -137,12 +137,12 @@ def _check_shape(path: Path, image: Any) -> int:
             f"the {MAX_BYTES // 2**30} GiB that are read; cut the run into shorter files."
         )
     data_file = Path(image.file_map["image"].filename)
-    stored = values * image.get_data_dtype().itemsize
+    stored = image.dataobj.offset + values * image.get_data_dtype().itemsize
     size = data_file.stat().st_size
     limit = size * _DEFLATE_LIMIT if data_file.suffix == ".gz" else size
     if data_file.suffix in {".gz", ".nii", ".img"} and stored > limit:
         raise HeaderError(
-            f"{path}: its header promises {stored} bytes of voxels but the file has only {size} bytes; it is cut short "
+            f"{path}: its header promises {stored} bytes but the file has only {size} bytes; it is cut short "
             "or its header is wrong: copy or download it again."
         )
     return int(shape[3])
@@ -179,10 +179,10 @@ def _read_tr(path: Path, image: Any) -> float:
         log.warning("%s: a repetition time of %g s cannot be; read as milliseconds.", path, step)
         tr *= 1e-3
     if not np.isfinite(tr) or tr <= 0:
-        raise HeaderError(f"{path}: its header gives no repetition time (found {step:g}); pass it with --tr SECONDS.")
+        raise HeaderError(f"{path}: its header gives no repetition time (found {step:g}); pass it with --source-tr.")
     if not _SHORTEST_TR <= tr <= _LONGEST_TR:
         raise HeaderError(
-            f"{path}: its header gives an impossible repetition time ({step:g} {unit}); pass it with --tr SECONDS."
+            f"{path}: its header gives an impossible repetition time ({step:g} {unit}); pass it with --source-tr."
         )
     # Headers keep float32: 1.16 arrives as 1.159999967.
     return round(tr, 6)

@@ -26,14 +26,21 @@ class HashedFile:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._digest = hashlib.sha256()
+        self._abandoned = False
         self.n_bytes = 0
 
     def write(self, data: bytes) -> int:
         """Write bytes and count them."""
+        if self._abandoned:
+            return len(data)
         self._file.write(data)
         self._digest.update(data)
         self.n_bytes += len(data)
         return len(data)
+
+    def abandon(self) -> None:
+        """Swallow what still comes: tarfile flushes when collected, and would fail once more on a full disk."""
+        self._abandoned = True
 
     def sha256(self) -> str:
         """Return the hex digest of everything written so far."""
@@ -68,12 +75,16 @@ def write_shard(
     try:
         with partial.open("wb") as file:
             hashed = HashedFile(file)
-            tar = TarWriter(hashed, encoder=False, compress=False, mtime=0)
-            for run, result in runs:
-                written.append((run, result, *_write_run(tar, run, result)))
-            tar.close()
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                tar = TarWriter(hashed, encoder=False, compress=False, mtime=0)
+                for run, result in runs:
+                    written.append((run, result, *_write_run(tar, run, result)))
+                tar.close()
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                hashed.abandon()
+                raise
         if not written:
             partial.unlink()
             return None, []

@@ -1,0 +1,212 @@
+import hashlib
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+
+from boldforge.data_shards import (
+    BuildError,
+    DataRecipe,
+    ShardError,
+    ShardReader,
+    build_shards,
+    find_runs,
+    load_manifest,
+    prepare_run,
+)
+from boldforge.data_shards import build as build_module
+
+RECIPE = DataRecipe(grid="mni4mm", tr=2.0)
+
+
+def name(subject):
+    return f"data/sub-{subject}_task-rest_space-MNI152_bold.nii.gz"
+
+
+@pytest.fixture
+def folder(write_bold):
+    """Ten runs, three of them bad in different ways."""
+    paths = [write_bold(name(f"{i:02d}"), seed=i, tr=2.0 if i != 4 else 0.0) for i in range(10)]
+    paths[2].write_bytes(paths[2].read_bytes()[:-2000])
+    paths[7].write_bytes(b"")
+    return paths[0].parent
+
+
+def files(out):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
+
+
+def test_bad_runs_are_listed_and_the_rest_is_stored(folder, tmp_path):
+    progress = []
+    report = build_shards(find_runs(folder), tmp_path / "out", RECIPE, on_progress=lambda *seen: progress.append(seen))
+    assert [run.subject for run in report.manifest.runs] == ["00", "01", "03", "05", "06", "08", "09"]
+    assert progress[-1] == (10, 10)
+    assert sorted(progress) == progress
+    rows = (tmp_path / "out/rejected.tsv").read_text().splitlines()
+    assert rows[0] == "path\treason"
+    assert [row.split("\t")[0].split("sub-")[1][:2] for row in rows[1:]] == ["02", "04", "07"]
+    assert "cut short" in rows[1]
+    assert "--source-tr" in rows[2]
+    assert "0 bytes" in rows[3]
+    assert len(report.rejected) == 3
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_the_number_of_workers_does_not_change_a_byte(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_module, "SHARD_RUNS", 3)
+    one = build_shards(find_runs(folder), tmp_path / "one", RECIPE)
+    two = build_shards(find_runs(folder), tmp_path / "two", RECIPE, workers=2)
+    assert len(one.manifest.shards) == 3
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert one.manifest.content_hash == two.manifest.content_hash
+
+
+def test_stored_values_are_the_prepared_ones(real_shards, real_runs):
+    reader = ShardReader(real_shards)
+    for index, (run, entry) in enumerate(zip(real_runs.runs, real_shards.runs, strict=True)):
+        prepared = prepare_run(run, real_shards.recipe)
+        clip = reader.read(index, 0, entry.n_frames)
+        np.testing.assert_array_equal(clip.scale > 0, prepared.covered)
+        error = np.abs(clip.mean + clip.q * clip.scale - prepared.values_TV)
+        assert (error <= 0.51 * clip.scale + 1e-6).all()
+        assert entry.tsnr_db > 85
+        assert entry.key == run.key
+        assert not entry.simulated
+
+
+def test_int8_keeps_over_43_db_on_real_runs(real_runs, tmp_path):
+    manifest = build_shards(real_runs, tmp_path, DataRecipe(grid="mni4mm", tr=2.0, dtype="int8")).manifest
+    assert all(run.tsnr_db > 43 for run in manifest.runs)
+    assert ShardReader(manifest).read(0, 0, 3).q.dtype == np.int8
+
+
+# WebDataset leaves the closing of its shards to the garbage collector.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
+def test_stock_webdataset_reads_what_pread_reads(real_shards):
+    reader = ShardReader(real_shards)
+    pattern = str(real_shards.folder / real_shards.shards[0].file)
+    samples = {s["__key__"]: s for s in wds.WebDataset(pattern, shardshuffle=False, empty_check=False).decode()}
+    assert set(samples) == {run.key for run in real_shards.runs}
+    for index, run in enumerate(real_shards.runs):
+        clip = reader.read(index, 0, run.n_frames)
+        np.testing.assert_array_equal(samples[run.key]["bold.npy"], clip.q)
+        np.testing.assert_array_equal(samples[run.key]["scale.npy"], [clip.mean, clip.scale])
+        assert samples[run.key]["json"]["subject"] == run.subject
+
+
+def test_payloads_start_on_a_page_and_nothing_pickled_is_inside(real_shards):
+    assert all(run.offset % 4096 == 0 for run in real_shards.runs)
+    with tarfile.open(real_shards.folder / real_shards.shards[0].file) as tar:
+        endings = {member.name.split(".", 1)[1] for member in tar.getmembers()}
+    assert endings == {"bold.npy", "json", "scale.npy"}
+
+
+def test_manifest_says_what_was_stored(real_shards):
+    loaded = load_manifest(real_shards.folder / "manifest.json")
+    assert loaded == real_shards
+    assert loaded.grid.name == "mni4mm"
+    assert loaded.brain_mask().sum() == loaded.n_voxels
+    run = loaded.runs[0]
+    assert (run.source_tr, run.source_frames, run.n_frames) == (2.2, 82, 90)
+    assert run.normalisation.method == "residual-z"
+    assert run.normalisation.std > 0
+    shard = loaded.folder / loaded.shards[0].file
+    assert hashlib.sha256(shard.read_bytes()).hexdigest() == loaded.shards[0].sha256
+    assert "webdataset" in loaded.software
+
+
+@pytest.fixture
+def small(write_bold, tmp_path):
+    build_shards(find_runs(write_bold(name("01")).parent), tmp_path / "out", RECIPE)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"subject": "01"', '"subject": "02"', "content hash"),
+        ('"schema_version": 1', '"schema_version": 9', "schema version 9"),
+        ('"file": "shard-000000.tar"', '"file": "../shard-000000.tar"', "not a valid manifest"),
+        ("{", "[", "not a valid manifest"),
+    ],
+)
+def test_an_edited_manifest_is_refused(small, old, new, message):
+    path = small / "manifest.json"
+    text = json.dumps(json.loads(path.read_text()))
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ShardError, match=message):
+        load_manifest(small)
+
+
+def test_another_mask_is_refused(small):
+    mask = np.load(small / "mask.npy")
+    np.save(small / "mask.npy", ~mask)
+    with pytest.raises(ShardError, match=r"mask\.npy: is not the brain mask"):
+        load_manifest(small).brain_mask()
+
+
+def test_a_folder_without_manifest_says_how_to_make_one(tmp_path):
+    with pytest.raises(ShardError, match="boldforge shard"):
+        load_manifest(tmp_path)
+
+
+def test_an_existing_dataset_is_replaced_only_on_request(small, write_bold):
+    found = find_runs(write_bold(name("02"), seed=2).parent)
+    before = files(small)
+    with pytest.raises(BuildError, match="already holds a dataset; pass --overwrite"):
+        build_shards(found, small, RECIPE)
+    assert files(small) == before
+    assert len(build_shards(found, small, RECIPE, overwrite=True).manifest.runs) == 2
+
+
+def test_no_usable_run_is_an_error_that_names_a_reason(write_bold, tmp_path):
+    path = write_bold(name("01"))
+    path.write_bytes(b"")
+    with pytest.raises(BuildError, match=r"none of the 1 files could be used; .* is empty"):
+        build_shards(find_runs(path.parent), tmp_path / "out", RECIPE)
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert "is empty" in (tmp_path / "out/rejected.tsv").read_text()
+    with pytest.raises(BuildError, match="no runs were given"):
+        build_shards([], tmp_path / "out", RECIPE)
+
+
+@pytest.mark.parametrize("full", ["shard-000000.tar", "shard-000002.tar", "manifest.json"])
+def test_no_space_left_keeps_nothing_half_written(folder, tmp_path, monkeypatch, full):
+    open_file = Path.open
+
+    def open_on_a_full_disk(path, mode="r", *args, **kwargs):
+        # /dev/full answers every write as a full disk does.
+        there = Path("/dev/full") if path.name == f".{full}.partial" else path
+        return open_file(there, mode, *args, **kwargs)
+
+    monkeypatch.setattr(build_module, "SHARD_RUNS", 2)
+    monkeypatch.setattr(Path, "open", open_on_a_full_disk)
+    with pytest.raises(BuildError, match="no space left"):
+        build_shards(find_runs(folder), tmp_path / "out", RECIPE)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_run_mask_limits_what_is_stored(write_bold, tmp_path):
+    import nibabel as nib
+
+    path = write_bold(name("01"))
+    image = nib.load(path)
+    left = np.zeros(image.shape[:3], dtype=np.uint8)
+    left[: 77 // 14] = 1
+    nib.save(
+        nib.Nifti1Image(left, image.affine), path.with_name("sub-01_task-rest_space-MNI152_desc-brain_mask.nii.gz")
+    )
+    manifest = build_shards(find_runs(path.parent), tmp_path / "out", RECIPE).manifest
+    assert 0.3 < manifest.runs[0].coverage < 0.6
+
+
+def test_importing_the_package_does_not_import_nilearn():
+    import subprocess
+    import sys
+
+    code = "import sys, boldforge.data_shards; assert 'nilearn' not in sys.modules, 'nilearn takes seconds to import'"
+    subprocess.run([sys.executable, "-c", code], check=True)

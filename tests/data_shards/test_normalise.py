@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from boldforge.data_shards.normalise import NormaliseError, dequantise, normalise, quantise, temporal_snr
+
+
+def made(n_frames=30, n_voxels=41, seed=0):
+    rng = np.random.default_rng(seed)
+    amplitude = rng.uniform(1, 20, n_voxels)
+    values = (rng.uniform(500, 1500, n_voxels) + amplitude * rng.standard_normal((n_frames, n_voxels))).astype(
+        np.float32
+    )
+    covered = np.arange(n_voxels) % 7 != 0
+    values[:, ~covered] = 0
+    return values, covered
+
+
+def test_residual_z_keeps_relative_amplitudes():
+    values, covered = made()
+    result, how = normalise(values, covered, "residual-z")
+    inside = result[:, covered]
+    np.testing.assert_allclose(inside.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(np.sqrt(np.square(inside).mean()), 1, rtol=1e-5)
+    before = values[:, covered].std(axis=0)
+    np.testing.assert_allclose(inside.std(axis=0) * how.std, before, rtol=1e-4)
+    assert how.mean is None
+
+
+def test_voxel_z_makes_every_voxel_alike():
+    values, covered = made()
+    result, how = normalise(values, covered, "voxel-z")
+    np.testing.assert_allclose(result[:, covered].std(axis=0), 1, rtol=1e-4)
+    assert (how.mean, how.std) == (None, None)
+
+
+def test_global_z_keeps_anatomy():
+    values, covered = made()
+    result, how = normalise(values, covered, "global-z")
+    np.testing.assert_allclose(result[:, covered] * how.std + how.mean, values[:, covered], rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["residual-z", "voxel-z", "global-z"])
+def test_uncovered_voxels_become_zero_and_do_not_count(method):
+    values, covered = made()
+    other = values.copy()
+    other[:, ~covered] = 1e6
+    one, how = normalise(values, covered, method)
+    two, how_too = normalise(other, covered, method)
+    np.testing.assert_array_equal(one, two)
+    assert how == how_too
+    assert (one[:, ~covered] == 0).all()
+
+
+def test_a_run_without_variation_is_refused():
+    with pytest.raises(NormaliseError, match="do not vary"):
+        normalise(np.ones((5, 4), dtype=np.float32), np.ones(4, dtype=bool), "residual-z")
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from(["int16", "int8"]))
+def test_quantisation_error_is_at_most_half_a_step(seed, dtype):
+    values, covered = made(n_frames=11, n_voxels=13, seed=seed)
+    stored = quantise(values, covered, dtype)
+    assert stored.q.dtype == np.dtype(dtype)
+    # Half a step, and the rounding of float32 around values of a thousand.
+    assert (np.abs(dequantise(stored) - values) <= 0.5 * stored.scale + 2e-4)[:, covered].all()
+    assert ((stored.scale > 0) == covered).all()
+    assert (dequantise(stored)[:, ~covered] == 0).all()
+
+
+def test_a_scale_per_voxel_beats_one_scale_for_all():
+    values, covered = normalise(*made(200, 60), "residual-z")[0], made(200, 60)[1]
+    snr = temporal_snr(values, quantise(values, covered, "int8"))
+    together = np.abs(values).max() / 127
+    error = np.rint(values / together) * together - values
+    one_scale = 10 * np.log10(np.square(values).sum() / np.square(error).sum())
+    assert snr > 40
+    assert snr > one_scale + 3
+    assert temporal_snr(values, quantise(values, covered, "int16")) > 85

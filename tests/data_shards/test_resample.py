@@ -1,0 +1,139 @@
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nilearn.image import resample_img
+
+from boldforge.data_shards import brain_mask, get_grid, mask_centres, open_bold
+from boldforge.data_shards.resample import ResampleError, to_grid, to_tr
+
+REAL_RUNS = sorted((Path(__file__).parents[1] / "data").glob("*.nii.gz"))
+GRID = get_grid("mni4mm")
+
+
+@pytest.fixture(scope="module")
+def points():
+    return mask_centres(GRID, brain_mask(GRID))
+
+
+@pytest.mark.parametrize("path", REAL_RUNS, ids=lambda path: path.name[:12])
+def test_agrees_with_nilearn_on_real_runs(path, points):
+    bold = open_bold(path)
+    data = bold.read()[..., :6]
+    values, covered = to_grid(data, bold.affine, points)
+    signal = (data.std(axis=3) > 0).astype(np.float32)
+    signal[0, 0, 0] = 0.5  # far from the brain; nilearn warns about volumes of two values
+    theirs, share = resampled_by_nilearn(data, bold.affine), resampled_by_nilearn(signal[..., None], bold.affine)[0]
+    whole = covered & (share > 0.9999)
+    assert whole.mean() > 0.6
+    assert np.corrcoef(values[:, whole].ravel(), theirs[:, whole].ravel())[0, 1] > 0.99999
+    # Where the file's own mask cuts a cell nilearn mixes its zeros in; divided out, the two agree again.
+    np.testing.assert_array_equal(covered, share >= 0.5)
+    mended = theirs[:, covered] / share[covered]
+    assert np.corrcoef(values[:, covered].ravel(), mended.ravel())[0, 1] > 0.9999
+
+
+def resampled_by_nilearn(data, affine):
+    image = resample_img(
+        nib.Nifti1Image(data, affine), GRID.affine, GRID.shape, "linear", copy_header=True, force_resample=True
+    )
+    return image.get_fdata()[brain_mask(GRID)].T
+
+
+def test_points_on_the_lattice_copy_values_exactly():
+    shape, affine = (7, 6, 5), np.array([[-2.0, 0, 0, 12], [0, 2, 0, -4], [0, 0, 2, 6], [0, 0, 0, 1]])
+    # What a header in float32 does to an affine.
+    affine = affine + np.float32(1e-6)
+    data = np.random.default_rng(0).normal(100, 5, (*shape, 4)).astype(np.float32)
+    index = np.argwhere(np.ones(shape, dtype=bool))
+    values, covered = to_grid(data, affine, index @ np.diag([-2.0, 2, 2]) + [12, -4, 6])
+    assert covered.all()
+    np.testing.assert_array_equal(values.T.reshape(*shape, 4), data)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_any_orientation_gives_the_same_values(seed):
+    rng = np.random.default_rng(seed)
+    data = rng.normal(size=(5, 6, 7, 3)).astype(np.float32)
+    affine = np.diag([3.0, 3.5, 4.0, 1.0])
+    affine[:3, 3] = (-7, -9, -12)
+    turned = nib.Nifti1Image(data, affine).as_reoriented(
+        np.column_stack([rng.permutation(3), rng.choice([-1, 1], 3)]).astype(float)
+    )
+    points = rng.uniform(-12, 12, (50, 3))
+    values, covered = to_grid(data, affine, points)
+    again, covered_again = to_grid(np.asarray(turned.dataobj), turned.affine, points)
+    np.testing.assert_array_equal(covered, covered_again)
+    np.testing.assert_allclose(values, again, atol=1e-5)
+
+
+def test_left_stays_left(points):
+    # Signal only at negative x of a file that is stored right to left.
+    affine = np.array([[-4.0, 0, 0, 96], [0, 4, 0, -132], [0, 0, 4, -70], [0, 0, 0, 1]])
+    data = np.zeros((49, 58, 47, 3), dtype=np.float32)
+    data[28:] = np.random.default_rng(0).normal(size=(21, 58, 47, 3))
+    _, covered = to_grid(data, affine, points)
+    assert covered[points[:, 0] < -16].mean() > 0.99
+    assert not covered[points[:, 0] > -12].any()
+
+
+def test_a_linear_ramp_is_reproduced_between_voxels():
+    index = np.indices((6, 7, 8)).astype(np.float32)
+    ramp = index[0] + 10 * index[1] - 3 * index[2]
+    data = np.stack([ramp + 1, 2 * ramp, 5 - ramp], axis=3)
+    points = np.random.default_rng(2).uniform(0, [5, 6, 7], (100, 3))
+    values, _ = to_grid(data, np.eye(4), points)
+    wanted = points @ [1, 10, -3]
+    np.testing.assert_allclose(values, [wanted + 1, 2 * wanted, 5 - wanted], rtol=1e-4, atol=1e-3)
+
+
+def test_outside_and_empty_and_broken_voxels_are_not_covered():
+    data = np.random.default_rng(0).normal(size=(4, 4, 4, 5)).astype(np.float32)
+    data[0] = 7.0  # constant: no signal
+    data[3, 3, 3, 2] = np.nan
+    points = np.array(
+        [[0, 1, 1], [1, 1, 1], [3, 3, 3], [-2, 0, 0], [3.4, 0, 0], [3.6, 0, 0], [0.4, 1, 1], [0.6, 1, 1.0]]
+    )
+    values, covered = to_grid(data, np.eye(4), points)
+    assert covered.tolist() == [False, True, False, False, True, False, False, True]
+    assert (values[:, ~covered] == 0).all()
+    # The empty neighbour does not dim the value.
+    np.testing.assert_allclose(values[:, 7], data[1, 1, 1], rtol=1e-6)
+
+
+def test_a_run_elsewhere_is_refused(points):
+    far = np.diag([4.0, 4, 4, 1])
+    far[:3, 3] = 500
+    with pytest.raises(ResampleError, match="MNI space"):
+        to_grid(np.random.default_rng(0).normal(size=(4, 4, 4, 3)).astype(np.float32), far, points)
+
+
+def test_equal_repetition_times_change_nothing():
+    values = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    assert to_tr(values, 2.0, 2.0) is values
+    assert to_tr(values, 1.99, 2.0) is values
+
+
+@pytest.mark.parametrize(("tr", "target"), [(2.2, 2.0), (2.5, 0.8), (1.16, 2.0), (0.72, 2.0), (2.0, 1.96)])
+def test_slow_signals_pass_and_keep_their_time(tr, target):
+    time = np.arange(150) * tr
+    wave = np.sin(2 * np.pi * 0.02 * time)[:, None].astype(np.float32)
+    found = to_tr(wave, tr, target)
+    expected = np.sin(2 * np.pi * 0.02 * np.arange(len(found)) * target)
+    assert (len(found) - 1) * target <= time[-1] + 1e-6 < len(found) * target + 1e-6
+    assert np.abs(found[5:-5, 0] - expected[5:-5]).max() < 0.04
+
+
+def test_fast_signals_do_not_fold_when_slowing_down():
+    time = np.arange(400) * 0.72
+    fast = np.sin(2 * np.pi * 0.47 * time)[:, None].astype(np.float32)  # would appear at 0.03 Hz
+    assert to_tr(fast, 0.72, 2.0)[5:-5].std() < 0.15 * fast.std()
+
+
+def test_too_short_a_run_is_refused():
+    with pytest.raises(ResampleError, match="too short"):
+        to_tr(np.zeros((2, 3), dtype=np.float32), 0.5, 2.0)
