@@ -170,9 +170,9 @@ def finetune(config: Recipe = "configs/finetune/adhd.yaml", overrides: Overrides
 
 
 @app.command(
-    epilog="Example: boldforge sweep --config configs/sweep/adhd.yaml shards=shards/adhd backbone=runs/pretrain"
+    epilog="Example: boldforge sweep --config configs/sweep/adhd-rank.yaml shards=shards/adhd backbone=runs/pretrain"
 )
-def sweep(config: Recipe = "configs/sweep/adhd.yaml", overrides: Overrides = None) -> None:
+def sweep(config: Recipe = "configs/sweep/adhd-rank.yaml", overrides: Overrides = None) -> None:
     """Search over LoRA ranks with Ray Tune; the best by validation AUC is tested once."""
     from boldforge.launch.training import sweep_and_print
 
@@ -223,3 +223,7 @@ def doctor(
     findings = examine(folder)
     print_findings(findings, Console())
     raise typer.Exit(1 if any(finding.status == "missing" for finding in findings) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -210,7 +210,7 @@ def check_release(folder: Path, console: Console) -> int:
     console.print(
         f"It differs from the recorded one ({recorded['embedding_sha256'][:16]}…), its first values by up to "
         f"{difference:.2g}. It was recorded with torch {recorded['torch']}, this is {computed['torch']}, and another "
-        "processor may round differently too; the weights themselves are intact.",
+        "processor or scan backend may round differently too; the weights themselves are intact.",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,0 +1,209 @@
+import gzip
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from boldforge import __version__
+from boldforge.launch import cli
+from boldforge.launch.cli import app
+
+VERBS = (
+    "demo",
+    "inspect",
+    "shard",
+    "simulate",
+    "pretrain",
+    "finetune",
+    "sweep",
+    "release",
+    "load",
+    "report",
+    "doctor",
+)
+DATA = Path(__file__).parents[1] / "data"
+REAL = DATA / "sub-happy_task-rest_space-MNI152_res-4_bold.nii.gz"
+
+
+@pytest.fixture(scope="module")
+def mixed_folder(tmp_path_factory):
+    """One real run among files that are broken in the usual ways."""
+    folder = tmp_path_factory.mktemp("study")
+    shutil.copy(REAL, folder / "sub-good_task-rest_space-MNI152_bold.nii.gz")
+    whole = REAL.read_bytes()
+    affine = np.diag([4.0, 4, 4, 1])
+    (folder / "sub-cut_task-rest_space-MNI152_bold.nii.gz").write_bytes(whole[: len(whole) // 3])
+    (folder / "sub-empty_task-rest_space-MNI152_bold.nii.gz").write_bytes(b"")
+    (folder / "sub-text_task-rest_space-MNI152_bold.nii.gz").write_bytes(
+        gzip.compress(b"this is a letter, not a brain")
+    )
+    flat = nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), affine)
+    nib.save(flat, folder / "sub-flat_task-rest_space-MNI152_bold.nii.gz")
+    five = nib.Nifti1Image(np.zeros((4, 4, 4, 3, 2), np.int16), affine)
+    nib.save(five, folder / "sub-five_task-rest_space-MNI152_bold.nii.gz")
+    timeless = nib.Nifti1Image(np.zeros((4, 4, 4, 9), np.int16), affine)
+    timeless.header["pixdim"][4] = 0
+    nib.save(timeless, folder / "sub-timeless_task-rest_space-MNI152_bold.nii.gz")
+    return folder
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_with_an_example_that_is_valid(verb):
+    result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "500", "TERMINAL_WIDTH": "500"})
+    assert result.exit_code == 0
+    example = re.search(rf"Example: boldforge ({verb}\b[^\n│]*)", result.output)
+    assert example, "no example"
+    options = re.findall(r"--[a-z-]+", example.group(1))
+    assert all(option in result.output.replace(example.group(0), "") for option in options)
+
+
+def test_the_verbs_are_those_of_the_design():
+    assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(VERBS)
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from boldforge.launch.cli import app\n"
+        "assert CliRunner().invoke(app, ['pretrain', '--help']).exit_code == 0\n"
+        "print([m for m in ('torch', 'ray', 'deepspeed', 'nibabel', 'numpy', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_version_is_printed():
+    assert CliRunner().invoke(app, ["--version"]).output.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["pretrain", "stepz=3"], "unknown key 'stepz'; did you mean 'steps'?"),
+        (["pretrain", "optimizer.lr=fast"], "key 'optimizer.lr' is 'fast'"),
+        (["pretrain", "--config", "nowhere.yaml"], "nowhere.yaml: no such recipe; give a YAML file, or one of:"),
+        (["pretrain", "shards=nowhere", "out=x"], "nowhere"),
+        (["inspect", "nowhere"], "nowhere: no such folder"),
+        (["shard", "nowhere", "--out", "x"], "nowhere: no such folder"),
+        (["simulate", "x", "--region", "Atlantis"], "no region named Atlantis"),
+        (["release", "nowhere", "--out", "x"], "nowhere/config.json: no such file"),
+        (["load", "nowhere"], "nowhere/config.json: no such file"),
+        (["report", "nowhere"], "nowhere: nothing here that a report can show"),
+        (["demo", "--data", "nowhere"], "nowhere: the demo's two real runs are not here"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["boldforge", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert expected in error
+    assert "Traceback" not in error
+    # Progress lines may come first; the mistake is the last line.
+    assert expected in error.strip().splitlines()[-1]
+
+
+def test_the_real_command_tells_a_mistake_without_a_traceback(boldforge):
+    done = boldforge("pretrain", "stepz=3")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "did you mean 'steps'?" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["shard"], ["shard", "x", "--grid", "mni7mm", "--out", "y"]])
+def test_wrong_usage_is_exit_code_2(arguments):
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a.json"), 2, "a.json: No such file or directory; check"),
+        (PermissionError(13, "Permission denied", "/root/x"), 2, "/root/x: Permission denied; check the permissions."),
+        (OSError(28, "No space left on device"), 2, "No space left on device; free some space and run the same"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_trouble_with_the_system_is_one_sentence_too(error, code, sentence, monkeypatch, capsys):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("boldforge.launch.report.write_report", fail)
+    monkeypatch.setattr(sys, "argv", ["boldforge", "report", "x"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == code
+    assert capsys.readouterr().err.startswith(sentence)
+
+
+def test_a_fault_of_our_own_is_not_dressed_up_as_the_users(monkeypatch):
+    def fail(*arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("boldforge.launch.report.write_report", fail)
+    monkeypatch.setattr(sys, "argv", ["boldforge", "report", "x"])
+    with pytest.raises(OSError, match="Input/output error"):
+        cli.main()
+
+
+def test_inspect_shows_what_is_usable_and_why_the_rest_is_not(mixed_folder):
+    result = CliRunner().invoke(app, ["inspect", str(mixed_folder)])
+    assert result.exit_code == 0
+    assert "layout bids, 2 usable runs, 5 skipped." in result.output, "a cut gzip shows only when it is read"
+    assert re.search(r"sub-good_task-rest +110 +1\.16", result.output)
+    lines = {line.split(":")[0]: line for line in result.output.splitlines() if line.startswith("skipped")}
+    reasons = {"empty": "0 bytes", "text": "cannot be read as NIfTI", "flat": "4×4×4", "five": "4×4×4×3×2"}
+    reasons["timeless"] = "--source-tr"
+    for name, reason in reasons.items():
+        assert reason in lines[f"skipped sub-{name}_task-rest_space-MNI152_bold.nii.gz"]
+
+
+def test_shard_leaves_bad_runs_out_lists_them_and_finishes_the_rest(mixed_folder, tmp_path):
+    from boldforge.data_shards import load_manifest
+
+    out = tmp_path / "shards"
+    result = CliRunner().invoke(app, ["shard", str(mixed_folder), "--out", str(out), "--tr", "2.0"])
+    assert result.exit_code == 0, result.output
+    assert "6 files left out; the reasons are in" in result.output
+    assert [run.key for run in load_manifest(out).runs] == ["sub-good_task-rest"]
+    listed = (out / "rejected.tsv").read_text()
+    assert all(f"sub-{name}_" in listed for name in ("cut", "empty", "text", "flat", "five", "timeless"))
+
+
+def test_a_folder_of_nothing_but_bad_runs_is_an_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "sub-empty_task-rest_space-MNI152_bold.nii.gz").write_bytes(b"")
+    monkeypatch.setattr(sys, "argv", ["boldforge", "shard", str(tmp_path), "--out", str(tmp_path / "shards")])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "none of the 1 files could be used" in capsys.readouterr().err
+
+
+def test_simulate_says_that_it_simulated(tmp_path):
+    arguments = ["simulate", str(tmp_path / "cohort"), "--subjects", "2", "--frames", "8", "--region", "Caudate_L"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "2 simulated subjects written to" in result.output
+
+
+def test_release_load_and_report_work_one_after_the_other(pretraining, adapter, sweep, tmp_path, boldforge):
+    release = tmp_path / "v1"
+    done = boldforge("release", pretraining, "--adapter", adapter, "--out", release)
+    assert done.returncode == 0, done.stderr
+    done = boldforge("load", release)
+    assert done.returncode == 0, done.stderr
+    assert "equals the recorded one, bit for bit" in done.stdout
+    done = boldforge("report", pretraining, sweep, release, "--out", tmp_path / "report.html")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").stat().st_size > 50_000

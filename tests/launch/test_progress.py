@@ -1,0 +1,63 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from boldforge.launch.progress import progress
+
+
+def _lines(console):
+    return console.file.getvalue().splitlines()
+
+
+@pytest.fixture
+def quiet():
+    return Console(file=io.StringIO(), force_terminal=False, width=200)
+
+
+def test_off_a_terminal_there_is_a_line_per_tenth_with_rate_and_time_left(quiet):
+    with progress("shard", "runs", quiet) as on_progress:
+        for done in range(101):
+            on_progress(done, 100)
+    lines = _lines(quiet)
+    assert lines[0] == "shard: started"
+    assert [line.split(" % ")[0] for line in lines[1:-1]] == [f"shard: {percent}" for percent in range(10, 100, 10)]
+    assert "runs/s" in lines[5]
+    assert "s left" in lines[5]
+    assert lines[-1].startswith("shard: done, 100 runs in ")
+    assert not any("\x1b" in line for line in lines)
+
+
+def test_work_that_failed_is_not_called_done(quiet):
+    with pytest.raises(OSError), progress("shard", "runs", quiet) as on_progress:
+        on_progress(1, 2)
+        raise OSError
+    assert not any("done" in line for line in _lines(quiet))
+
+
+def test_what_was_done_before_a_resume_does_not_count_as_speed(quiet):
+    with progress("pretrain", "steps", quiet) as on_progress:
+        on_progress(89, 100)
+        on_progress(90, 100)
+    rate_line = next(line for line in _lines(quiet) if "90 %" in line)
+    rate = float(rate_line.split("steps, ")[1].split(" steps/s")[0])
+    seconds_left = float(rate_line.split("steps/s, ")[1].split(" s left")[0])
+    assert seconds_left == pytest.approx(10 / rate, abs=1), "one step since the start, not ninety"
+
+
+@pytest.mark.parametrize("calls", [[], [(0, 0)], [(3, 3), (3, 3)]])
+def test_no_work_repeated_calls_and_an_empty_total_are_fine(quiet, calls):
+    with progress("x", "runs", quiet) as on_progress:
+        for call in calls:
+            on_progress(*call)
+    assert _lines(quiet)[-1].startswith("x: done")
+
+
+def test_a_terminal_gets_a_bar_with_count_and_rate():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with progress("shard", "runs", console) as on_progress:
+        on_progress(1, 4)
+        on_progress(4, 4)
+    shown = console.file.getvalue()
+    assert "4/4" in shown
+    assert "━" in shown
