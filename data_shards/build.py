@@ -1,6 +1,7 @@
 """Build a folder of shards from runs: atomic, the same bytes at any number of workers, bad runs listed and left out."""
 
 import errno
+import io
 import multiprocessing
 import os
 import sys
@@ -11,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from boldforge.configs import BoldForgeError
 from boldforge.data_shards.grid import brain_mask, get_grid, mask_hash
@@ -23,6 +25,8 @@ from boldforge.data_shards.shard import write_shard
 
 SHARD_BYTES = 256 * 2**20
 SHARD_RUNS = 8
+# Stands in the folder from the first byte to the last: what lies beside it is ours to remove.
+_MARK = ".building"
 _LONGEST_KEY = 80  # a classic tar header holds names of 100 bytes
 
 Progress = Callable[[int, int], None]
@@ -92,6 +96,7 @@ def build_shards(
     mask = brain_mask(get_grid(recipe.grid))
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / _MARK).touch()
         _remove_dataset(out)
         tasks, rejected = _plan(usable, out, recipe, int(mask.sum()))
         results = _run_tasks(tasks, workers, on_progress, done=len(rejected))
@@ -99,13 +104,14 @@ def build_shards(
         _write_atomic(out / REJECTED_FILE, _rejected_table(rejected).encode())
         manifest = _manifest(recipe, mask_hash(mask), int(mask.sum()), results)
         if not manifest.runs:
+            (out / _MARK).unlink()
             raise BuildError(_nothing_left(out, rejected))
-        with (out / f".{MASK_FILE}.partial").open("wb") as file:
-            np.save(file, mask)
-        (out / f".{MASK_FILE}.partial").replace(out / MASK_FILE)
+        _write_atomic(out / MASK_FILE, _npy(mask))
         _write_atomic(out / MANIFEST_FILE, manifest.model_dump_json(indent=1).encode())
+        (out / _MARK).unlink()
     except OSError as error:
         _remove_dataset(out)
+        (out / _MARK).unlink(missing_ok=True)
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise BuildError(
                 f"{out}: no space left on the disk while writing the shards; nothing half-written was kept. Free "
@@ -120,6 +126,12 @@ def _check_folder(out: Path, overwrite: bool) -> None:
         raise BuildError(f"{out}: is a file, expected a folder for the shards.")
     if (out / MANIFEST_FILE).exists() and not overwrite:
         raise BuildError(f"{out}: already holds a dataset; pass --overwrite to replace it, or choose another --out.")
+    ours = (out / MANIFEST_FILE).exists() or (out / _MARK).exists()
+    foreign = sorted(out.glob("shard-??????.tar"))
+    if foreign and not ours:
+        raise BuildError(
+            f"{out}: holds {foreign[0].name}, which is no part of a dataset of ours; choose another --out."
+        )
 
 
 def _remove_dataset(out: Path) -> None:
@@ -135,14 +147,20 @@ def _plan(runs: Sequence[Run], out: Path, recipe: DataRecipe, n_voxels: int) -> 
     groups: list[list[Run]] = []
     rejected = []
     filled = 0
+    keys: set[str] = set()
     for run in runs:
         try:
             bold = open_bold(run.path, run.tr)
             if len(run.key) > _LONGEST_KEY:
                 raise HeaderError(f"{run.path}: its name in the dataset ({run.key}) is too long; shorten its entities.")
+            if run.key in keys:
+                raise HeaderError(
+                    f"{run.path}: its name in the dataset ({run.key}) is taken by another run; rename it."
+                )
         except HeaderError as error:
             rejected.append(Skipped(run.path, str(error)))
             continue
+        keys.add(run.key)
         frames = bold.n_frames * bold.tr / recipe.tr
         size = int(frames * n_voxels * np.dtype(recipe.dtype).itemsize)
         if not groups or filled + size > SHARD_BYTES or len(groups[-1]) == SHARD_RUNS:
@@ -224,6 +242,12 @@ def _nothing_left(out: Path, rejected: list[Skipped]) -> str:
     if not rejected:
         return f"{out}: no runs were given, so there is nothing to store; check the input folder and its layout."
     return f"{out}: none of the {len(rejected)} files could be used; the first because {rejected[0].reason}"
+
+
+def _npy(array: npt.NDArray[np.bool_]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def _write_atomic(path: Path, data: bytes) -> None:

@@ -163,6 +163,24 @@ def test_an_existing_dataset_is_replaced_only_on_request(small, write_bold):
     assert len(build_shards(found, small, RECIPE, overwrite=True).manifest.runs) == 2
 
 
+def test_tar_files_of_others_are_not_overwritten(write_bold, tmp_path):
+    found = find_runs(write_bold(name("01")).parent)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/shard-000000.tar").write_bytes(b"somebody's work")
+    with pytest.raises(BuildError, match="no part of a dataset of ours"):
+        build_shards(found, tmp_path / "out", RECIPE)
+    assert (tmp_path / "out/shard-000000.tar").read_bytes() == b"somebody's work"
+
+
+def test_a_killed_build_is_cleaned_up_by_the_next(write_bold, tmp_path):
+    found = find_runs(write_bold(name("01")).parent)
+    (tmp_path / "out").mkdir()
+    for leftover in (".building", "shard-000004.tar", ".shard-000005.tar.partial"):
+        (tmp_path / "out" / leftover).write_bytes(b"half")
+    build_shards(found, tmp_path / "out", RECIPE)
+    assert set(files(tmp_path / "out")) == {"manifest.json", "mask.npy", "rejected.tsv", "shard-000000.tar"}
+
+
 def test_no_usable_run_is_an_error_that_names_a_reason(write_bold, tmp_path):
     path = write_bold(name("01"))
     path.write_bytes(b"")
