@@ -83,6 +83,22 @@ def test_a_run_leaves_what_the_report_and_the_release_need(finished: Path) -> No
 
 
 @pytest.mark.distributed
+def test_the_demo_recipe_learns_more_than_the_mean_frame(real_shards: Path, tmp_path: Path) -> None:
+    line = command(real_shards, tmp_path / "run")
+    line = [word for word in line if word not in ARGUMENTS]
+    line[line.index("pretrain/tiny.yaml")] = "pretrain/demo.yaml"
+    line += ["steps=24", "evaluate_every=8"]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_metrics(tmp_path / "run")
+    losses = [row["loss"] for row in rows]
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+    errors = [row["heldout_error"] for row in rows if "heldout_error" in row]
+    assert errors[-1] < errors[0]
+    assert errors[-1] < 0.95 * rows[-1]["heldout_baseline"]
+
+
+@pytest.mark.distributed
 def test_another_number_of_ranks_is_refused_with_the_mend(finished: Path, real_shards: Path) -> None:
     done = launch(real_shards, finished, "steps=9", ranks=1)
     assert done.returncode == 2
