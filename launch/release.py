@@ -105,8 +105,11 @@ def from_pretrained(folder: str | Path) -> LoadedModel:
     folder = Path(folder)
     adapter = folder / "adapter"
     classifier = load_classifier(folder, adapter) if adapter.is_dir() else None
-    backbone = load_backbone(folder, read_task(adapter)["pool"]) if classifier else load_backbone(folder)
-    return LoadedModel(backbone, classifier, load_pretrained(folder).config)
+    config = load_pretrained(folder).config
+    # A release says how its tokens are pooled, so that another default in another version changes no embedding.
+    pool = config.get("embedding", {}).get("pool")
+    backbone = load_backbone(folder, pool) if pool else load_backbone(folder)
+    return LoadedModel(backbone, classifier, config)
 
 
 def write_release(
@@ -143,10 +146,12 @@ def write_release(
         staged.mkdir()
         shutil.copyfile(export / "model.safetensors", staged / "model.safetensors")
         config = _without_paths(loaded.config) | {"boldforge_version": boldforge.__version__}
-        _write_json(staged / "config.json", config)
         if adapter is not None:
+            config["embedding"] = {"pool": read_task(adapter)["pool"]}
             _copy_adapter(adapter, staged / "adapter")
+        _write_json(staged / "config.json", config)
         model = from_pretrained(staged)
+        config["embedding"] = {"pool": model.backbone.pool, "dim": model.backbone.dim}
         config["probe"] = probe(model)
         _write_json(staged / "config.json", config)
         summary = _read_json(export.parent / "summary.json") if export != pretrained else {}

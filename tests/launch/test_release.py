@@ -43,6 +43,15 @@ def test_the_recorded_probe_is_what_a_fresh_load_computes(release):
     assert recorded == probe(from_pretrained(release))
 
 
+def test_the_pooling_is_the_releases_own_and_not_this_versions_default(pretraining, adapter, clips, tmp_path):
+    export = shutil.copytree(pretraining / "export", tmp_path / "export")
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps(config | {"embedding": {"pool": "mean"}}))
+    release = write_release(export, tmp_path / "v1")
+    assert json.loads((release / "config.json").read_text())["embedding"] == {"pool": "mean", "dim": 16}
+    assert from_pretrained(release).embed(clips).shape == (2, 16)
+
+
 def test_embed_leaves_the_adapter_out_and_predict_uses_it(copy, clips):
     before, path = from_pretrained(copy), copy / "adapter" / "adapter_model.safetensors"
     from safetensors.torch import load_file, save_file
