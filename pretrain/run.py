@@ -17,7 +17,6 @@ from boldforge.data_shards import (
     Manifest,
     Segment,
     ShardReader,
-    brain_mask,
     load_atlas,
     load_manifest,
     split_segments,
@@ -76,7 +75,7 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
     _check_lengths(config, manifest, held)
     if rank == 0:
         _claim_folder(config, manifest.content_hash)
-    mask = brain_mask(manifest.grid)
+    mask = manifest.brain_mask()
     patch_size = config.model.patch_size(manifest.grid.voxel_size)
     token_grid = TokenGrid(mask, patch_size, config.model.frames, config.model.n_stages)
     atlas = load_atlas(config.mask.atlas)

@@ -110,7 +110,7 @@ def micro_batches(run: Run, batch: ClipBatch, step: int) -> Iterator[tuple[torch
     clips = len(batch.run)
     size = run.config.micro_batch_size or clips
     values_BTV = batch.dequantise(run.device, torch.float32)
-    signal_BV = (batch.scale > 0).to(run.device)
+    signal_BV = batch.signal().to(run.device)
     places = range(run.rank * clips, (run.rank + 1) * clips)
     mask_BL = run.sampler.sample([(0, run.config.seed, step, place) for place in places]).to(run.device)
     for start in range(0, clips, size):
