@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
             _install_cpu_build(constraints)
     except subprocess.CalledProcessError as error:
         print(
-            f"torch: {' '.join(map(str, error.cmd[1:6]))} … failed (see above); install torch "
+            f"torch: {' '.join(map(str, error.cmd[2:5]))} … failed (see above); install torch "
             f"into {sys.prefix} by hand at the version in {constraints}, then run make again.",
             file=sys.stderr,
         )
