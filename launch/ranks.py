@@ -11,6 +11,7 @@ from pathlib import Path
 from boldforge.configs import BoldForgeError
 
 _POLL_SECONDS = 0.5
+_WATCHDOG = ("sh", "-c", "read line; kill -KILL 0")
 _LAUNCHER = "deepspeed.launcher.runner"  # what the `deepspeed` program runs; found even where PATH lacks .venv/bin
 
 
@@ -78,12 +79,16 @@ def run_ranks(
         began = stream.tell()
         process = subprocess.Popen(
             command,
+            stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
             env=rank_environment(ranks, cuda),
             # Its own process group, so that stopping it stops every rank and not the caller.
-            start_new_session=True,
+            process_group=0,
         )
+        # If this process is killed, it cannot stop the ranks, and a second start would write beside them into the same
+        # folder. Its death closes this pipe, and the watchdog ends the group.
+        watchdog = subprocess.Popen(_WATCHDOG, stdin=subprocess.PIPE, process_group=process.pid)
         try:
             while process.poll() is None:
                 while_running()
@@ -93,6 +98,7 @@ def run_ranks(
                     continue
         finally:
             _stop_group(process)
+            watchdog.communicate()
     while_running()
     if process.returncode != 0:
         raise RanksError(_explain(process.returncode, log, began), process.returncode)

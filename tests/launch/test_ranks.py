@@ -1,3 +1,4 @@
+import subprocess
 import sys
 import time
 
@@ -67,18 +68,52 @@ def test_a_crash_forwards_its_exit_code_and_the_end_of_this_starts_log(script, t
     assert "old mistake" not in str(caught.value)
 
 
-def test_stopping_leaves_no_process_behind(script, tmp_path):
-    marker = tmp_path / "alive"
-    child = f"import time\nwhile True:\n open({str(marker)!r}, 'w').close(); time.sleep(0.05)"
-    script(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])")
+@pytest.fixture
+def marker(tmp_path):
+    return tmp_path / "alive"
 
+
+@pytest.fixture
+def endless(marker):
+    """A launcher whose child touches the marker for ever."""
+    child = f"import time\nwhile True:\n open({str(marker)!r}, 'w').close(); time.sleep(0.02)"
+    return f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+
+
+def _is_silent(marker):
+    marker.unlink(missing_ok=True)
+    deadline = time.monotonic() + 0.4
+    while time.monotonic() < deadline:
+        if marker.exists():
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_stopping_leaves_no_process_behind(script, endless, marker, tmp_path):
     def stop_when_started():
         if marker.exists():
             raise KeyboardInterrupt
 
+    script(endless)
     with pytest.raises(KeyboardInterrupt):
         run_ranks("module", [], 1, tmp_path / "ranks.log", cuda=False, while_running=stop_when_started)
-    marker.unlink(missing_ok=True)
-    deadline = time.monotonic() + 0.5
-    while time.monotonic() < deadline:
-        assert not marker.exists(), "the grandchild is still writing"
+    assert _is_silent(marker)
+
+
+def test_killing_the_command_itself_ends_the_ranks_too(endless, marker, tmp_path):
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom boldforge.launch import ranks\n"
+        f"ranks.launcher_command = lambda *arguments: [sys.executable, '-c', {endless!r}]\n"
+        f"ranks.run_ranks('module', [], 1, Path({str(tmp_path / 'ranks.log')!r}), cuda=False)"
+    )
+    command = subprocess.Popen([sys.executable, "-c", program])
+    deadline = time.monotonic() + 20
+    while not marker.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert marker.exists(), "the rank has not started"
+    command.kill()
+    command.wait()
+    ended = time.monotonic() + 5
+    while not _is_silent(marker):
+        assert time.monotonic() < ended, "the rank goes on without its command"
