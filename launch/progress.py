@@ -79,7 +79,7 @@ def _lines(title: str, unit: str, console: Console) -> Iterator[OnProgress]:
         if done < total:
             remaining = (total - done) / rate
             console.print(
-                f"{title}: {10 * tenth} % ({done}/{total} {unit}, {rate:.3g} {unit}/s, {remaining:.0f} s left)"
+                f"{title}: {100 * done // total} % ({done}/{total} {unit}, {rate:.3g} {unit}/s, {remaining:.0f} s left)"
             )
 
     console.print(f"{title}: started")
