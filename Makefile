@@ -7,6 +7,8 @@ LINKS := .links/boldforge
 FOLDERS := configs data_shards kernels pretrain finetune launch
 # One thread per process: the tests start several processes on two cores, and threads that wait on each other cost minutes.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Here and not in pyproject.toml, because a GPU machine on which nothing can be installed may lack the plugin.
+PYTEST := $(BIN)/python -m pytest -rs --timeout 300
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-gpu bench lint clean
@@ -48,14 +50,14 @@ lint: $(INSTALLED)
 
 test: lint
 	@echo "pytest: everything that is not marked slow"
-	@$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow" -rs
+	@$(ONE_THREAD) $(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)
-	@$(ONE_THREAD) $(BIN)/python -m pytest -m slow -rs
+	@$(ONE_THREAD) $(PYTEST) -m slow
 
 # On a machine where nothing can be installed: PYTHONPATH=.links python3 -m pytest -m gpu
 test-gpu: $(INSTALLED)
-	@$(BIN)/python -m pytest -m gpu -rs
+	@$(PYTEST) -m gpu
 
 bench: $(INSTALLED)
 	@for script in benchmarks/*.py; do \
