@@ -5,14 +5,30 @@ Shape suffixes: B clips · T frames · V brain voxels · S spatial tokens · L =
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from boldforge.pretrain import NeuroStorm, Pretrained, load_pretrained
 
-Pool = Literal["mean", "mean_std"]
+Pool = Literal["mean", "mean_std", "multiscale"]
+
+POOL_CHOICES = (
+    "mean: mean over the last stage's tokens. mean_std: that, and the mean over space of their standard deviation over "
+    "time. multiscale: mean, and that deviation at every stage, because the LayerNorm of each merging takes away how "
+    "strongly a token fluctuates, which is most of what BOLD without its mean says about a person."
+)
+
+
+class Partway(NamedTuple):
+    """A batch on its way through an encoder.
+
+    ``x`` [B, …] enters the next stage; ``pooled`` [B, P] is what has been pooled from the stages behind it, P ≥ 0.
+    """
+
+    x: Tensor
+    pooled: Tensor
 
 
 class Backbone(Protocol):
@@ -38,11 +54,11 @@ class Backbone(Protocol):
     def embed(self, values_BTV: Tensor) -> Tensor:
         """Embed clips [B, T, V] as [B, C]."""
 
-    def encode_until(self, values_BTV: Tensor, stage: int) -> Tensor:
-        """Run what lies below `stage`, [B, …]; stage 0 gives the clips back."""
+    def encode_until(self, values_BTV: Tensor, stage: int) -> Partway:
+        """Run what lies below `stage`; stage 0 gives the clips back."""
 
-    def embed_from(self, x: Tensor, stage: int) -> Tensor:
-        """Run `stage` and all above it, then pool: [B, …] to [B, C]."""
+    def embed_from(self, partway: Partway, stage: int) -> Tensor:
+        """Run `stage` and all above it, then pool, to [B, C]."""
 
     def linear_layers(self, first_stage: int) -> list[str]:
         """Name the linear layers of ``network`` that `embed` calls in `first_stage` and above."""
@@ -57,39 +73,38 @@ class NeuroStormBackbone:
         What `load_pretrained` returns.
     pool
         ``mean``: mean over tokens. ``mean_std``: that, and beside it the mean over space of the standard deviation
-        over time, C = 2 × channels. BOLD with its mean removed says little by its average; what tells people apart is
-        how strongly each region fluctuates, which only the second half sees directly.
+        over time. ``multiscale``: the mean, and that deviation of the tokens that enter every stage and leave the last.
+        BOLD with its mean removed says little by its average; what tells people apart is how strongly it fluctuates,
+        and the LayerNorm of every merging takes that away, so it is read at each stage before it is gone.
     """
 
-    def __init__(self, pretrained: Pretrained, pool: Pool = "mean_std") -> None:
+    def __init__(self, pretrained: Pretrained, pool: Pool = "multiscale") -> None:
         self.network: nn.Module = pretrained.model
         self._encoder: NeuroStorm = pretrained.model
         self.pool: str = pool
         self.n_stages = self._encoder.config.n_stages
-        self.dim = self._encoder.dim * (2 if pool == "mean_std" else 1)
+        dims = [self._encoder.config.embed_dim * 2**i for i in range(self.n_stages)]
+        deviations = {"mean": 0, "mean_std": dims[-1], "multiscale": sum(dims) + dims[-1]}
+        self.dim = dims[-1] + deviations[pool]
         self.data: Mapping[str, Any] = pretrained.config["data"]
         self.weights_hash = pretrained.weights_hash
 
     def embed(self, values_BTV: Tensor) -> Tensor:
         """Embed clips [B, T, V], normalised as `data` says, as [B, C]."""
-        return self.embed_from(values_BTV, 0)
+        return self.embed_from(self.encode_until(values_BTV, 0), 0)
 
-    def encode_until(self, values_BTV: Tensor, stage: int) -> Tensor:
+    def encode_until(self, values_BTV: Tensor, stage: int) -> Partway:
         """Return the clips [B, T, V] for stage 0, else the tokens [B, L, C] that enter `stage` (or leave the last)."""
-        if stage == 0:
-            return values_BTV
-        return self._run(values_BTV, 0, stage)
+        start = Partway(values_BTV, values_BTV.new_zeros(len(values_BTV), 0))
+        return start if stage == 0 else self._run(start, 0, stage)
 
-    def embed_from(self, x: Tensor, stage: int) -> Tensor:
-        """Run `stage` and all above it on what `encode_until` gave, and pool over tokens to [B, C]."""
-        tokens_BLC = self._run(x, stage, self.n_stages)
-        tokens_BSTC = tokens_BLC.unflatten(1, (-1, self._encoder.config.frames))
-        mean_BC = tokens_BSTC.mean(dim=(1, 2))
-        if self.pool == "mean":
-            return mean_BC
-        # The small constant keeps the gradient finite where a token does not change over time.
-        deviation_BSC = (tokens_BSTC.var(dim=2, unbiased=False) + 1e-8).sqrt()
-        return torch.cat([mean_BC, deviation_BSC.mean(dim=1)], dim=-1)
+    def embed_from(self, partway: Partway, stage: int) -> Tensor:
+        """Run `stage` and all above it on what `encode_until` gave, and pool to [B, C]."""
+        tokens_BLC, pooled_BP = self._run(partway, stage, self.n_stages)
+        parts = [tokens_BLC.mean(dim=1)]
+        if self.pool != "mean":
+            parts += [pooled_BP, self._deviation(tokens_BLC)]
+        return torch.cat(parts, dim=-1)
 
     def linear_layers(self, first_stage: int) -> list[str]:
         """Name the encoder's linear layers from `first_stage` on; the decoder is never called here, so never named."""
@@ -101,15 +116,23 @@ class NeuroStormBackbone:
             if isinstance(module, nn.Linear) and any(f"{name}.".startswith(f"{part}.") for part in parts)
         ]
 
-    def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
-        if start == 0:
+    def _run(self, partway: Partway, start: int, stop: int) -> Partway:
+        x, pooled_BP = partway
+        if start == 0 and stop > 0:
             x = self._encoder.embed_patches(x)
         for stage in range(start, stop):
+            if self.pool == "multiscale":
+                pooled_BP = torch.cat([pooled_BP, self._deviation(x)], dim=-1)
             x = self._encoder.encode_stage(x, stage)
-        return x
+        return Partway(x, pooled_BP)
+
+    def _deviation(self, tokens_BLC: Tensor) -> Tensor:
+        tokens_BSTC = tokens_BLC.unflatten(1, (-1, self._encoder.config.frames))
+        # The small constant keeps the gradient finite where a token does not change over time.
+        return (tokens_BSTC.var(dim=2, unbiased=False) + 1e-8).sqrt().mean(dim=1)
 
 
-def load_backbone(folder: str | Path, pool: Pool = "mean_std") -> NeuroStormBackbone:
+def load_backbone(folder: str | Path, pool: Pool = "multiscale") -> NeuroStormBackbone:
     """Load a pretrained encoder, frozen and in evaluation mode.
 
     Parameters

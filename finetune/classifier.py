@@ -88,9 +88,9 @@ class Classifier(nn.Module):
         """Number of all parameters, head included."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, x: Tensor, stage: int = 0) -> Tensor:
-        """Logits [B, K] of clips [B, T, V], or of what `Backbone.encode_until` gave for `stage`."""
-        return self.head(self.backbone.embed_from(x, stage))
+    def forward(self, values_BTV: Tensor) -> Tensor:
+        """Logits [B, K] of clips [B, T, V]."""
+        return self.head(self.backbone.embed(values_BTV))
 
     @torch.no_grad()
     def predict(self, values_BTV: Tensor) -> Tensor:

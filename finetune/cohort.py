@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from boldforge.data_shards import Manifest, ShardReader
-from boldforge.finetune.backbone import Backbone
+from boldforge.finetune.backbone import Backbone, Partway
 from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.tasks import Task
 
@@ -120,10 +119,10 @@ class ClipSet:
 
     Attributes
     ----------
-    x
-        float32 [n, …], usually a read-only memory map that many sets and processes share.
+    x, pooled
+        float32 [n, …] and [n, P], see `Partway`; usually read-only memory maps that many sets and processes share.
     rows
-        int64 [clips], which rows of ``x`` belong to this set.
+        int64 [clips], which of the n belong to this set.
     subject
         int64 [clips], position in ``labels`` of each clip's subject.
     labels
@@ -131,6 +130,7 @@ class ClipSet:
     """
 
     x: np.ndarray
+    pooled: np.ndarray
     rows: np.ndarray
     subject: np.ndarray
     labels: np.ndarray
@@ -147,17 +147,17 @@ class ClipSet:
             self, rows=self.rows[kept], subject=number[self.subject[kept]], labels=self.labels[list(subjects)]
         )
 
-    def batch(self, clips: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return inputs [B, …] and labels [B] of the clips at these positions."""
-        x = torch.from_numpy(np.ascontiguousarray(self.x[self.rows[clips]]))
-        return x, torch.from_numpy(self.labels[self.subject[clips]])
+    def batch(self, clips: np.ndarray, device: torch.device) -> Partway:
+        """Return the clips at these positions."""
+        rows = self.rows[clips]
+        return Partway(torch.from_numpy(self.x[rows]).to(device), torch.from_numpy(self.pooled[rows]).to(device))
 
     @classmethod
     def load(cls, folder: Path) -> "ClipSet":
         """Read what `gather_clips` wrote; the clips are mapped, not copied."""
-        x = np.load(folder / "x.npy", mmap_mode="r")
+        x, pooled = np.load(folder / "x.npy", mmap_mode="r"), np.load(folder / "pooled.npy")
         subject, labels = np.load(folder / "subject.npy"), np.load(folder / "labels.npy")
-        return cls(x, np.arange(len(x)), subject, labels)
+        return cls(x, pooled, np.arange(len(x)), subject, labels)
 
 
 def gather_clips(
@@ -202,11 +202,14 @@ def gather_clips(
     ]
     device = next(backbone.network.parameters()).device
     x: np.memmap | None = None
+    pooled = []
     for row, (_, run, start) in enumerate(plan):
         clip = reader.read(run, start, length)
         values_1TV = torch.from_numpy(clip.mean + clip.q * clip.scale).unsqueeze(0).to(device)
         with torch.no_grad():
-            entering = backbone.encode_until(values_1TV, stage)[0].float().cpu().numpy()
+            partway = backbone.encode_until(values_1TV, stage)
+        entering = partway.x[0].float().cpu().numpy()
+        pooled.append(partway.pooled[0].float().cpu().numpy())
         if x is None:
             shape = (len(plan), *entering.shape)
             folder.mkdir(parents=True, exist_ok=True)
@@ -216,6 +219,7 @@ def gather_clips(
             on_progress(row + 1, len(plan))
     assert x is not None, "a cohort has at least one subject, and a subject at least one clip"
     x.flush()
+    np.save(folder / "pooled.npy", np.stack(pooled))
     np.save(folder / "labels.npy", np.array([subject.label for subject in subjects], dtype=np.int64))
     np.save(folder / "subject.npy", np.array([number for number, _, _ in plan], dtype=np.int64))
     return ClipSet.load(folder)

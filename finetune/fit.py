@@ -25,10 +25,10 @@ class TrainingConfig(StrictModel):
         5, ge=1, description="Epochs without a better validation figure before training stops; the best is kept."
     )
     lr: float = Field(
-        5e-3, gt=0, le=1, description="Step size of the adapter; LoRA bears far more than full fine-tuning's 5e-5."
+        1e-3, gt=0, le=1, description="Step size of the adapter; LoRA bears far more than full fine-tuning's 5e-5."
     )
     head_lr: float = Field(
-        1e-2, gt=0, le=1, description="Step size of the head, which starts from nothing on standardised embeddings."
+        5e-3, gt=0, le=1, description="Step size of the head, which starts from nothing on standardised embeddings."
     )
     weight_decay: float = Field(
         0.1,
@@ -97,74 +97,107 @@ def fit(
     FinetuneError
         If the loss is no longer a finite number.
     """
-    task, stage = classifier.task, classifier.adapter.first_stage
-    device = classifier.head.mean.device
+    task = classifier.task
     criterion = task.criterion(train.labels[train.subject].tolist())
-    classifier.head.fit_scale(_embed(classifier, train, config.batch_size))
+    training = _Embedder(classifier, train, config.batch_size)
+    validating = _Embedder(classifier, validation, config.batch_size) if validation is not None else None
+    classifier.head.fit_scale(training.everything())
     adapter = [parameter for parameter in classifier.network.parameters() if parameter.requires_grad]
-    groups = [{"params": list(classifier.head.parameters()), "lr": config.head_lr}]
+    groups: list[dict[str, Any]] = [{"params": list(classifier.head.parameters()), "lr": config.head_lr}]
     groups += [{"params": adapter, "lr": config.lr}] if adapter else []
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    trainable = [parameter for group in groups for parameter in group["params"]]  # type: ignore[attr-defined]
     best: tuple[float, float] | None = None
     for number in range(1, epochs + 1):
-        order = np.random.default_rng([seed, number]).permutation(len(train))
-        total = 0.0
-        classifier.train(True)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
-            for clips in np.array_split(order, math.ceil(len(order) / config.batch_size)):
-                x, labels = train.batch(clips)
-                loss = criterion(classifier(x.to(device), stage), labels.to(device))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(trainable, config.clip_norm)
-                optimizer.step()
-                total += loss.item() * len(clips)
-        classifier.train(False)
-        if not math.isfinite(total):
+        loss = _train_epoch(training, criterion, optimizer, config, np.random.SeedSequence([seed, number]))
+        if not math.isfinite(loss):
             raise FinetuneError(
-                f"the training loss is {total} in epoch {number}; set training.lr below {config.lr:g} and "
+                f"the training loss is {loss} in epoch {number}; set training.lr below {config.lr:g} and "
                 f"training.head_lr below {config.head_lr:g}."
             )
-        if validation is None:
-            yield Epoch(number, total / len(train), None, None, improved=True)
+        if validating is None:
+            yield Epoch(number, loss, None, None, improved=True)
             continue
-        loss_now, figures = evaluate(classifier, validation, criterion, config.batch_size)
+        loss_now, figures = _measure(validating, criterion)
         rank = (float(figures[task.selects_by]), -loss_now)
         improved = best is None or rank > best
         best = rank if improved else best
-        yield Epoch(number, total / len(train), loss_now, figures, improved)
-
-
-def evaluate(
-    classifier: Classifier, clips: ClipSet, criterion: Criterion, batch_size: int
-) -> tuple[float, dict[str, Any]]:
-    """Return the mean loss per clip and the task's figures per subject."""
-    logits_NK = _logits(classifier, clips, batch_size)
-    labels_N = torch.from_numpy(clips.labels[clips.subject]).to(logits_NK.device)
-    loss = float(criterion(logits_NK, labels_N))
-    return loss, classifier.task.metrics(clips.labels.tolist(), _pool_subjects(classifier, clips, logits_NK))
+        yield Epoch(number, loss, loss_now, figures, improved)
 
 
 def predict_subjects(classifier: Classifier, clips: ClipSet, batch_size: int) -> list[float]:
     """Return one score per subject of the set, in the order of its labels: the mean over the subject's clips."""
-    return _pool_subjects(classifier, clips, _logits(classifier, clips, batch_size))
+    source = _Embedder(classifier, clips, batch_size)
+    with torch.no_grad():
+        return _pool_subjects(classifier, clips, classifier.head(source.everything()))
+
+
+class _Embedder:
+    """Embeds the clips of a set; only once where no adapter is trained, since nothing below the head then changes."""
+
+    def __init__(self, classifier: Classifier, clips: ClipSet, batch_size: int) -> None:
+        self.classifier = classifier
+        self.clips = clips
+        self.batch_size = batch_size
+        self.device = classifier.head.mean.device
+        self._kept: Tensor | None = None
+        if classifier.adapter.rank == 0:
+            self._kept = self.everything()
+
+    def embed(self, positions: np.ndarray) -> Tensor:
+        """[B, C], with a gradient where there is one to be had."""
+        if self._kept is not None:
+            return self._kept[torch.from_numpy(positions).to(self.device)]
+        partway = self.clips.batch(positions, self.device)
+        return self.classifier.backbone.embed_from(partway, self.classifier.adapter.first_stage)
+
+    @torch.no_grad()
+    def everything(self) -> Tensor:
+        """[clips, C]."""
+        if self._kept is not None:
+            return self._kept
+        parts = np.array_split(np.arange(len(self.clips)), math.ceil(len(self.clips) / self.batch_size))
+        return torch.cat([self.embed(part) for part in parts])
+
+    def labels(self, positions: np.ndarray) -> Tensor:
+        """[B]."""
+        return torch.from_numpy(self.clips.labels[self.clips.subject[positions]]).to(self.device)
+
+
+def _train_epoch(
+    source: _Embedder,
+    criterion: Criterion,
+    optimizer: torch.optim.Optimizer,
+    config: TrainingConfig,
+    seed: np.random.SeedSequence,
+) -> float:
+    classifier, n_clips = source.classifier, len(source.clips)
+    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    order = np.random.default_rng(seed).permutation(n_clips)
+    total = 0.0
+    classifier.train(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seed.generate_state(1)[0]))
+        for positions in np.array_split(order, math.ceil(n_clips / config.batch_size)):
+            loss = criterion(classifier.head(source.embed(positions)), source.labels(positions))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, config.clip_norm)
+            optimizer.step()
+            total += loss.item() * len(positions)
+    classifier.train(False)
+    return total / n_clips
+
+
+@torch.no_grad()
+def _measure(source: _Embedder, criterion: Criterion) -> tuple[float, dict[str, Any]]:
+    """Return the mean loss per clip and the task's figures per subject."""
+    classifier, clips = source.classifier, source.clips
+    logits_NK = classifier.head(source.everything())
+    loss = float(criterion(logits_NK, source.labels(np.arange(len(clips)))))
+    return loss, classifier.task.metrics(clips.labels.tolist(), _pool_subjects(classifier, clips, logits_NK))
 
 
 def _pool_subjects(classifier: Classifier, clips: ClipSet, logits_NK: Tensor) -> list[float]:
     scores = classifier.task.scores(logits_NK).double().cpu().numpy()
     sums = np.bincount(clips.subject, weights=scores, minlength=len(clips.labels))
     return (sums / np.bincount(clips.subject, minlength=len(clips.labels))).tolist()
-
-
-@torch.no_grad()
-def _embed(classifier: Classifier, clips: ClipSet, batch_size: int) -> Tensor:
-    stage, device = classifier.adapter.first_stage, classifier.head.mean.device
-    parts = np.array_split(np.arange(len(clips)), math.ceil(len(clips) / batch_size))
-    return torch.cat([classifier.backbone.embed_from(clips.batch(part)[0].to(device), stage) for part in parts])
-
-
-@torch.no_grad()
-def _logits(classifier: Classifier, clips: ClipSet, batch_size: int) -> Tensor:
-    return classifier.head(_embed(classifier, clips, batch_size))

@@ -10,7 +10,7 @@ from pydantic import Field
 from boldforge.configs import StrictModel
 from boldforge.data_shards import Manifest, ShardReader, load_manifest
 from boldforge.finetune.adapters import AdapterConfig
-from boldforge.finetune.backbone import Pool, load_backbone
+from boldforge.finetune.backbone import POOL_CHOICES, Pool, load_backbone
 from boldforge.finetune.classifier import Classifier
 from boldforge.finetune.cohort import ClipSet, Cohort, OnProgress, Subject, check_recipe, find_cohort, gather_clips
 from boldforge.finetune.fit import TrainingConfig
@@ -27,11 +27,7 @@ class StudyConfig(StrictModel):
     backbone: Path = Field(description="Pretraining run folder, its export/, or a release.")
     out: Path = Field(description="Folder for the results; made if missing.")
     task: str = Field("adhd", description="What to predict; adhd reads the phenotype column diagnosis.")
-    pool: Pool = Field(
-        "mean_std",
-        description="mean: mean over tokens. mean_std: that and the mean standard deviation over time, which carries "
-        "most of what BOLD without its mean says about a person.",
-    )
+    pool: Pool = Field("multiscale", description=POOL_CHOICES)
     clips: int = Field(
         4, ge=1, description="Most clips per subject, evenly spaced over its runs; a subject's score is their mean."
     )

@@ -85,7 +85,9 @@ def build_cohort(tmp_path_factory):
             path = folder / f"{number}.nii"
             nib.save(image, path)
             site = ("KKI", "NYU")[number // 2 % 2]
-            runs.append(Run(f"person{number:02d}", "1", site, 2.0, path, phenotype={"diagnosis": label}, simulated=True))
+            runs.append(
+                Run(f"person{number:02d}", "1", site, 2.0, path, phenotype={"diagnosis": label}, simulated=True)
+            )
         recipe = DataRecipe(grid=GRID, tr=2.0, normalisation="residual-z", dtype="int16")
         build_shards(runs, folder / "shards", recipe)
         for run in runs:

@@ -69,7 +69,7 @@ def test_counts_and_first_stage(encoder):
 
 def test_rank_zero_trains_the_head_alone(encoder, values_BTV):
     classifier = Classifier(load_backbone(encoder), AdhdDiagnosis(), AdapterConfig(rank=0))
-    assert classifier.trainable == 32 + 1
+    assert classifier.trainable == 56 + 1
     _train(classifier, values_BTV, steps=1)
     assert torch.equal(classifier.backbone.embed(values_BTV), load_backbone(encoder).embed(values_BTV))
 
@@ -127,7 +127,7 @@ def test_another_base_is_refused(encoder, write_encoder, tmp_path):
     other = load_backbone(write_encoder(seed=1))
     with pytest.raises(AdapterError, match=f"trained on the .* weights hash {classifier.backbone.weights_hash}"):
         load_adapter(tmp_path, other)
-    with pytest.raises(AdapterError, match="load it with pool='mean_std'"):
+    with pytest.raises(AdapterError, match="load it with pool='multiscale'"):
         load_adapter(tmp_path, load_backbone(encoder, "mean"))
 
 

@@ -5,10 +5,11 @@ from boldforge.configs import BoldForgeError
 from boldforge.finetune import load_backbone
 
 
-def test_running_in_two_parts_gives_the_same_embedding_at_every_stage(encoder, values_BTV):
-    backbone = load_backbone(encoder)
+@pytest.mark.parametrize(("pool", "dim"), [("mean", 16), ("mean_std", 16 + 16), ("multiscale", 16 + 8 + 16 + 16)])
+def test_running_in_two_parts_gives_the_same_embedding_at_every_stage(encoder, values_BTV, pool, dim):
+    backbone = load_backbone(encoder, pool)
     whole = backbone.embed(values_BTV)
-    assert whole.shape == (3, backbone.dim) == (3, 32)
+    assert whole.shape == (3, backbone.dim) == (3, dim)
     for stage in range(backbone.n_stages + 1):
         assert torch.equal(backbone.embed_from(backbone.encode_until(values_BTV, stage), stage), whole)
 
@@ -20,7 +21,16 @@ def test_mean_std_sees_fluctuations_that_the_mean_does_not(encoder, values_BTV):
     assert (moving.mean(dim=1) > 2 * deviation.mean(dim=1)).all()
     mean = load_backbone(encoder, "mean")
     assert mean.dim == 16
-    assert torch.equal(mean.embed(values_BTV), load_backbone(encoder).embed(values_BTV)[:, :16])
+    assert torch.equal(mean.embed(values_BTV), load_backbone(encoder, "mean_std").embed(values_BTV)[:, :16])
+
+
+def test_multiscale_keeps_the_amplitude_that_merging_takes_away(encoder, values_BTV):
+    """Twice the amplitude is seen at the patches, and hardly above the first merging's LayerNorm."""
+    backbone = load_backbone(encoder, "multiscale")
+    once, twice = (backbone.embed(values_BTV * factor)[:, 16:] for factor in (1.0, 2.0))
+    ratio = twice.mean(dim=0) / once.mean(dim=0)
+    assert torch.allclose(ratio[:8], torch.full((8,), 2.0), atol=0.01)
+    assert ratio[8:].mean() < 1.8
 
 
 def test_a_run_folder_stands_for_its_export(encoder, tmp_path, values_BTV):
