@@ -139,7 +139,7 @@ def run_demo(data: Path, out: Path, fresh: bool = False) -> None:
     console.print(f"\nThe demo took {(time.monotonic() - began) / 60:.1f} minutes.", highlight=False)
     for name, place in (("Report", report), ("Release", release)):
         console.print(f"{name}: {place}", highlight=False, soft_wrap=True)
-    console.print(_NEXT, highlight=False, markup=False)
+    console.print(_NEXT, highlight=False, markup=False, soft_wrap=True)
 
 
 def _remove(products: tuple[Path, ...]) -> None:
