@@ -183,7 +183,14 @@ def _ray_trial(spec: TrialSpec, parameters: Mapping[str, Any]) -> None:
 
 
 def _checked(results: Any, ranks: Sequence[int]) -> list[Any]:
+    from ray.exceptions import RayActorError
+
     for result in results:
+        if isinstance(result.error, RayActorError):
+            raise SweepError(
+                f"The process of the trial at rank {result.config['rank']} was killed, most likely for lack of memory; "
+                "set concurrency=1, or training.batch_size lower."
+            ) from result.error
         if result.error is not None:
             cause = getattr(result.error, "cause", None) or result.error
             raise SweepError(f"The trial at rank {result.config['rank']} failed: {_line(cause)}") from result.error
