@@ -98,7 +98,6 @@ def run_on_ray(
     with _quiet_ray():
         import ray
         from ray import tune
-        from ray.tune.schedulers import ASHAScheduler
 
         history: dict[int, list[dict[str, Any]]] = {rank: [] for rank in ranks}
 
@@ -117,29 +116,7 @@ def run_on_ray(
         with tempfile.TemporaryDirectory(prefix="bf-", ignore_cleanup_errors=True) as session:
             try:
                 _start(session, asha)
-                tuner = tune.Tuner(
-                    tune.with_resources(partial(_ray_trial, spec), {"cpu": asha.cpus, "gpu": asha.gpus}),
-                    param_space={"rank": tune.grid_search(list(ranks))},
-                    tune_config=tune.TuneConfig(
-                        metric=asha.figure,
-                        mode="max",
-                        scheduler=ASHAScheduler(
-                            time_attr="epoch",
-                            max_t=spec.training.epochs,
-                            grace_period=min(asha.grace, spec.training.epochs),
-                            reduction_factor=asha.reduction,
-                        ),
-                        max_concurrent_trials=asha.concurrency,
-                        reuse_actors=True,
-                    ),
-                    run_config=tune.RunConfig(
-                        name="sweep",
-                        storage_path=str(folder.resolve()),
-                        verbose=0,
-                        callbacks=[Collect()],
-                        failure_config=tune.FailureConfig(max_failures=0, fail_fast=True),
-                    ),
-                )
+                tuner = _tuner(spec, ranks, asha, folder, Collect())
                 return [_result(result, history) for result in _checked(tuner.fit(), ranks)]
             finally:
                 ray.shutdown()
@@ -165,6 +142,36 @@ def _start(session: str, asha: AshaConfig) -> None:
     gpus = ray.cluster_resources().get("GPU", 0)
     if gpus < asha.gpus:
         raise SweepError(f"gpus is {asha.gpus:g} per trial, but Ray sees {gpus:g} here; set gpus=0 to use CPUs.")
+
+
+def _tuner(spec: TrialSpec, ranks: Sequence[int], asha: AshaConfig, folder: Path, callback: Any) -> Any:
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    scheduler = ASHAScheduler(
+        time_attr="epoch",
+        max_t=spec.training.epochs,
+        grace_period=min(asha.grace, spec.training.epochs),
+        reduction_factor=asha.reduction,
+    )
+    return tune.Tuner(
+        tune.with_resources(partial(_ray_trial, spec), {"cpu": asha.cpus, "gpu": asha.gpus}),
+        param_space={"rank": tune.grid_search(list(ranks))},
+        tune_config=tune.TuneConfig(
+            metric=asha.figure,
+            mode="max",
+            scheduler=scheduler,
+            max_concurrent_trials=asha.concurrency,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="sweep",
+            storage_path=str(folder.resolve()),
+            verbose=0,
+            callbacks=[callback],
+            failure_config=tune.FailureConfig(max_failures=0, fail_fast=True),
+        ),
+    )
 
 
 def _ray_trial(spec: TrialSpec, parameters: Mapping[str, Any]) -> None:
