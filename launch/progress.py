@@ -67,20 +67,24 @@ def _bar(title: str, unit: str, console: Console) -> Iterator[OnProgress]:
 def _lines(title: str, unit: str, console: Console) -> Iterator[OnProgress]:
     began = time.monotonic()
     last_tenth, last_done = 0, 0
+    # What the first report brings may have been done before a resume, so the rate counts from there.
+    first: tuple[float, int] | None = None
 
     def on_progress(done: int, total: int) -> None:
-        nonlocal last_tenth, last_done
+        nonlocal last_tenth, last_done, first
+        now = time.monotonic()
+        since, before = first = first or (now, done)
         last_done = done
         tenth = 10 * done // max(total, 1)
         if tenth <= last_tenth:
             return
         last_tenth = tenth
-        rate = done / max(time.monotonic() - began, 1e-9)
         if done < total:
-            remaining = (total - done) / rate
-            console.print(
-                f"{title}: {100 * done // total} % ({done}/{total} {unit}, {rate:.3g} {unit}/s, {remaining:.0f} s left)"
-            )
+            speed = ""
+            if done > before:
+                rate = (done - before) / max(now - since, 1e-9)
+                speed = f", {rate:.3g} {unit}/s, {(total - done) / rate:.0f} s left"
+            console.print(f"{title}: {100 * done // total} % ({done}/{total} {unit}{speed})")
 
     console.print(f"{title}: started")
     yield on_progress
