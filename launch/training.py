@@ -36,8 +36,12 @@ def pretrain_on_ranks(recipe: str, overrides: Sequence[str], ranks: int, console
         )
     log = config.out / "ranks.log"
     before = steps_done(config.out)
-    if before:
+    if any((config.out / "checkpoints").glob("step-*")):
         console.print(f"{config.out}: goes on from its last checkpoint.", highlight=False, soft_wrap=True)
+    elif before:
+        console.print(
+            f"{config.out}: stopped before its first checkpoint; starts anew.", highlight=False, soft_wrap=True
+        )
     where = "GPU" if cuda else "CPU"
     plan = (
         f"{len(manifest.runs)} runs, {config.steps} steps, {ranks} {where} ranks, ZeRO-{config.zero_stage}; log: {log}"
