@@ -1,6 +1,7 @@
 """``boldforge demo``: every stage once, on two real runs and a small simulated cohort."""
 
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,13 @@ SWEEP_RECIPE = "configs/sweep/demo.yaml"
 _RANKS = 2
 _NEXT = """\
 Now on your own data (fMRIPrep or ADHD-200 folders, or a table of runs):
-  boldforge inspect YOUR_FOLDER
-  boldforge shard YOUR_FOLDER --out runs/shards --grid mni4mm --tr 2.0
-  boldforge pretrain --config configs/pretrain/tiny.yaml shards=runs/shards out=runs/pretrain"""
+  {command} inspect YOUR_FOLDER
+  {command} shard YOUR_FOLDER --out runs/shards
+  {command} pretrain shards=runs/shards out=runs/pretrain"""
 
 
 class DemoError(BoldForgeError):
-    """The demo's own data are not where they were looked for."""
+    """The demo's own data are not where they were looked for, or its release does not reproduce."""
 
 
 class Stages:
@@ -56,7 +57,7 @@ class Stages:
         self._number += 1
         place = f"[{self._number}/{self._total}] {title}"
         if finished.exists() and not self._anew:
-            self._say(f"{place}: kept from before ({finished})")
+            self._say(f"{place}: kept from before ({finished}); after a change of recipe, add --fresh")
             return
         if remake is not None and self._anew and remake.exists():
             shutil.rmtree(remake)
@@ -126,6 +127,13 @@ def run_demo(data: Path, out: Path, fresh: bool = False) -> None:
         settings = [f"shards={labelled}", f"backbone={pretrained}", f"out={sweep}"]
         sweep_and_print(SWEEP_RECIPE, settings, console)
 
+    def verify() -> None:
+        if check_release(release, console):
+            raise DemoError(
+                f"{release}: does not give the values recorded when it was written, though this machine wrote it; see "
+                "the lines above, and run the demo again with --fresh."
+            )
+
     stages = Stages(8, console)
     stages.run("Shard two real runs", real / "manifest.json", lambda: shard(data, real))
     stages.run("Pretrain on them: 2 ranks, ZeRO-2", pretrained / "summary.json", pretrain, remake=pretrained)
@@ -133,13 +141,21 @@ def run_demo(data: Path, out: Path, fresh: bool = False) -> None:
     stages.run("Shard the simulated cohort", labelled / "manifest.json", lambda: shard(cohort, labelled))
     stages.run("Search over LoRA ranks with Ray Tune", sweep / "sweep.json", search, remake=sweep)
     stages.run("Release", release / "none", lambda: write_release(pretrained, release, sweep / "best", replace=True))
-    stages.run("Load the release and compare its embedding", release / "none", lambda: check_release(release, console))
+    stages.run("Load the release and compare its embedding", release / "none", verify)
     stages.run("Report", release / "none", lambda: write_report([pretrained, sweep, release], report))
 
     console.print(f"\nThe demo took {(time.monotonic() - began) / 60:.1f} minutes.", highlight=False)
     for name, place in (("Report", report), ("Release", release)):
         console.print(f"{name}: {place}", highlight=False, soft_wrap=True)
-    console.print(_NEXT, highlight=False, markup=False, soft_wrap=True)
+    console.print(_NEXT.format(command=running_command()), highlight=False, markup=False, soft_wrap=True)
+
+
+def running_command() -> str:
+    """Return what starts BoldForge here: after ``make demo`` it is in ``.venv``, which is not on the PATH."""
+    started, on_path = Path(sys.argv[0]), shutil.which("boldforge")
+    if started.name != "boldforge":
+        return "python -m boldforge.launch.cli"
+    return "boldforge" if on_path and Path(on_path).resolve() == started.resolve() else str(started)
 
 
 def _remove(products: tuple[Path, ...]) -> None:
