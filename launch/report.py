@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 import boldforge
 from boldforge.configs import BoldForgeError
+from boldforge.data_shards import load_manifest
 from boldforge.launch import figures
 from boldforge.launch.model_card import FIGURES
 
@@ -32,11 +33,14 @@ class ReportError(BoldForgeError):
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the page: which kind of block the template draws, and what it draws."""
+    """One part of the page: which kind of block the template draws, what it draws, and from whom it comes.
+
+    ``simulated`` is None where nothing says whether the subjects are people.
+    """
 
     kind: str
     content: dict[str, Any]
-    simulated: bool
+    simulated: bool | None
 
     @property
     def title(self) -> str:
@@ -126,7 +130,20 @@ def _read_pretraining(folder: Path) -> Section:
         "examples": _read_examples(folder / "reconstruction.npz"),
         "regions": _read_regions(folder / "regions.csv"),
     }
-    return Section("pretraining", content, bool(summary.get("simulated", False)))
+    return Section("pretraining", content, _is_simulated(config, summary, export.get("data", {})))
+
+
+def _is_simulated(config: Mapping[str, Any], *written: Mapping[str, Any]) -> bool | None:
+    """Return what a run wrote about its subjects; before it has, what its shards say; None if neither tells."""
+    for content in written:
+        if "simulated" in content:
+            return bool(content["simulated"])
+    try:
+        manifest = load_manifest(config["shards"])
+    except BoldForgeError:
+        return None
+    # Other shards may lie in that folder by now.
+    return manifest.simulated if manifest.content_hash == config.get("manifest_hash") else None
 
 
 def _read_examples(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@ import html
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,6 +72,30 @@ def test_a_run_that_is_still_going_is_shown(pretraining, tmp_path):
         shutil.copy(pretraining / name, going / name)
     page = write_report([going], tmp_path / "report.html").read_text()
     assert "the run has not ended" in page
+
+
+@pytest.mark.parametrize(
+    ("simulated", "said"),
+    [(True, "Simulated subjects:"), (False, "Real recordings:"), (None, "Unknown whether real or simulated:")],
+)
+def test_an_unfinished_run_is_real_only_if_its_shards_say_so(pretraining, tmp_path, monkeypatch, simulated, said):
+    going = tmp_path / "going"
+    going.mkdir()
+    for name in ("metrics.csv", "config.yaml"):
+        shutil.copy(pretraining / name, going / name)
+    if simulated is not None:
+        manifest = SimpleNamespace(simulated=simulated, content_hash="cd" * 32)
+        monkeypatch.setattr("boldforge.launch.report.load_manifest", lambda folder: manifest)
+    page = write_report([going], tmp_path / "report.html").read_text()
+    assert re.findall(r"<strong>(.*?:)</strong>", page) == [said]
+
+
+def test_shards_that_were_exchanged_since_say_nothing_about_a_run(pretraining, tmp_path, monkeypatch):
+    for name in ("metrics.csv", "config.yaml"):
+        shutil.copy(pretraining / name, tmp_path / name)
+    others = SimpleNamespace(simulated=False, content_hash="ef" * 32)
+    monkeypatch.setattr("boldforge.launch.report.load_manifest", lambda folder: others)
+    assert "Unknown whether real" in write_report([tmp_path], tmp_path / "report.html").read_text()
 
 
 def test_an_undefined_figure_is_a_dash(sweep, tmp_path):
