@@ -20,6 +20,7 @@ from boldforge.configs import BoldForgeError
 
 logger = logging.getLogger(__name__)
 _LISTING = "checkpoint.json"
+_DAMAGED = "damaged"
 
 
 class CheckpointError(BoldForgeError):
@@ -52,7 +53,14 @@ def save_checkpoint(
             shutil.rmtree(leftover)
 
     _on_rank_zero(prepare)
-    engine.save_checkpoint(str(folder), tag=partial.name, client_state={"step": step}, save_latest=False)
+    try:
+        engine.save_checkpoint(str(folder), tag=partial.name, client_state={"step": step}, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        # torch's writer turns a full disk into a RuntimeError about positions in the file.
+        raise CheckpointError(
+            f"{folder}: the checkpoint of step {step} could not be written ({_line(error)}); free some space and run "
+            "the same command again, it goes on from the last checkpoint."
+        ) from error
 
     def commit() -> None:
         files = {path.name: _hash_and_flush(path) for path in sorted(partial.iterdir())}
@@ -95,17 +103,21 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str
     box: list[Any] = [None]
     if dist.get_rank() == 0:
         found = newest_checkpoint(folder)
-        box = [found.name if found else None]
+        box = [found.name if found else _none_or_damaged(folder)]
     dist.broadcast_object_list(box, src=0)
     if box[0] is None:
         return None
+    if box[0] == _DAMAGED:
+        raise CheckpointError(
+            f"{folder}: every checkpoint is damaged, so the run cannot go on; move the folder away to start anew."
+        )
     listing = json.loads((folder / box[0] / _LISTING).read_text())
     if listing["world_size"] != dist.get_world_size():
         raise CheckpointError(
             f"{folder / box[0]} was written by {listing['world_size']} rank(s) and cannot be continued by "
             f"{dist.get_world_size()}; start with --ranks {listing['world_size']}, or choose another out folder."
         )
-    # DeepSpeed unpickles here: the hashes above say these are the files that this run wrote.
+    # DeepSpeed unpickles here. The hashes notice damage, not malice: never resume a run folder from somebody else.
     engine.load_checkpoint(str(folder), tag=box[0])
     return {"step": listing["step"], "state": listing["state"]}
 
@@ -121,6 +133,14 @@ def _on_rank_zero(action: Callable[[], None]) -> None:
     dist.broadcast_object_list(box, src=0)
     if box[0] is not None:
         raise CheckpointError(f"The checkpoint could not be written: {box[0]}")
+
+
+def _none_or_damaged(folder: Path) -> str | None:
+    return _DAMAGED if any(folder.glob("step-*")) else None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()[:30])
 
 
 def _problem(folder: Path) -> str | None:

@@ -1,7 +1,7 @@
 """The pretraining recipe: every key of ``configs/pretrain/*.yaml``, with unit and reason."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,8 @@ from boldforge.configs import StrictModel
 from boldforge.data_shards import Holdout
 from boldforge.pretrain.masking import MaskConfig
 from boldforge.pretrain.model import ModelConfig
+
+BetaRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(StrictModel):
@@ -18,7 +20,7 @@ class OptimizerConfig(StrictModel):
     min_lr_ratio: float = Field(0.05, ge=0, le=1, description="Learning rate at the last step, as a share of the peak.")
     warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Decay of the two moment estimates.")
+    betas: tuple[BetaRate, BetaRate] = Field((0.9, 0.95), description="Decay of the two moment estimates.")
     gradient_clipping: float = Field(1.0, ge=0, description="Largest gradient norm; 0 does not clip.")
 
 
@@ -44,7 +46,7 @@ class PretrainConfig(StrictModel):
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="Compute type; weights are updated in fp32 either way."
     )
-    seed: int = Field(0, ge=0, description="Seed of initial weights, data order and masks.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of initial weights, data order and masks.")
     num_workers: int = Field(0, ge=0, description="Loader processes per rank; any number gives the same batches.")
     checkpoint_every: int = Field(100, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(3, ge=1, description="Checkpoints kept on disk.")
@@ -66,7 +68,14 @@ class PretrainConfig(StrictModel):
             "train_batch_size": self.batch_size,
             "train_micro_batch_size_per_gpu": self.micro_batch_size or rank_share,
             "zero_optimization": {"stage": self.zero_stage},
-            "bf16": {"enabled": self.precision == "bf16"},
+            # Autocast, not DeepSpeed's own bf16: weights stay fp32, so that the scan's step sizes and decay rates keep
+            # their precision and the exported weights are those that were trained. No module's gradient is
+            # communicated in bf16.
+            "torch_autocast": {
+                "enabled": self.precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            },
             "gradient_clipping": self.optimizer.gradient_clipping,
             "optimizer": {
                 "type": "AdamW",

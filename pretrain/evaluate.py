@@ -1,5 +1,8 @@
 """Reconstruction of held-out frames, beside the simplest predictor there is: the run's mean frame.
 
+The mean frame is taken over all frames of the run, as normalisation took it, held-out ones included: for a
+normalisation that removes each voxel's mean it is zero. That gives the baseline an advantage over the model.
+
 Shape suffixes: B clips · T frames · V brain voxels · S spatial tokens · L = S·T tokens · P voxels in a patch.
 """
 
@@ -16,7 +19,6 @@ from boldforge.pretrain.masking import MaskSampler
 from boldforge.pretrain.tokens import gather_patches, scatter_patches
 
 Forward = Callable[[Tensor, Tensor], Tensor]
-_MEAN_FRAME_RUNS = 16
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,29 @@ class HeldoutError:
         return float(self.baseline_V.sum() / max(1.0, self.count_V.sum()))
 
 
+@dataclass(frozen=True, eq=False)
+class HeldoutClip:
+    """One held-out clip.
+
+    Attributes
+    ----------
+    run, start
+        Place in the manifest, first frame.
+    values_TV
+        float32, normalised.
+    mean_V
+        float32, the run's mean frame in the same units.
+    signal_V
+        bool, voxels inside the run's field of view.
+    """
+
+    run: int
+    start: int
+    values_TV: Tensor
+    mean_V: Tensor
+    signal_V: Tensor
+
+
 def counted_voxels(mask_BL: Tensor, signal_BV: Tensor, patch_voxels: Tensor) -> Tensor:
     """Say which voxels a loss counts: hidden, brain, and with signal in this run; bool [B, L, P]."""
     patches_BSP = gather_patches(signal_BV.unsqueeze(1).float(), patch_voxels) > 0
@@ -60,7 +85,7 @@ class HeldoutClips:
     ----------
     reader
         Reads the shards.
-    train, heldout
+    heldout
         Segments as `boldforge.data_shards.split_segments` gives them.
     sampler
         Draws the masks; the keys depend on the clip alone, so every measurement hides the same tokens.
@@ -73,7 +98,6 @@ class HeldoutClips:
     def __init__(
         self,
         reader: ShardReader,
-        train: Sequence[Segment],
         heldout: Sequence[Segment],
         sampler: MaskSampler,
         clip_length: int,
@@ -82,8 +106,6 @@ class HeldoutClips:
         self._reader = reader
         self._sampler = sampler
         self._length = clip_length
-        self._train = {segment.run: segment for segment in train}
-        self._mean_frames: dict[int, np.ndarray] = {}
         every = [
             (segment.run, start)
             for segment in heldout
@@ -92,7 +114,7 @@ class HeldoutClips:
         picked = np.linspace(0, len(every) - 1, min(limit, len(every))).round().astype(int)
         self.clips = [every[i] for i in sorted(set(picked.tolist()))]
 
-    def measure(self, forward: Forward, patch_voxels: Tensor, n_voxels: int, dtype: torch.dtype) -> HeldoutError:
+    def measure(self, forward: Forward, patch_voxels: Tensor, n_voxels: int) -> HeldoutError:
         """Measure the model on every clip; called by every rank, each takes a share.
 
         Parameters
@@ -103,61 +125,43 @@ class HeldoutClips:
             int64 [S, P] on the model's device.
         n_voxels
             V.
-        dtype
-            The model's compute type.
         """
-        rank, world = dist.get_rank(), dist.get_world_size()
-        totals = torch.zeros(3, n_voxels, dtype=torch.float64, device=patch_voxels.device)
+        rank, world, device = dist.get_rank(), dist.get_world_size(), patch_voxels.device
+        totals = torch.zeros(3, n_voxels, dtype=torch.float64, device=device)
         for turn in range(-(-len(self.clips) // world)):
             # Under ZeRO-3 every rank must take part in every forward pass: a rank without a clip repeats the last.
             number = turn * world + rank
-            values_TV, signal_V = self.read(min(number, len(self.clips) - 1))
-            _, counted_BLP, patches_BLP = self.reconstruct(
-                forward, values_TV, signal_V, min(number, len(self.clips) - 1), patch_voxels, dtype
-            )
+            clip = self.read(min(number, len(self.clips) - 1))
+            _, counted_BLP, patches_BLP = self.reconstruct(forward, clip, patch_voxels)
             if number >= len(self.clips):
                 continue
-            target_BLP = gather_patches(values_TV.unsqueeze(0).to(patch_voxels.device), patch_voxels)
-            mean_1V = torch.from_numpy(self.mean_frame(self.clips[number][0])).to(patch_voxels.device)
-            mean_BLP = gather_patches(mean_1V.expand(1, self._length, -1), patch_voxels)
-            for row, predicted in enumerate((patches_BLP.float(), mean_BLP)):
-                error = (predicted - target_BLP).square() * counted_BLP
+            target_BLP = gather_patches(clip.values_TV.unsqueeze(0).to(device), patch_voxels)
+            mean_BLP = gather_patches(clip.mean_V.expand(1, self._length, -1).to(device), patch_voxels)
+            for row, predicted_BLP in enumerate((patches_BLP.float(), mean_BLP)):
+                error = (predicted_BLP - target_BLP).square() * counted_BLP
                 totals[row] += scatter_patches(error, patch_voxels, n_voxels).sum((0, 1)).double()
             totals[2] += scatter_patches(counted_BLP, patch_voxels, n_voxels).sum((0, 1)).double()
         dist.all_reduce(totals)
         return HeldoutError(*totals.cpu().numpy())
 
-    def reconstruct(
-        self,
-        forward: Forward,
-        values_TV: Tensor,
-        signal_V: Tensor,
-        number: int,
-        patch_voxels: Tensor,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hide and reconstruct clip `number`: mask [1, L], counted voxels [1, L, P], prediction [1, L, P]."""
+    def reconstruct(self, forward: Forward, clip: HeldoutClip, patch_voxels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hide and reconstruct a clip: mask [1, L], counted voxels [1, L, P], prediction [1, L, P]."""
         device = patch_voxels.device
-        mask_BL = self._sampler.sample([(1, *self.clips[number])]).to(device)
-        counted_BLP = counted_voxels(mask_BL, signal_V.unsqueeze(0).to(device), patch_voxels)
+        mask_BL = self._sampler.sample([(1, clip.run, clip.start)]).to(device)
+        counted_BLP = counted_voxels(mask_BL, clip.signal_V.unsqueeze(0).to(device), patch_voxels)
         with torch.no_grad():
-            patches_BLP = forward(values_TV.unsqueeze(0).to(device, dtype), mask_BL)
+            patches_BLP = forward(clip.values_TV.unsqueeze(0).to(device), mask_BL)
         return mask_BL, counted_BLP, patches_BLP
 
-    def read(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return values [T, V] (float32, normalised) and signal (bool [V]) of clip `number`."""
+    def read(self, number: int) -> HeldoutClip:
+        """Read clip `number` of `clips`."""
         run, start = self.clips[number]
-        clip = self._reader.read(run, start, self._length)
-        values = clip.mean + clip.q.astype(np.float32) * clip.scale
-        return torch.from_numpy(values.astype(np.float32)), torch.from_numpy(clip.scale > 0)
-
-    def mean_frame(self, run: int) -> np.ndarray:
-        """Mean over the run's training frames, float32 [V]; over some training runs if the run itself has none."""
-        if run not in self._mean_frames:
-            own = [self._train[run]] if run in self._train else list(self._train.values())[:_MEAN_FRAME_RUNS]
-            frames = []
-            for segment in own:
-                clip = self._reader.read(segment.run, segment.start, segment.stop - segment.start)
-                frames.append(clip.mean + clip.q.astype(np.float32).mean(axis=0) * clip.scale)
-            self._mean_frames[run] = np.stack(frames).mean(axis=0, dtype=np.float32)
-        return self._mean_frames[run]
+        stored = self._reader.read(run, start, self._length)
+        values_TV = (stored.mean + stored.q.astype(np.float32) * stored.scale).astype(np.float32)
+        return HeldoutClip(
+            run=run,
+            start=start,
+            values_TV=torch.from_numpy(values_TV),
+            mean_V=torch.from_numpy(stored.mean.copy()),
+            signal_V=torch.from_numpy(stored.scale > 0),
+        )

@@ -90,12 +90,18 @@ def load_pretrained(folder: str | Path) -> Pretrained:
         state = load_file(weights)
     except SafetensorError as error:
         raise ExportError(f"{weights}: is not a safetensors file ({error}).") from None
-    shape_config = load_config(ModelConfig, config["model"])
-    grid = get_grid(config["data"]["grid"])
-    n_voxels = int(np.prod(grid.shape))
-    mask = np.unpackbits(state["brain_mask_bits"].numpy(), count=n_voxels).astype(bool).reshape(grid.shape)
-    model = build_model(shape_config, mask, grid.voxel_size)
-    problem = model.load_state_dict(state, strict=False)
+    try:
+        shape_config = load_config(ModelConfig, config["model"])
+        grid = get_grid(config["data"]["grid"])
+        bits = state["brain_mask_bits"].numpy()
+        mask = np.unpackbits(bits, count=int(np.prod(grid.shape))).astype(bool).reshape(grid.shape)
+        model = build_model(shape_config, mask, grid.voxel_size)
+        problem = model.load_state_dict(state, strict=False)
+    except KeyError as error:
+        raise ExportError(f"{folder}: {error} is missing; config.json belongs to other weights.") from None
+    except (BoldForgeError, RuntimeError, ValueError) as error:
+        message = " ".join(str(error).split()[:40])
+        raise ExportError(f"{folder}: config.json does not fit model.safetensors ({message}).") from None
     if problem.missing_keys or problem.unexpected_keys:
         raise ExportError(
             f"{weights}: missing {problem.missing_keys or 'nothing'}, left over "

@@ -1,12 +1,12 @@
 """Reconstruction error on hidden brain voxels.
 
-Shape suffixes: B clips · L tokens · P voxels in a patch · V brain voxels.
+Shape suffixes: B clips · L tokens · P voxels in a patch.
 """
 
 from torch import Tensor
 
 
-def squared_error(predicted_BLP: Tensor, target_BLP: Tensor, counted_BLP: Tensor) -> tuple[Tensor, Tensor]:
+def squared_error(predicted_BLP: Tensor, target_BLP: Tensor, counted_BLP: Tensor) -> Tensor:
     """Sum the squared error over counted voxels.
 
     Parameters
@@ -18,11 +18,10 @@ def squared_error(predicted_BLP: Tensor, target_BLP: Tensor, counted_BLP: Tensor
 
     Returns
     -------
-    tuple of Tensor
-        Sum of squared errors and number of voxels counted, both float32 scalars.
+    Tensor
+        float32 scalar.
     """
-    error = (predicted_BLP.float() - target_BLP.float()).square()
-    return (error * counted_BLP).sum(), counted_BLP.sum().float()
+    return ((predicted_BLP.float() - target_BLP.float()).square() * counted_BLP).sum()
 
 
 def reconstruction_loss(predicted_BLP: Tensor, target_BLP: Tensor, counted_BLP: Tensor) -> Tensor:
@@ -30,5 +29,4 @@ def reconstruction_loss(predicted_BLP: Tensor, target_BLP: Tensor, counted_BLP: 
 
     See `squared_error` for the parameters. Returns a float32 scalar, zero when nothing is counted.
     """
-    total, count = squared_error(predicted_BLP, target_BLP, counted_BLP)
-    return total / count.clamp(min=1)
+    return squared_error(predicted_BLP, target_BLP, counted_BLP) / counted_BLP.sum().clamp(min=1)

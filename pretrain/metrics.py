@@ -21,13 +21,16 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
-        self._path = folder / "metrics.csv"
+        path, partial = folder / "metrics.csv", folder / ".metrics.csv.partial"
         kept = [row for row in read_metrics(folder) if row["step"] <= resume_step]
-        self._file = self._path.open("w", newline="")
+        self._file = partial.open("w", newline="")
         self._csv = csv.writer(self._file)
         self._csv.writerow(COLUMNS)
         for row in kept:
             self._write(row)
+        self._file.flush()
+        # Renamed while open: a kill at any moment leaves either the old rows or the kept ones.
+        partial.replace(path)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def __enter__(self) -> "MetricsWriter":

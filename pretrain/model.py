@@ -8,19 +8,20 @@ patch.
 """
 
 from collections.abc import Iterable
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from boldforge.configs import StrictModel
+from boldforge.configs import ConfigError, StrictModel
 from boldforge.kernels import ScanIndex, window_index
 from boldforge.pretrain.mamba import Block, ShiftedMamba
 from boldforge.pretrain.tokens import Stage, TokenGrid, gather_patches
 
-Window = tuple[int, int, int, int]
+Edge = Annotated[int, Field(ge=1)]
+Window = tuple[Edge, Edge, Edge, Edge]
 
 
 class ModelConfig(StrictModel):
@@ -31,8 +32,8 @@ class ModelConfig(StrictModel):
     embed_dim: int = Field(
         32, ge=2, description="C of the first stage; doubles at every merging. A multiple of 32 suits the kernels."
     )
-    depths: tuple[int, ...] = Field((2, 2, 6, 2), description="Blocks per encoder stage.")
-    decoder_depths: tuple[int, ...] = Field(
+    depths: tuple[Edge, ...] = Field((2, 2, 6, 2), description="Blocks per encoder stage.")
+    decoder_depths: tuple[Edge, ...] = Field(
         (6, 2, 2), description="Blocks per decoder stage, coarse to fine; one fewer than the encoder's."
     )
     window: Window = Field((4, 4, 4, 4), description="Tokens per window along x, y, z, t; clipped to the grid.")
@@ -63,8 +64,19 @@ class ModelConfig(StrictModel):
         return len(self.depths)
 
     def patch_size(self, voxel_mm: float) -> tuple[int, int, int]:
-        """Voxels per patch along x, y, z for voxels of this edge in mm (at least one)."""
-        edge = max(1, round(self.patch_mm / voxel_mm))
+        """Voxels per patch along x, y, z for voxels of this edge in mm.
+
+        Raises
+        ------
+        ConfigError
+            If a patch is not a whole number of voxels.
+        """
+        edge = round(self.patch_mm / voxel_mm)
+        if edge < 1 or abs(edge * voxel_mm - self.patch_mm) > 1e-3 * voxel_mm:
+            raise ConfigError(
+                f"model.patch_mm is {self.patch_mm:g}, no multiple of the grid's voxels of {voxel_mm:g} mm; use "
+                f"{max(1, edge) * voxel_mm:g}, or shard on another grid."
+            )
         return edge, edge, edge
 
 

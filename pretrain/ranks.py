@@ -31,9 +31,9 @@ def join_ranks() -> tuple[int, int]:
     deepspeed.init_distributed(verbose=False)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:
+    elif "OMP_NUM_THREADS" not in os.environ:
         local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 

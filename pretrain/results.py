@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 import yaml
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -40,10 +41,11 @@ def finish_run(run: Run) -> None:
             "heldout_baseline": measured.baseline,
             "simulated": any(entry.simulated for entry in run.manifest.runs),
         }
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         checkpoint = newest_checkpoint(out / "checkpoints")
         assert checkpoint is not None, "the loop ends with a checkpoint"
         export_checkpoint(out, out / "export", checkpoint)
+        # Last: whoever finds a summary finds everything else too.
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     dist.barrier()
 
 
@@ -79,7 +81,6 @@ def export_checkpoint(run_dir: str | Path, out: str | Path, checkpoint: Path) ->
     content.pop("manifest_hash")
     config = load_config(PretrainConfig, content)
     manifest = load_manifest(config.shards)
-    state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     training = config.model_dump(mode="json", exclude={"shards", "out", "model"})
     step = json.loads((checkpoint / "checkpoint.json").read_text())["step"]
     description = {
@@ -87,7 +88,7 @@ def export_checkpoint(run_dir: str | Path, out: str | Path, checkpoint: Path) ->
         "data": data_recipe(config, manifest, load_atlas(config.mask.atlas)),
         "training": {**training, "step": step},
     }
-    return write_export(dict(state), description, Path(out))
+    return write_export(_trained_weights(checkpoint, config.zero_stage), description, Path(out))
 
 
 def _reconstruct_examples(run: Run) -> dict[str, np.ndarray]:
@@ -97,13 +98,11 @@ def _reconstruct_examples(run: Run) -> dict[str, np.ndarray]:
     frame, V, to_volume = run.config.model.frames // 2, run.token_grid.n_voxels, run.token_grid.to_volume
     originals, predictions, hidden, names, keys = [], [], [], [], []
     for source, number in sorted(first.items())[:4]:
-        values_TV, signal_V = run.heldout.read(number)
-        mask_BL, counted_BLP, patches_BLP = run.heldout.reconstruct(
-            run.engine, values_TV, signal_V, number, run.patch_voxels, run.dtype
-        )
+        clip = run.heldout.read(number)
+        mask_BL, counted_BLP, patches_BLP = run.heldout.reconstruct(run.engine, clip, run.patch_voxels)
         predicted_BTV = scatter_patches(patches_BLP.float(), run.patch_voxels, V).cpu()
         hidden_BTV = scatter_patches(counted_BLP.float(), run.patch_voxels, V).cpu()
-        originals.append(to_volume(values_TV[frame].numpy()))
+        originals.append(to_volume(clip.values_TV[frame].numpy()))
         predictions.append(to_volume(predicted_BTV[0, frame].numpy()))
         hidden.append(to_volume(hidden_BTV[0, frame].numpy(), fill=0.0) > 0)
         spatial_S = mask_BL.view(-1, run.config.model.frames)[:, frame].cpu().numpy()
@@ -119,6 +118,14 @@ def _reconstruct_examples(run: Run) -> dict[str, np.ndarray]:
         "labels": np.where(run.token_grid.mask, atlas_on_grid(run.atlas, run.manifest.grid), 0).astype(np.int16),
         "affine": np.asarray(run.manifest.grid.affine, dtype=np.float64),
     }
+
+
+def _trained_weights(checkpoint: Path, zero_stage: int) -> dict[str, torch.Tensor]:
+    # Unpickles files that this run has just written and hashed.
+    if zero_stage == 0:
+        whole = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        return dict(whole["module"])
+    return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name))
 
 
 def _hidden_regions(regions: RegionTokens, spatial_S: np.ndarray) -> list[str]:

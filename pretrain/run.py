@@ -31,18 +31,17 @@ from boldforge.pretrain.tokens import TokenGrid
 logger = logging.getLogger(__name__)
 
 # Keys that may change between the parts of one run without making it another run.
-_FREE_KEYS = {"shards", "out", "steps", "num_workers", "checkpoint_every", "keep_checkpoints", "evaluate_every"}
+_FREE_KEYS = {"shards", "out", "num_workers", "checkpoint_every", "keep_checkpoints", "evaluate_every"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the training loop uses; `Run.measure` and `Run.average` are collective calls."""
+    """Everything the training loop uses; `Run.measure` and `Run.total` are collective calls."""
 
     config: PretrainConfig
     rank: int
     world_size: int
     device: torch.device
-    dtype: torch.dtype
     manifest: Manifest
     atlas: Atlas
     regions: RegionTokens
@@ -56,15 +55,15 @@ class Run:
     def measure(self) -> HeldoutError:
         """Measure the model on the held-out clips."""
         self.engine.eval()
-        measured = self.heldout.measure(self.engine, self.patch_voxels, self.token_grid.n_voxels, self.dtype)
+        measured = self.heldout.measure(self.engine, self.patch_voxels, self.token_grid.n_voxels)
         self.engine.train()
         return measured
 
-    def average(self, value: Tensor) -> float:
-        """Mean of a scalar over the ranks, summed in rank order so that its bits repeat."""
+    def total(self, value: Tensor) -> float:
+        """Sum a scalar over the ranks, in rank order so that its bits repeat."""
         parts = [torch.zeros_like(value) for _ in range(self.world_size)]
         dist.all_gather(parts, value)
-        return float(torch.stack(parts).double().mean())
+        return float(torch.stack(parts).double().sum())
 
 
 def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
@@ -96,14 +95,13 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
         world_size=world_size,
         num_workers=config.num_workers,
     )
-    heldout = HeldoutClips(ShardReader(manifest), train, held, sampler, config.model.frames, config.evaluation_clips)
+    heldout = HeldoutClips(ShardReader(manifest), held, sampler, config.model.frames, config.evaluation_clips)
     device = engine.device if isinstance(engine.device, torch.device) else torch.device(engine.device)
     return Run(
         config=config,
         rank=rank,
         world_size=world_size,
         device=device,
-        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
         manifest=manifest,
         atlas=atlas,
         regions=regions,

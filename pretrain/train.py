@@ -5,10 +5,10 @@ Run it as ``boldforge pretrain --config RECIPE``, or under DeepSpeed's launcher 
 """
 
 import argparse
+import errno
 import logging
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from boldforge.configs import BoldForgeError, load_config
 from boldforge.data_shards import ClipBatch
 from boldforge.pretrain.config import PretrainConfig
 from boldforge.pretrain.evaluate import counted_voxels
-from boldforge.pretrain.loss import reconstruction_loss
+from boldforge.pretrain.loss import squared_error
 from boldforge.pretrain.metrics import MetricsWriter
 from boldforge.pretrain.ranks import accelerator_ready, join_ranks
 from boldforge.pretrain.schedule import learning_rate
@@ -57,7 +57,10 @@ def train(config: PretrainConfig) -> Path:
     with ExitStack() as stack:
         metrics = stack.enter_context(MetricsWriter(config.out, first)) if rank == 0 else None
         for step in range(first, config.steps):
+            started = time.perf_counter()
             row = training_step(run, next(batches), step)
+            frames = config.batch_size * config.model.frames
+            row["frames_per_second"] = frames / (time.perf_counter() - started)
             done = step + 1
             if done % config.evaluate_every == 0 or done == config.steps:
                 heldout = run.measure()
@@ -75,47 +78,45 @@ def train(config: PretrainConfig) -> Path:
 def training_step(run: Run, batch: ClipBatch, step: int) -> dict[str, float]:
     """Do one optimiser step on this rank's share of the batch.
 
+    The loss is the mean over every counted voxel of the step, so it depends neither on how the batch is cut into
+    micro-batches nor on how many ranks share it.
+
     Returns
     -------
     dict
-        Loss averaged over all ranks, learning rate, gradient norm and frames per second over all ranks.
+        Loss over all ranks, learning rate and, where DeepSpeed computes it, the gradient norm.
     """
-    config, engine, started = run.config, run.engine, time.perf_counter()
+    config, engine = run.config, run.engine
     rate = learning_rate(config.optimizer, step, config.steps)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
+    values_BTV, mask_BL, counted_BLP = hide(run, batch, step)
+    voxels = run.total(counted_BLP.sum())
+    size = config.micro_batch_size or len(values_BTV)
+    parts = [slice(start, start + size) for start in range(0, len(values_BTV), size)]
     losses = []
-    for number, (values_BTV, signal_BV, mask_BL) in enumerate(micro_batches(run, batch, step)):
+    for number, part in enumerate(parts):
         # Stochastic depth draws from the global generator; seeding it by place makes a resumed run the same run.
         torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + number * run.world_size + run.rank)
-        target_BLP = gather_patches(values_BTV, run.patch_voxels)
-        counted_BLP = counted_voxels(mask_BL, signal_BV, run.patch_voxels)
-        predicted_BLP = engine(values_BTV.to(run.dtype), mask_BL)
-        loss = reconstruction_loss(predicted_BLP, target_BLP, counted_BLP)
-        engine.backward(loss)
+        target_BLP = gather_patches(values_BTV[part], run.patch_voxels)
+        predicted_BLP = engine(values_BTV[part], mask_BL[part])
+        loss = squared_error(predicted_BLP, target_BLP, counted_BLP[part]) / max(voxels, 1.0)
+        # DeepSpeed takes the mean over micro-batches and ranks where the sum is wanted.
+        engine.backward(loss * (len(parts) * run.world_size))
         engine.step()
         losses.append(loss.detach())
-    mean_loss = run.average(torch.stack(losses).mean())
-    seconds = time.perf_counter() - started
-    return {
-        "loss": mean_loss,
-        "lr": rate,
-        "grad_norm": float(engine.get_global_grad_norm() or 0.0),
-        "frames_per_second": config.batch_size * config.model.frames / seconds,
-    }
+    figures = {"loss": run.total(torch.stack(losses).sum()), "lr": rate}
+    norm = engine.get_global_grad_norm()
+    return figures if norm is None else {**figures, "grad_norm": float(norm)}
 
 
-def micro_batches(run: Run, batch: ClipBatch, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Cut this rank's batch into micro-batches of (values_BTV float32, signal_BV bool, mask_BL bool) on the device."""
+def hide(run: Run, batch: ClipBatch, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Bring this rank's clips to the device: values_BTV float32, hidden tokens mask_BL, counted voxels_BLP bool."""
     clips = len(batch.run)
-    size = run.config.micro_batch_size or clips
-    values_BTV = batch.dequantise(run.device, torch.float32)
-    signal_BV = batch.signal().to(run.device)
     places = range(run.rank * clips, (run.rank + 1) * clips)
     mask_BL = run.sampler.sample([(0, run.config.seed, step, place) for place in places]).to(run.device)
-    for start in range(0, clips, size):
-        part = slice(start, start + size)
-        yield values_BTV[part], signal_BV[part], mask_BL[part]
+    counted_BLP = counted_voxels(mask_BL, batch.signal().to(run.device), run.patch_voxels)
+    return batch.dequantise(run.device, torch.float32), mask_BL, counted_BLP
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,6 +132,14 @@ def main(arguments: list[str] | None = None) -> int:
     except BoldForgeError as error:
         # The prefix lets `boldforge pretrain` find this sentence in the log that all ranks share.
         print(f"boldforge: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(
+            f"boldforge: {error.filename or 'the run folder'}: {error.strerror}; mend it and start again.",
+            file=sys.stderr,
+        )
         return 2
     finally:
         if torch.distributed.is_initialized():
