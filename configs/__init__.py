@@ -2,5 +2,15 @@
 
 from boldforge.configs.errors import BoldForgeError, ConfigError
 from boldforge.configs.loading import StrictModel, load_config, recipe_names, recipe_path
+from boldforge.configs.locking import FolderInUseError, folder_lock
 
-__all__ = ["BoldForgeError", "ConfigError", "StrictModel", "load_config", "recipe_names", "recipe_path"]
+__all__ = [
+    "BoldForgeError",
+    "ConfigError",
+    "FolderInUseError",
+    "StrictModel",
+    "folder_lock",
+    "load_config",
+    "recipe_names",
+    "recipe_path",
+]
