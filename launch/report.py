@@ -118,7 +118,7 @@ def _read_pretraining(folder: Path) -> Section:
     summary = _read_json(folder / "summary.json")
     export = _read_json(folder / "export" / "config.json")
     content = {
-        "name": folder.name,
+        "name": folder.resolve().name,
         "config": config,
         "summary": summary,
         "data": export.get("data", {}),
@@ -183,13 +183,13 @@ def _read_regions(path: Path) -> list[dict[str, Any]]:
 
 def _read_finetuning(folder: Path) -> Section:
     results = _read_json(folder / "metrics.json")
-    content = {"name": folder.name, "results": results, **_adapted(results)}
+    content = {"name": folder.resolve().name, "results": results, **_adapted(results)}
     return Section("finetuning", content, bool(results["simulated"]))
 
 
 def _read_sweep(folder: Path) -> Section:
     results = _read_json(folder / "sweep.json")
-    content = {"name": folder.name, "results": results, **_adapted(results)}
+    content = {"name": folder.resolve().name, "results": results, **_adapted(results)}
     return Section("sweep", content, bool(results["simulated"]))
 
 
@@ -211,8 +211,7 @@ def _read_release(folder: Path) -> Section:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     simulated = bool(config["data"].get("simulated", False) or adapter.get("figures", {}).get("simulated", False))
     content = {
-        "name": folder.name,
-        "folder": str(folder),
+        "name": folder.resolve().name,
         "config": config,
         "adapter": adapter,
         "megabytes": size / 1e6,

@@ -55,6 +55,11 @@ def test_no_subject_is_named(page):
     assert "secret" not in page
 
 
+def test_no_folder_of_the_author_is_named(page, pretraining, sweep):
+    assert "boldforge.from_pretrained(&#34;v1&#34;)" in page or 'boldforge.from_pretrained("v1")' in page
+    assert not [path for path in (pretraining, sweep) if str(path.parent) in page]
+
+
 def test_text_from_outside_is_escaped(sweep, tmp_path):
     folder = shutil.copytree(sweep, tmp_path / "a<b>&c")
     results = json.loads((folder / "sweep.json").read_text())
