@@ -23,6 +23,7 @@ from boldforge.finetune.backbone import Backbone, load_backbone
 from boldforge.finetune.tasks import Task, get_task
 
 FORMAT_VERSION = 1
+ADAPTER_FILES = ("task.json", "head.safetensors", "adapter_model.safetensors", "adapter_config.json")
 
 
 class Head(nn.Module):
@@ -137,8 +138,9 @@ def save_adapter(classifier: Classifier, folder: str | Path, figures: Mapping[st
     classifier
         What was trained.
     folder
-        Made if missing. Receives ``adapter_config.json`` and ``adapter_model.safetensors`` (peft's format; absent for
-        rank 0, which has no adapter), ``head.safetensors`` and ``task.json``.
+        Made if missing; an older adapter in it is removed first. Receives ``adapter_config.json`` and
+        ``adapter_model.safetensors`` (peft's format; absent for rank 0, which has no adapter), ``head.safetensors`` and
+        ``task.json``.
     figures
         Whatever should stand beside the weights: metrics, number of subjects, whether they were simulated.
 
@@ -149,6 +151,9 @@ def save_adapter(classifier: Classifier, folder: str | Path, figures: Mapping[st
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # task.json goes first and comes back last: without it a half-written folder is no adapter, and never a mixed one.
+    for name in ADAPTER_FILES:
+        (folder / name).unlink(missing_ok=True)
     backbone = classifier.backbone
     state = classifier.state()
     head = {name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")}

@@ -1,5 +1,6 @@
 import json
 import shutil
+from math import nan
 
 import peft
 import pytest
@@ -111,6 +112,21 @@ def test_two_saves_of_one_training_are_the_same_files(encoder, values_BTV, tmp_p
         save_adapter(classifier, tmp_path / name)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_a_saved_head_leaves_nothing_of_an_older_adapter(encoder, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for rank in (2, 0):
+        save_adapter(Classifier(load_backbone(encoder), AdhdDiagnosis(), AdapterConfig(rank=rank)), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "task.json", "head.safetensors"}
+
+
+def test_a_save_that_breaks_off_leaves_no_mixture(encoder, tmp_path):
+    save_adapter(Classifier(load_backbone(encoder), AdhdDiagnosis(), AdapterConfig(rank=2)), tmp_path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save_adapter(Classifier(load_backbone(encoder), AdhdDiagnosis(), AdapterConfig(rank=2)), tmp_path, {"auc": nan})
+    with pytest.raises(AdapterError, match=r"task\.json: no such file"):
+        load_classifier(encoder, tmp_path)
 
 
 def test_peft_itself_loads_the_folder(encoder, values_BTV, tmp_path):
