@@ -3,8 +3,10 @@
 Shape suffixes: T frames · V brain voxels.
 """
 
+import errno
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,7 +96,7 @@ def find_cohort(manifest: Manifest, task: Task, clip_length: int) -> Cohort:
 
 
 def check_recipe(backbone: Backbone, manifest: Manifest) -> None:
-    """Make sure that the shards are what the encoder was pretrained on: same grid, TR and normalisation.
+    """Make sure that the shards are what the encoder reads: same grid, TR, normalisation and brain mask.
 
     Raises
     ------
@@ -110,6 +112,13 @@ def check_recipe(backbone: Backbone, manifest: Manifest) -> None:
             f"the shards have {', '.join(differing)}, which the encoder was pretrained on; make shards that fit it: "
             f"boldforge shard FOLDER --out OTHER --grid {expected['grid']} --tr {expected['tr']:g} "
             f"--normalisation {expected['normalisation']}."
+        )
+    if manifest.mask_sha256 != wanted["mask_sha256"]:
+        # Voxels go in by their position in the mask: another mask puts them elsewhere in the brain, often unnoticed.
+        raise FinetuneError(
+            f"{manifest.folder}: the brain mask (sha256 {manifest.mask_sha256[:12]}…) is not the one that the encoder "
+            f"was pretrained on ({wanted['mask_sha256'][:12]}…), so its voxels would be taken for others; make the "
+            "shards again with the nilearn that made the pretraining's shards (see software in their manifest.json)."
         )
 
 
@@ -201,28 +210,42 @@ def gather_clips(
         for run, start in _clip_starts(reader.manifest, subject, clips, length)
     ]
     device = next(backbone.network.parameters()).device
-    x: np.memmap | None = None
     pooled = []
-    for row, (_, run, start) in enumerate(plan):
-        clip = reader.read(run, start, length)
-        values_1TV = torch.from_numpy(clip.mean + clip.q * clip.scale).unsqueeze(0).to(device)
-        with torch.no_grad():
-            partway = backbone.encode_until(values_1TV, stage)
-        entering = partway.x[0].float().cpu().numpy()
-        pooled.append(partway.pooled[0].float().cpu().numpy())
-        if x is None:
-            shape = (len(plan), *entering.shape)
-            folder.mkdir(parents=True, exist_ok=True)
-            x = np.lib.format.open_memmap(folder / "x.npy", mode="w+", dtype=np.float32, shape=shape)
-        x[row] = entering
-        if on_progress:
-            on_progress(row + 1, len(plan))
-    assert x is not None, "a cohort has at least one subject, and a subject at least one clip"
-    x.flush()
-    np.save(folder / "pooled.npy", np.stack(pooled))
-    np.save(folder / "labels.npy", np.array([subject.label for subject in subjects], dtype=np.int64))
-    np.save(folder / "subject.npy", np.array([number for number, _, _ in plan], dtype=np.int64))
+    # Plain writes: through a memory map of a file without blocks, a full disk is a SIGBUS that no program survives.
+    with _name_full_disk(folder), (folder / "x.npy").open("wb") as stream:
+        for row, (_, run, start) in enumerate(plan):
+            clip = reader.read(run, start, length)
+            values_1TV = torch.from_numpy(clip.mean + clip.q * clip.scale).unsqueeze(0).to(device)
+            with torch.no_grad():
+                partway = backbone.encode_until(values_1TV, stage)
+            entering = partway.x[0].float().cpu().numpy().astype("<f4", copy=False)
+            pooled.append(partway.pooled[0].float().cpu().numpy())
+            if row == 0:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (len(plan), *entering.shape)}
+                np.lib.format.write_array_header_1_0(stream, header)
+            stream.write(entering.tobytes())
+            if on_progress:
+                on_progress(row + 1, len(plan))
+        stream.flush()
+        np.save(folder / "pooled.npy", np.stack(pooled))
+        np.save(folder / "labels.npy", np.array([subject.label for subject in subjects], dtype=np.int64))
+        np.save(folder / "subject.npy", np.array([number for number, _, _ in plan], dtype=np.int64))
     return ClipSet.load(folder)
+
+
+@contextmanager
+def _name_full_disk(folder: Path) -> Iterator[None]:
+    """Make the folder; an error of a disk that fills up while something is written into it becomes a sentence."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except OSError as error:
+        # numpy's own writes raise an OSError without a number when they come out short.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, None):
+            raise
+        raise FinetuneError(
+            f"{folder}: the disk is full; make room for the clips, choose an out on another disk, or set clips lower."
+        ) from error
 
 
 def _clip_starts(manifest: Manifest, subject: Subject, clips: int, length: int) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from boldforge.configs import load_config
-from boldforge.data_shards import brain_mask, get_grid, load_manifest
+from boldforge.data_shards import ShardReader, brain_mask, get_grid, load_manifest
 from boldforge.finetune import (
     AdapterConfig,
     AdhdDiagnosis,
@@ -19,7 +19,7 @@ from boldforge.finetune import (
     load_backbone,
     load_classifier,
 )
-from boldforge.finetune.cohort import ClipSet, find_cohort
+from boldforge.finetune.cohort import ClipSet, find_cohort, gather_clips
 from boldforge.finetune.fit import fit
 
 SMALL = {"clips": 3, "folds": 3, "training": {"epochs": 6}, "adapter": {"rank": 2, "first_stage": 1}}
@@ -114,10 +114,24 @@ def test_shards_of_another_recipe_are_refused_with_the_command_that_mends_it(coh
     assert "boldforge shard FOLDER --out OTHER --grid mni4mm --tr 0.8 --normalisation global-z" in message
 
 
+def test_shards_of_another_brain_mask_are_refused(cohort, write_encoder, tmp_path):
+    other = write_encoder(mask_sha256="ab" * 32)
+    with pytest.raises(FinetuneError, match=r"the brain mask .* is not the one .* pretrained on \(abababababab…\)"):
+        finetune(_config(cohort, other, tmp_path))
+
+
 def test_a_cohort_without_labels_is_refused(build_cohort, encoder, tmp_path):
     shards = build_cohort(subjects=3, effect=0, unlabelled=3)
     with pytest.raises(FinetuneError, match=r"none of the 3 subjects .* 3 have no label"):
         finetune(_config(shards, encoder, tmp_path))
+
+
+def test_a_full_disk_is_a_sentence_and_no_crash(cohort, encoder, tmp_path):
+    manifest = load_manifest(cohort)
+    subjects = find_cohort(manifest, AdhdDiagnosis(), clip_length=4).subjects[:2]
+    (tmp_path / "x.npy").symlink_to("/dev/full")
+    with pytest.raises(FinetuneError, match="the disk is full; make room for the clips"):
+        gather_clips(load_backbone(encoder), 0, ShardReader(manifest), subjects, 2, tmp_path)
 
 
 def test_a_loss_that_is_no_number_says_what_to_lower(encoder):
