@@ -37,10 +37,32 @@ def render_card(config: Mapping[str, Any], summary: Mapping[str, Any], task: Map
         training=config.get("training", {}),
         summary=summary,
         task=task,
-        adapted=adapted,
+        simulated=adapted.get("simulated"),
+        measured_by=adapted.get("measured_by", "by a procedure that is not recorded"),
+        # One count for all: a cross-validation, whose adapter is trained on everyone once the folds are measured.
+        cross_validated="n" in adapted.get("subjects", {}),
+        overlap=describe_overlap(adapted),
+        n_tested=figures.get("n"),
+        n_positive=figures.get("n_positive"),
         n_subjects=count_subjects(adapted.get("subjects", {})),
         tested={name: figures[name] for name in FIGURES if isinstance(figures.get(name), int | float)},
     )
+
+
+def describe_overlap(results: Mapping[str, Any]) -> str:
+    """Say whether the encoder met the test subjects in pretraining; results as finetuning, sweep or adapter hold them.
+
+    What is compared is the shards' content hash, so other shards may still hold some of the same people.
+    """
+    pretrained_on_these = results.get("pretrained_on_these_shards")
+    if pretrained_on_these is None:
+        return "Whether the encoder was pretrained on the test subjects' scans is not recorded."
+    if pretrained_on_these:
+        return (
+            "The encoder was pretrained, without labels, on these same shards, test subjects included: on people whom "
+            "it has never met the figures may be lower."
+        )
+    return "The encoder was pretrained on other shards; whether some of the same people are in them was not checked."
 
 
 def count_subjects(subjects: Mapping[str, Any]) -> int:

@@ -105,6 +105,61 @@ def test_the_card_of_a_release_without_adapter_speaks_of_none(pretraining, tmp_p
     assert "imulated" not in card
 
 
+@pytest.fixture
+def card_with(pretraining, adapter, tmp_path):
+    """Release the adapter with other content of ``figures``, and read its card as one line."""
+
+    def write(figures):
+        changed = shutil.copytree(adapter, tmp_path / "adapter")
+        task = json.loads((changed / "task.json").read_text())
+        (changed / "task.json").write_text(json.dumps(task | {"figures": figures}))
+        release = write_release(pretraining, tmp_path / "v1", changed)
+        return " ".join((release / "README.md").read_text().split())
+
+    return write
+
+
+@pytest.fixture
+def recorded(adapter):
+    return json.loads((adapter / "task.json").read_text())["figures"]
+
+
+def test_the_card_of_a_cross_validated_adapter_says_who_was_measured(card_with, recorded):
+    subjects = {"n": 40, "n_positive": 20}
+    card = card_with(recorded | {"subjects": subjects, "measured_by": "5-fold cross-validation over subjects"})
+    assert "neither" not in card, "the adapter that is released was trained on all subjects"
+    assert (
+        "By models of the same recipe, each on subjects it had not seen (5-fold cross-validation over subjects); the "
+        "adapter in this release was then trained on all of them; n = 8, 4 of them ADHD."
+    ) in card
+
+
+def test_the_card_of_a_sweep_says_who_was_measured(card_with, recorded):
+    card = card_with(recorded)
+    assert "On subjects seen neither in the adapter's training nor in its selection (test subjects held out" in card
+    assert "trained on all of them" not in card
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ({"pretrained_on_these_shards": True}, "on these same shards, test subjects included"),
+        ({"pretrained_on_these_shards": False}, "pretrained on other shards"),
+        ({}, "scans is not recorded"),
+    ],
+    ids=["same", "other", "unknown"],
+)
+def test_the_card_says_whether_the_encoder_met_the_test_subjects(card_with, recorded, known, said):
+    assert said in card_with(recorded | known)
+
+
+def test_an_adapter_without_figures_is_released_and_its_card_claims_nothing(card_with):
+    card = card_with({})
+    assert "No test figures came with the adapter." in card
+    assert "people or simulated is not recorded" in card
+    assert "seen neither" not in card
+
+
 def test_predict_without_an_adapter_says_how_to_get_one(pretraining, clips, tmp_path):
     model = from_pretrained(write_release(pretraining, tmp_path / "plain"))
     with pytest.raises(ReleaseError, match=r"no adapter.*boldforge finetune"):
