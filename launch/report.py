@@ -19,7 +19,7 @@ import boldforge
 from boldforge.configs import BoldForgeError
 from boldforge.data_shards import load_manifest
 from boldforge.launch import figures
-from boldforge.launch.model_card import FIGURES
+from boldforge.launch.model_card import FIGURES, describe_overlap
 
 _MOST_EXAMPLES = 2
 _RUN_LIKE = (
@@ -201,6 +201,7 @@ def _adapted(results: Mapping[str, Any]) -> dict[str, Any]:
         "figures": {name.replace("_", " "): tested.get(name) for name in FIGURES},
         "n": tested["n"],
         "n_positive": tested["n_positive"],
+        "overlap": describe_overlap(results),
         "roc": _inline(figures.roc_figure(roc["fpr"], roc["tpr"], tested["auc"], tested["n"])) if roc else None,
     }
 

@@ -103,6 +103,42 @@ def test_shards_that_were_exchanged_since_say_nothing_about_a_run(pretraining, t
     assert "Unknown whether real" in write_report([tmp_path], tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize(("error", "said"), [(0.8, "20 %</b><span>less error"), (1.25, "25 %</b><span>more error")])
+def test_a_model_worse_than_the_mean_frame_is_called_so(pretraining, tmp_path, error, said):
+    run = shutil.copytree(pretraining, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"heldout_error": error}))
+    assert said in write_report([run], tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "said"),
+    [
+        ({"pretrained_on_these_shards": True}, "pretrained, without labels, on these same shards, test subjects"),
+        ({"pretrained_on_these_shards": False}, "The encoder was pretrained on other shards;"),
+        ({}, "scans is not recorded."),
+    ],
+    ids=["same", "other", "unknown"],
+)
+def test_whether_the_encoder_met_the_test_subjects_is_said(sweep, tmp_path, recorded, said):
+    folder = shutil.copytree(sweep, tmp_path / "sweep")
+    results = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps(results | recorded))
+    page = write_report([folder], tmp_path / "report.html").read_text()
+    assert said in page
+    assert page.count("The encoder was pretrained") == bool(recorded)
+
+
+def test_what_one_subject_is_worth_follows_the_number_tested(sweep, tmp_path):
+    folder = shutil.copytree(sweep, tmp_path / "sweep")
+    results = json.loads((folder / "sweep.json").read_text())
+    results["figures"] |= {"n": 2000, "n_positive": 900}
+    (folder / "sweep.json").write_text(json.dumps(results))
+    page = write_report([folder], tmp_path / "report.html").read_text()
+    assert "With so few" not in page
+    assert "moves the accuracy by 0.1 percentage points" in page
+
+
 def test_an_undefined_figure_is_a_dash(sweep, tmp_path):
     folder = shutil.copytree(sweep, tmp_path / "sweep")
     results = json.loads((folder / "sweep.json").read_text())
