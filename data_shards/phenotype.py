@@ -1,6 +1,7 @@
 """Read phenotype tables: missing codes, canonical names and values."""
 
 import csv
+import math
 from pathlib import Path
 
 from boldforge.configs import BoldForgeError
@@ -44,13 +45,15 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def parse_value(text: str | None) -> float | str | None:
-    """Return a number where the text is one, None where it is a missing code, else the text."""
+    """Return a number where the text is one, None where it is a missing code or not finite, else the text."""
     if text is None or text.strip().lower() in MISSING:
         return None
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return text.strip()
+    # JSON has no infinity: it would come back from the manifest as something else.
+    return number if math.isfinite(number) else None
 
 
 def parse_number(text: str | None) -> float | None:

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from boldforge.data_shards import LayoutError, check_headers, find_runs
+from boldforge.data_shards import DataRecipe, LayoutError, build_shards, check_headers, find_runs, load_manifest
 from boldforge.data_shards.layout_adhd200 import PHENOTYPE_COLUMNS
 
 MNI = "space-MNI152NLin2009cAsym"
@@ -163,6 +163,14 @@ def test_table_gives_everything_by_column(place):
     assert "does not exist" in reasons(found)["gone.nii.gz"]
     assert "same name in the dataset (sub-P2)" in reasons(found)["second.nii.gz"]
     assert find_runs(root / "runs.tsv").runs == found.runs
+
+
+def test_a_number_that_is_not_finite_is_a_missing_one(place):
+    root = place("a.nii.gz")
+    (root / "runs.tsv").write_text("path\tsubject\tiq\tscore\tage\na.nii.gz\tP1\tInf\t1e999\t-infinity\n")
+    assert find_runs(root).runs[0].phenotype == {"iq": None, "score": None, "age": None}
+    manifest = build_shards(find_runs(root), root / "out", DataRecipe(grid="mni4mm", tr=2.0)).manifest
+    assert load_manifest(root / "out") == manifest
 
 
 def test_headers_are_checked_before_any_work(place, write_bold):
