@@ -80,6 +80,16 @@ def test_every_dependency_has_a_tried_version_in_its_range():
         assert tried[name].contains(importlib.metadata.version(name).split("+")[0]), "what runs here is what was tried"
 
 
+def test_every_dependency_is_imported_or_has_a_reason_to_be_there():
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    # ninja builds DeepSpeed's extensions, torch.utils imports tensorboard, the others serve stages still to come.
+    unseen = {"ninja", "tensorboard", "zarr", "huggingface-hub"}
+    modules = {"scikit-learn": "sklearn", "pyyaml": "yaml"}
+    source = "\n".join(path.read_text() for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+    names = {canonicalize_name(Requirement(line).name) for line in needed} - unseen
+    assert [n for n in names if not re.search(rf"^\s*(import|from) {modules.get(n, n)}\b", source, re.MULTILINE)] == []
+
+
 def test_the_tried_versions_name_no_local_build_and_no_place():
     assert not any(mark in (ROOT / "constraints.txt").read_text() for mark in ("+cpu", "/", "@", "http"))
 
