@@ -59,7 +59,8 @@ class LoadedModel:
         ----------
         values_BTV
             float32 [B, T, V]: ``clip_length`` frames, one every ``tr`` seconds, of the brain voxels of ``grid``,
-            normalised as ``normalisation`` says; all four are in ``config["data"]``. `ClipStream` yields such clips.
+            normalised as ``normalisation`` says; all four are in ``config["data"]``. A batch of
+            `ClipStream` gives them by ``batch.dequantise()``.
 
         Returns
         -------

@@ -1,7 +1,9 @@
 import getpass
 import json
+import re
 import shutil
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 import boldforge
 from boldforge.configs import BoldForgeError
+from boldforge.data_shards import DataRecipe, build_shards, find_runs
 from boldforge.launch.release import ReleaseError, from_pretrained, probe, write_release
 
 VOXELS = 29773
@@ -64,6 +67,22 @@ def test_embed_leaves_the_adapter_out_and_predict_uses_it(copy, clips):
     assert ((after.predict(clips) >= 0) & (after.predict(clips) <= 1)).all()
 
 
+def test_the_readmes_python_runs_as_it_stands(release, tmp_path, monkeypatch):
+    root = Path(__file__).parents[2]
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(release, tmp_path / "runs" / "release")
+    recording = next((root / "tests" / "data").glob("sub-happy*_bold.nii.gz"))
+    (tmp_path / "study").mkdir()
+    shutil.copy(recording, tmp_path / "study" / recording.name)
+    monkeypatch.chdir(tmp_path)
+    build_shards(find_runs("study"), tmp_path / "runs" / "shards", DataRecipe(grid="mni4mm", tr=2.0))
+    (program,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(compile(program, "README.md", "exec"), names)
+    assert names["values"].shape == (2, 4, VOXELS)
+    assert names["embedding"].shape[0] == names["score"].shape[0] == 2
+
+
 def test_numpy_clips_are_accepted(release, clips):
     model = from_pretrained(release)
     assert torch.equal(model.embed(clips.numpy()), model.embed(clips))
@@ -94,6 +113,7 @@ def test_the_card_says_simulated_and_how_to_load(release):
     assert "1.0000" in card, "its baseline"
     assert "| auc | 0.812 |" in card
     assert 'boldforge.from_pretrained("' in card
+    assert "`batch.dequantise()` is `values`" in card, "a stream yields quantised batches"
     assert "Not a medical device" in card
     assert "Rolls" in card
     assert "2 runs of 2 subjects, 154 frames" in card
