@@ -2,6 +2,7 @@
 
 import csv
 import math
+from itertools import zip_longest
 from pathlib import Path
 
 from boldforge.configs import BoldForgeError
@@ -9,7 +10,7 @@ from boldforge.configs import BoldForgeError
 Phenotype = dict[str, float | str | None]
 
 # The codes that ADHD-200 and BIDS tables use for "not known"; -999 comes as an integer and as a float.
-MISSING = frozenset({"", "n/a", "na", "nan", "none", "null", "pending", "-999", "-999.0"})
+MISSING = frozenset({"", "n/a", "na", "nan", "none", "null", "pending", "withheld", "-999", "-999.0"})
 _CONTROL = frozenset(
     {"0", "control", "controls", "hc", "healthy", "td", "tdc", "typically developing children", "none"}
 )
@@ -23,6 +24,8 @@ class LayoutError(BoldForgeError):
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """Read a TSV or CSV table (by its first line) into one dict per row, names and values stripped.
+
+    A row shorter than the header has empty cells at its end; what reaches beyond the header is left out.
 
     Raises
     ------
@@ -41,7 +44,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
     repeated = {name for name in header if header.count(name) > 1}
     if repeated:
         raise LayoutError(f"{path}: column {sorted(repeated)[0]!r} occurs twice; rename one.")
-    return [dict(zip(header, (value.strip() for value in row), strict=False)) for row in rows]
+    return [
+        {name: value.strip() for name, value in zip_longest(header, row[: len(header)], fillvalue="")} for row in rows
+    ]
 
 
 def parse_value(text: str | None) -> float | str | None:
@@ -62,12 +67,15 @@ def parse_number(text: str | None) -> float | None:
     return value if isinstance(value, float) else None
 
 
-def parse_diagnosis(text: str | None) -> float | None:
-    """Return 0.0 for a control, 1.0 for ADHD (subtypes 1, 2 and 3 alike), None when unknown."""
+def parse_diagnosis(text: str | None) -> float | str | None:
+    """Return 0.0 for a control, 1.0 for ADHD (subtypes 1, 2 and 3 alike), None where it is missing.
+
+    A code that is none of these is returned as it is, so that a task refuses it instead of taking it for missing.
+    """
     word = (text or "").strip().lower().removesuffix(".0")
     if word in _CONTROL:
         return 0.0
-    return 1.0 if word in _ADHD else None
+    return 1.0 if word in _ADHD else parse_value(text)
 
 
 def parse_sex(text: str | None) -> str | None:

@@ -165,6 +165,22 @@ def test_table_gives_everything_by_column(place):
     assert find_runs(root / "runs.tsv").runs == found.runs
 
 
+def test_an_unknown_diagnosis_is_kept_so_that_a_task_can_refuse_it(place):
+    root = place(*(f"{name}.nii.gz" for name in "abcdef"))
+    codes = dict(zip("abcdef", ("Autism", "4", "n/a", "withheld", "none", "2.0"), strict=True))
+    rows = [f"{name}.nii.gz\t{name}\t{code}\n" for name, code in codes.items()]
+    (root / "runs.tsv").write_text("path\tsubject\tdiagnosis\n" + "".join(rows))
+    assert [run.phenotype["diagnosis"] for run in find_runs(root).runs] == ["Autism", 4.0, None, None, 0.0, 1.0]
+
+
+def test_a_short_line_of_a_table_has_empty_cells_at_its_end(place):
+    root = place("a.nii.gz", "b.nii.gz")
+    (root / "runs.tsv").write_text("path\tsubject\tsite\tage\na.nii.gz\tP1\nb.nii.gz\n")
+    found = find_runs(root)
+    assert [(run.subject, run.site, run.phenotype) for run in found.runs] == [("P1", None, {"age": None})]
+    assert "line 3 of runs.tsv has no subject" in reasons(found)["b.nii.gz"]
+
+
 def test_a_number_that_is_not_finite_is_a_missing_one(place):
     root = place("a.nii.gz")
     (root / "runs.tsv").write_text("path\tsubject\tiq\tscore\tage\na.nii.gz\tP1\tInf\t1e999\t-infinity\n")
