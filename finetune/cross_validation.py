@@ -127,6 +127,7 @@ def _write(
     results = {
         "task": study.task.name,
         "simulated": cohort.simulated,
+        "pretrained_on_these_shards": study.pretrained_on_these_shards,
         "measured_by": f"{config.folds}-fold cross-validation over subjects",
         "figures": figures,
         "roc": roc_points(labels, scores),
@@ -139,7 +140,8 @@ def _write(
         "epochs_of_adapter": epochs,
         "settings": config.model_dump(mode="json"),
     }
-    shared = {key: results[key] for key in ("figures", "measured_by", "simulated", "subjects")}
+    kept = ("figures", "measured_by", "simulated", "pretrained_on_these_shards", "subjects")
+    shared = {key: results[key] for key in kept}
     save_adapter(final, config.out / "adapter", {**shared, "clips_per_subject": config.clips})
     write_predictions(config.out / "predictions.tsv", predictions, config.seed)
     write_json(config.out / "metrics.json", results)

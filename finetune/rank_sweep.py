@@ -134,6 +134,7 @@ def _write(
     shared = {
         "task": study.task.name,
         "simulated": study.cohort.simulated,
+        "pretrained_on_these_shards": study.pretrained_on_these_shards,
         "measured_by": "test subjects held out of a sweep, scored once",
         "figures": figures,
         "subjects": {name: count_classes(subjects) for name, subjects in parts.items()},
@@ -141,7 +142,7 @@ def _write(
     chosen = next(row for row in rows if row["rank"] == best.rank)
     results = {
         **shared,
-        "sentence": _sentence(rows, chosen, figures, parts, study.cohort.simulated),
+        "sentence": _sentence(rows, chosen, figures, parts, study),
         "best": chosen,
         "trials": rows,
         "roc": roc_points(labels, scores),
@@ -183,12 +184,17 @@ def _sentence(
     chosen: dict[str, Any],
     figures: dict[str, Any],
     parts: dict[str, list[Subject]],
-    simulated: bool,
+    study: Study,
 ) -> str:
     ranks = ", ".join(str(row["rank"]) for row in rows)
-    return (
+    sentence = (
         f"Of the LoRA ranks {ranks}, rank {chosen['rank']} had the highest validation AUC "
         f"({chosen['validation_auc']:.2f}, {len(parts['validation'])} subjects); tested once on {len(parts['test'])} "
         f"subjects that no trial has seen, its AUC is {figures['auc']:.2f} and its balanced accuracy "
-        f"{figures['balanced_accuracy']:.2f}." + (" The subjects are simulated." if simulated else "")
+        f"{figures['balanced_accuracy']:.2f}."
     )
+    if study.pretrained_on_these_shards:
+        sentence += (
+            " The encoder was pretrained on these same shards, so it has seen those subjects' scans, unlabelled."
+        )
+    return sentence + (" The subjects are simulated." if study.cohort.simulated else "")

@@ -1,5 +1,6 @@
 """What a fine-tuning and a sweep have in common: shards, encoder, task, subjects and folds that fit together."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from boldforge.finetune.cohort import ClipSet, Cohort, OnProgress, Subject, chec
 from boldforge.finetune.fit import TrainingConfig
 from boldforge.finetune.folds import Fold, subject_folds
 from boldforge.finetune.tasks import Task, get_task
+
+logger = logging.getLogger(__name__)
 
 
 class StudyConfig(StrictModel):
@@ -41,13 +44,18 @@ class StudyConfig(StrictModel):
 
 @dataclass(frozen=True)
 class Study:
-    """An opened study; see `open_study`."""
+    """An opened study; see `open_study`.
+
+    ``pretrained_on_these_shards``: the encoder has seen the scans of every subject, test subjects included, though no
+    label; the figures then do not say how it does on people whom it has never seen.
+    """
 
     config: StudyConfig
     task: Task
     manifest: Manifest
     cohort: Cohort
     folds: list[Fold]
+    pretrained_on_these_shards: bool
 
     def positions(self, names: Sequence[str]) -> list[int]:
         """Return the subjects' positions in the cohort."""
@@ -90,8 +98,14 @@ def open_study(config: StudyConfig) -> Study:
         config.folds,
         config.seed,
     )
+    pretrained_on_these_shards = backbone.data.get("manifest_hash") == manifest.content_hash
+    if pretrained_on_these_shards:
+        logger.warning(
+            "The encoder was pretrained on these same shards, so it has seen the test subjects' scans, though no "
+            "label; for figures on people new to it, give shards of other subjects."
+        )
     config.out.mkdir(parents=True, exist_ok=True)
-    return Study(config, task, manifest, cohort, folds)
+    return Study(config, task, manifest, cohort, folds, pretrained_on_these_shards)
 
 
 def _device() -> torch.device:

@@ -39,6 +39,20 @@ def _processes_of(folder: str) -> list[str]:
     return [command for command in commands if folder in command]
 
 
+def _one_epoch_each(spec, ranks, asha, folder, on_epoch):
+    """Stands in for `run_on_ray`: one epoch per rank, here."""
+    trials = []
+    for rank in ranks:
+
+        def report(figures, state, rank=rank):
+            trials.append(TrialResult(rank, (figures,), state))
+
+        adapter = spec.adapter.model_copy(update={"rank": rank})
+        training = spec.training.model_copy(update={"epochs": 1})
+        run_trial(replace(spec, adapter=adapter, training=training), report)
+    return trials
+
+
 @pytest.fixture(scope="module")
 def ray_folder():
     """Where Ray keeps its session; its processes carry the name. Short, because sockets live below it."""
@@ -145,21 +159,25 @@ def test_trials_see_no_test_subject_and_give_the_same_curves_without_ray(
 
 
 def test_a_tie_goes_to_the_lower_rank(shards, encoder, tmp_path, monkeypatch):
-    def tied(spec, ranks, asha, folder, on_epoch):
-        trials = []
-        for rank in ranks:
-
-            def report(figures, state, rank=rank):
-                curve = ({**figures, "auc": 0.75},)
-                trials.append(TrialResult(rank, curve, state))
-
-            training = spec.training.model_copy(update={"epochs": 1})
-            adapter = spec.adapter.model_copy(update={"rank": rank})
-            run_trial(replace(spec, adapter=adapter, training=training), report)
-        return trials
+    def tied(*arguments):
+        trials = _one_epoch_each(*arguments)
+        return [replace(trial, history=({**trial.history[0], "auc": 0.75},)) for trial in trials]
 
     monkeypatch.setattr(rank_sweep, "run_on_ray", tied)
     assert sweep(_config(shards, encoder, tmp_path, ranks=[8, 0, 2]))["best"]["rank"] == 0
+
+
+def test_an_encoder_pretrained_on_the_same_shards_is_told(planted, shards, write_encoder, tmp_path, monkeypatch):
+    _, results, _ = planted
+    assert results["pretrained_on_these_shards"] is False and "was pretrained on" not in results["sentence"]
+    monkeypatch.setattr(rank_sweep, "run_on_ray", _one_epoch_each)
+    encoder = write_encoder(manifest_hash=load_manifest(shards).content_hash)
+    results = sweep(_config(shards, encoder, tmp_path))
+    assert results["pretrained_on_these_shards"] is True
+    assert "pretrained on these same shards, so it has seen those subjects' scans" in results["sentence"]
+    for path, key in (("metrics.json", None), ("adapter/task.json", "figures")):
+        content = json.loads((tmp_path / "best" / path).read_text())
+        assert (content[key] if key else content)["pretrained_on_these_shards"] is True
 
 
 def test_a_failing_trial_ends_the_sweep_with_its_own_message(shards, encoder, tmp_path, monkeypatch, ray_folder):
