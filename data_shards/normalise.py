@@ -13,6 +13,8 @@ from boldforge.data_shards.recipe import NormalisationName
 
 Values = npt.NDArray[np.float32]
 
+_FLAT = "its brain voxels do not vary over time, so there is nothing to store."
+
 
 class NormaliseError(BoldForgeError):
     """A run has no variation to scale by."""
@@ -59,6 +61,8 @@ def normalise(
         If the covered voxels do not vary.
     """
     inside = values_TV[:, covered].astype(np.float32, copy=False)
+    if inside.size == 0:
+        raise NormaliseError(_FLAT)
     if method == "global-z":
         mean: float | None = float(inside.mean(dtype=np.float64))
         centred = inside - np.float32(mean)
@@ -70,8 +74,8 @@ def normalise(
         divisor: Any = np.sqrt(np.square(centred, dtype=np.float64).mean(axis=0))
     else:
         std = divisor = float(np.sqrt(np.square(centred, dtype=np.float64).mean()))
-    if inside.size == 0 or not np.isfinite(divisor).all() or np.min(divisor) <= 0:
-        raise NormaliseError("its brain voxels do not vary over time, so there is nothing to store.")
+    if not np.isfinite(divisor).all() or np.min(divisor) <= 0:
+        raise NormaliseError(_FLAT)
     result = np.zeros(values_TV.shape, dtype=np.float32)
     result[:, covered] = centred / np.asarray(divisor, dtype=np.float32)
     return result, Normalisation(method=method, mean=mean, std=std)

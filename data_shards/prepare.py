@@ -55,11 +55,13 @@ def prepare_run(run: Run, recipe: DataRecipe) -> PreparedRun:
         if run.mask_path is not None:
             covered = covered & _inside_mask(run.mask_path, points)
         values_TV = to_tr(values_TV, bold.tr, recipe.tr)
+        # Resampling in time can flatten a voxel that flickered between two frames: it has no deviation to divide by.
+        covered = covered & _varies(values_TV)
         values_TV, normalisation = normalise(values_TV, covered, recipe.normalisation)
     except (ResampleError, NormaliseError) as error:
         raise type(error)(f"{run.path}: {error}") from None
-    # Resampling in time can flatten a voxel that flickered between two frames.
-    covered = covered & (values_TV.max(axis=0) > values_TV.min(axis=0))
+    # Subtracting a large mean can round away what little a voxel varied.
+    covered = covered & _varies(values_TV)
     return PreparedRun(values_TV, covered, normalisation, bold.tr, bold.n_frames)
 
 
@@ -75,6 +77,11 @@ def store_run(run: Run, recipe: DataRecipe) -> StoredRun:
 @lru_cache(maxsize=2)
 def _brain_points(grid: Grid) -> npt.NDArray[np.float64]:
     return mask_centres(grid, brain_mask(grid))
+
+
+def _varies(values_TV: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    varies: npt.NDArray[np.bool_] = values_TV.max(axis=0) > values_TV.min(axis=0)
+    return varies
 
 
 def _inside_mask(path: Path, points: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:

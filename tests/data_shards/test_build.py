@@ -222,6 +222,26 @@ def test_a_run_mask_limits_what_is_stored(write_bold, tmp_path):
     assert 0.3 < manifest.runs[0].coverage < 0.6
 
 
+@pytest.mark.parametrize("method", ["residual-z", "voxel-z", "global-z"])
+def test_voxels_that_resampling_flattens_are_left_out_and_the_run_is_stored(write_bold, tmp_path, method):
+    import nibabel as nib
+
+    # At 2.16 s no frame lies near the last of fifteen at 2 s, and these voxels are 0 in all others.
+    path = write_bold(name("01"), frames=15)
+    image = nib.load(path)
+    values = np.asarray(image.dataobj).copy()
+    values[:6, ..., :14] = 0
+    nib.save(nib.Nifti1Image(values, image.affine, image.header), path)
+    recipe = DataRecipe(grid="mni4mm", tr=2.16, normalisation=method)
+    (entry,) = build_shards(find_runs(path.parent), tmp_path / "out", recipe).manifest.runs
+    assert 0.3 < entry.coverage < 0.7
+
+    values[..., :14] = 0
+    nib.save(nib.Nifti1Image(values, image.affine, image.header), path)
+    with pytest.raises(BuildError, match="do not vary over time"):
+        build_shards(find_runs(path.parent), tmp_path / "flat", recipe)
+
+
 def test_importing_the_package_does_not_import_nilearn():
     import subprocess
     import sys
