@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -208,7 +208,7 @@ def _build_shard(task: _ShardTask, on_run: Callable[[int], None] | None = None) 
             except RunProblem as error:
                 rejected.append(Skipped(run.path, str(error)))
             else:
-                yield run, result
+                yield replace(run, simulated=result.prepared.simulated), result
             if on_run is not None:
                 on_run(number)
 

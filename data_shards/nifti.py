@@ -16,6 +16,8 @@ from boldforge.data_shards.grid import Affine
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 32 * 2**30
+# Stands in the header of every file that `simulate_cohort` writes, wherever the file is moved to.
+SIMULATED_MARK = b"simulated by BoldForge"
 # Deflate cannot shrink data by more than this factor (zlib's technical notes), so a header that promises more lies.
 _DEFLATE_LIMIT = 1032
 _SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
@@ -42,13 +44,14 @@ class ReadError(BoldForgeError):
 
 @dataclass(frozen=True, eq=False)
 class Bold:
-    """An opened recording, nothing decoded: affine [4, 4] to RAS+ mm, tr in seconds, n_frames."""
+    """An opened recording, nothing decoded: affine [4, 4] to RAS+ mm, tr in seconds, n_frames, simulated or not."""
 
     path: Path
     image: Any
     affine: Affine
     tr: float
     n_frames: int
+    simulated: bool
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -99,7 +102,8 @@ def open_bold(path: str | Path, tr: float | None = None) -> Bold:
         tr = _read_tr(path, image)
     elif not (np.isfinite(tr) and _SHORTEST_TR <= tr <= _LONGEST_TR):
         raise HeaderError(f"{path}: a repetition time of {tr} s was given; expected seconds, for example 2.0.")
-    return Bold(path, image, affine, float(tr), n_frames)
+    simulated = bytes(image.header["descrip"]).startswith(SIMULATED_MARK)
+    return Bold(path, image, affine, float(tr), n_frames, simulated)
 
 
 def _load(path: Path) -> Any:

@@ -28,6 +28,7 @@ class PreparedRun:
     normalisation: Normalisation
     source_tr: float
     source_frames: int
+    simulated: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,8 @@ def prepare_run(run: Run, recipe: DataRecipe) -> PreparedRun:
         raise type(error)(f"{run.path}: {error}") from None
     # Subtracting a large mean can round away what little a voxel varied.
     covered = covered & _varies(values_TV)
-    return PreparedRun(values_TV, covered, normalisation, bold.tr, bold.n_frames)
+    simulated = run.simulated or bold.simulated
+    return PreparedRun(values_TV, covered, normalisation, bold.tr, bold.n_frames, simulated)
 
 
 def store_run(run: Run, recipe: DataRecipe) -> StoredRun:

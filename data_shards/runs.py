@@ -119,11 +119,12 @@ def detect_layout(folder: Path) -> str:
 
 
 def check_headers(found: RunList) -> RunList:
-    """Open every run's header: fill in repetition times, and move runs that cannot be used to the skipped ones."""
+    """Open every run's header: fill in what it tells, and move runs that cannot be used to the skipped ones."""
     runs, skipped = [], list(found.skipped)
     for run in found.runs:
         try:
-            runs.append(replace(run, tr=open_bold(run.path, run.tr).tr))
+            bold = open_bold(run.path, run.tr)
+            runs.append(replace(run, tr=bold.tr, simulated=run.simulated or bold.simulated))
         except HeaderError as error:
             skipped.append(Skipped(run.path, str(error)))
     return replace(found, runs=tuple(runs), skipped=tuple(skipped))

@@ -22,6 +22,7 @@ from boldforge.configs import BoldForgeError, StrictModel
 from boldforge.data_shards.atlas import atlas_on_grid, load_atlas
 from boldforge.data_shards.grid import Grid, brain_mask, mask_centres
 from boldforge.data_shards.layout_adhd200 import PHENOTYPE_COLUMNS, SIMULATION_FILE, SITE_NAMES
+from boldforge.data_shards.nifti import SIMULATED_MARK
 from boldforge.data_shards.resample import sampling_matrix
 
 Values = npt.NDArray[np.float32]
@@ -129,7 +130,8 @@ def simulate_cohort(
     Every voxel of a region carries the region's time course (band-limited, part of its variance shared with the
     region's network) times the local grey matter, plus spatially smooth noise; the mean over time is removed as in
     Athena's files.
-    ``simulation.json`` says that the subjects are simulated and how; `find_runs` marks the runs by it.
+    ``simulation.json`` says that the subjects are simulated and how; every file's header says it too, and a
+    build marks its runs by that, wherever the files were moved to.
 
     Parameters
     ----------
@@ -169,7 +171,7 @@ def simulate_cohort(
         image = nib.Nifti1Image(volume, ATHENA_GRID.affine)
         image.header.set_xyzt_units("mm", "sec")
         image.header["pixdim"][4] = person.site.tr
-        image.header["descrip"] = b"simulated by BoldForge"
+        image.header["descrip"] = SIMULATED_MARK
         folder = out / person.site.name
         folder.mkdir(exist_ok=True)
         nib.save(image, folder / f"sfnwmrda{person.scan_id}_session_1_rest_1.nii.gz")

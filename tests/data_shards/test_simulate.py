@@ -18,6 +18,7 @@ from boldforge.data_shards import (
     SimulationError,
     atlas_on_grid,
     build_shards,
+    check_headers,
     find_runs,
     load_atlas,
     simulate_cohort,
@@ -110,6 +111,23 @@ def test_the_folder_is_an_athena_folder_that_says_it_is_simulated(tmp_path):
     assert about["regions"] == list(DEFAULT_REGIONS)
     manifest = build_shards(found, tmp_path / "shards", DataRecipe(grid="mni4mm", tr=2.0)).manifest
     assert manifest.simulated
+
+
+def test_simulated_files_stay_simulated_however_they_are_found(tmp_path):
+    out = simulate_cohort(tmp_path / "above/cohort", small(n_subjects=2))
+    paths = sorted(out.rglob("*.nii.gz"))
+    rows = [f"{path.relative_to(tmp_path)}\tP{number}\n" for number, path in enumerate(paths)]
+    (tmp_path / "runs.tsv").write_text("path\tsubject\n" + "".join(rows))
+    (tmp_path / "bids").mkdir()
+    paths[0].rename(tmp_path / "bids/sub-1_space-MNI152_bold.nii.gz")
+    (tmp_path / paths[0].relative_to(tmp_path)).symlink_to(tmp_path / "bids/sub-1_space-MNI152_bold.nii.gz")
+    recipe = DataRecipe(grid="mni4mm", tr=2.0)
+    for source, layout, count in ((out.parent, "adhd200", 2), (tmp_path, "table", 2), (tmp_path / "bids", "bids", 1)):
+        found = find_runs(source)
+        assert (found.layout, len(found.runs)) == (layout, count)
+        assert all(run.simulated for run in check_headers(found).runs)
+        manifest = build_shards(found, tmp_path / f"shards-{layout}", recipe).manifest
+        assert all(run.simulated for run in manifest.runs)
 
 
 def test_files_look_like_athena_residuals(tmp_path):
