@@ -196,7 +196,7 @@ def release(
 
 @app.command(epilog="Example: boldforge load releases/study-v1")
 def load(folder: Annotated[Path, typer.Argument(help="Release or export folder")]) -> None:
-    """Read a release back, verify its weights and reproduce its recorded embedding bit for bit."""
+    """Read a release back, verify its files and reproduce what it recorded on a fixed clip."""
     from boldforge.launch.release import check_release
 
     raise typer.Exit(check_release(folder, Console()))

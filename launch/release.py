@@ -2,15 +2,18 @@
 
     config.json  model.safetensors  README.md (model card)  adapter/ (optional)
 
+``config.json`` records the SHA-256 of every other file that is computed with, and what the model makes of a fixed clip.
+
 Shape suffixes: B clips · T frames · V brain voxels · C channels.
 """
 
+import copy
 import hashlib
 import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,14 @@ from torch import Tensor
 
 import boldforge
 from boldforge.configs import BoldForgeError
-from boldforge.finetune import Classifier, NeuroStormBackbone, load_backbone, load_classifier, read_task
+from boldforge.finetune import Classifier, NeuroStormBackbone, load_adapter, read_task
 from boldforge.launch.model_card import render_card
 from boldforge.pretrain import load_pretrained
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors", "task.json")
 _PROBE_SEED = 0
+# Float32 on another processor, thread count or version of torch: a wrong file is off by far more.
+_ROUNDING = 1e-3
 
 
 class ReleaseError(BoldForgeError):
@@ -104,12 +109,19 @@ def from_pretrained(folder: str | Path) -> LoadedModel:
         If a file is missing, its hash is not the recorded one, or its format is another version's.
     """
     folder = Path(folder)
-    adapter = folder / "adapter"
-    classifier = load_classifier(folder, adapter) if adapter.is_dir() else None
-    config = load_pretrained(folder).config
+    pretrained = load_pretrained(folder)
+    config, adapter = pretrained.config, folder / "adapter"
+    for name, digest in config.get("adapter", {}).get("files", {}).items():
+        _check_file(adapter / name, digest)
+    classifier = None
+    if adapter.is_dir():
+        # An adapter changes its encoder in place, so it gets one of its own.
+        twin = replace(pretrained, model=copy.deepcopy(pretrained.model))
+        classifier = load_adapter(adapter, NeuroStormBackbone(twin, read_task(adapter)["pool"]))
     # A release says how its tokens are pooled, so that another default in another version changes no embedding.
     pool = config.get("embedding", {}).get("pool")
-    backbone = load_backbone(folder, pool) if pool else load_backbone(folder)
+    backbone = NeuroStormBackbone(pretrained, pool) if pool else NeuroStormBackbone(pretrained)
+    backbone.network.requires_grad_(False)
     return LoadedModel(backbone, classifier, config)
 
 
@@ -150,6 +162,7 @@ def write_release(
         if adapter is not None:
             config["embedding"] = {"pool": read_task(adapter)["pool"]}
             _copy_adapter(adapter, staged / "adapter")
+            config["adapter"] = {"files": {path.name: _sha256(path) for path in sorted((staged / "adapter").iterdir())}}
         _write_json(staged / "config.json", config)
         model = from_pretrained(staged)
         config["embedding"] = {"pool": model.backbone.pool, "dim": model.backbone.dim}
@@ -165,13 +178,13 @@ def write_release(
 
 
 def probe(model: LoadedModel) -> dict[str, Any]:
-    """Embed a fixed random clip: a release that gives the same hash computes the same function, to the last bit.
+    """Run a fixed random clip: a release that gives the same hash computes the same function, to the last bit.
 
     Returns
     -------
     dict
         ``seed``, ``shape`` [1, T, V], ``embedding_sha256`` of the float32 values, the first four of them for a reader
-        whose machine rounds differently, and the version of torch.
+        whose machine rounds differently, the version of torch, and with an adapter its ``prediction``.
     """
     shape = (1, int(model.config["data"]["clip_length"]), _voxels(model.backbone))
     clip = np.random.default_rng(_PROBE_SEED).standard_normal(shape, dtype=np.float32)
@@ -180,6 +193,7 @@ def probe(model: LoadedModel) -> dict[str, Any]:
     torch.set_num_threads(1)
     try:
         embedding = model.embed(clip).numpy()
+        predicted = {"prediction": float(model.predict(clip)[0])} if model.classifier else {}
     finally:
         torch.set_num_threads(threads)
     return {
@@ -188,39 +202,67 @@ def probe(model: LoadedModel) -> dict[str, Any]:
         "embedding_sha256": hashlib.sha256(embedding.tobytes()).hexdigest(),
         "first_values": [float(value) for value in embedding[0, :4]],
         "torch": torch.__version__,
+        **predicted,
     }
 
 
 def check_release(folder: Path, console: Console) -> int:
-    """Read a release back, print what it is and whether it reproduces its recorded embedding; return the exit code."""
+    """Read a release back, print what it is and whether it reproduces what it recorded; return the exit code.
+
+    0 if it reproduces, to the last bit or but for rounding; 1 if it computes something else.
+
+    Raises
+    ------
+    BoldForgeError
+        As `from_pretrained`.
+    """
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     model = from_pretrained(folder)
     data, recorded, computed = model.config["data"], model.config.get("probe"), probe(model)
-    console.print(
-        f"{folder}: weights verified, SHA-256 {model.backbone.weights_hash[:16]}…", highlight=False, soft_wrap=True
-    )
-    console.print(
+    verified = "weights and adapter" if "adapter" in model.config else "weights"
+    say(f"{folder}: {verified} verified, SHA-256 of the weights {model.backbone.weights_hash[:16]}…")
+    say(
         f"Input: clips of {data['clip_length']} frames on {data['grid']} at {data['tr']} s, {data['normalisation']}; "
         f"embedding of {model.backbone.dim} values"
-        + (f"; adapter for {model.classifier.task.name}." if model.classifier else "; no adapter."),
-        highlight=False,
-        soft_wrap=True,
+        + (f"; adapter for {model.classifier.task.name}." if model.classifier else "; no adapter.")
     )
-    console.print(f"Embedding of the probe clip: {computed['embedding_sha256'][:16]}…", highlight=False, soft_wrap=True)
+    predicted = f", prediction {computed['prediction']:.6f}" if "prediction" in computed else ""
+    say(f"Embedding of the probe clip: {computed['embedding_sha256'][:16]}…{predicted}")
     if recorded is None:
-        console.print("No embedding was recorded here (an export, not a release), so there is nothing to compare with.")
+        say("No embedding was recorded here (an export, not a release), so there is nothing to compare with.")
         return 0
-    if recorded["embedding_sha256"] == computed["embedding_sha256"]:
-        console.print("It equals the recorded one, bit for bit.")
+    if all(computed.get(name) == value for name, value in recorded.items() if name != "torch"):
+        say("It equals the recorded one, bit for bit.")
         return 0
-    difference = np.abs(np.subtract(recorded["first_values"], computed["first_values"])).max()
-    console.print(
-        f"It differs from the recorded one ({recorded['embedding_sha256'][:16]}…), its first values by up to "
-        f"{difference:.2g}. It was recorded with torch {recorded['torch']}, this is {computed['torch']}, and another "
-        "processor or scan backend may round differently too; the weights themselves are intact.",
-        highlight=False,
-        soft_wrap=True,
+    difference = _relative_difference(recorded, computed)
+    machine = f"recorded with torch {recorded['torch']}, computed with {computed['torch']}"
+    if difference <= _ROUNDING:
+        say(
+            f"It agrees with the recorded one to {difference:.1g}, not to the last bit: another processor or version "
+            f"of torch rounds differently ({machine})."
+        )
+        return 0
+    say(
+        f"It differs from the recorded one by {difference:.2g}, more than rounding explains ({machine}), though the "
+        "files are intact: the release must not be trusted on this machine."
     )
     return 1
+
+
+def _relative_difference(recorded: Mapping[str, Any], computed: Mapping[str, Any]) -> float:
+    """Return the largest difference of first values or prediction, relative to the largest of each."""
+    if not recorded.keys() <= computed.keys() or recorded["shape"] != computed["shape"]:
+        return float("inf")
+    worst = 0.0
+    for name in ("first_values", "prediction"):
+        if name in recorded:
+            expected = np.atleast_1d(recorded[name])
+            found = np.abs(expected - np.atleast_1d(computed[name])).max() / np.abs(expected).max()
+            worst = max(worst, float(found)) if np.isfinite(found) else float("inf")
+    return worst
 
 
 def _voxels(backbone: NeuroStormBackbone) -> int:
@@ -234,6 +276,17 @@ def _check_free(out: Path, replace: bool) -> None:
         raise ReleaseError(f"{out}: is already there; choose another --out, or add --replace.")
     if not ((out / "config.json").is_file() and (out / "model.safetensors").is_file()):
         raise ReleaseError(f"{out}: is there but holds no release, so it is not replaced; choose another --out.")
+
+
+def _check_file(path: Path, digest: str) -> None:
+    if not path.is_file():
+        raise ReleaseError(f"{path}: no such file, though config.json lists it; fetch the release again.")
+    found = _sha256(path)
+    if found != digest:
+        raise ReleaseError(
+            f"{path}: SHA-256 is {found[:12]}…, config.json says {digest[:12]}…; the file is damaged or was exchanged, "
+            "fetch it again."
+        )
 
 
 def _adapter_folder(folder: Path) -> Path:
@@ -261,6 +314,11 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, str) and Path(value).expanduser().is_absolute():
         return Path(value).name
     return value
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

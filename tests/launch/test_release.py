@@ -1,4 +1,6 @@
 import getpass
+import hashlib
+import io
 import json
 import re
 import shutil
@@ -8,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 import boldforge
 from boldforge.configs import BoldForgeError
 from boldforge.data_shards import DataRecipe, build_shards, find_runs
-from boldforge.launch.release import ReleaseError, from_pretrained, probe, write_release
+from boldforge.launch.release import ReleaseError, check_release, from_pretrained, probe, write_release
 
 VOXELS = 29773
 
@@ -55,16 +59,70 @@ def test_the_pooling_is_the_releases_own_and_not_this_versions_default(pretraini
     assert from_pretrained(release).embed(clips).shape == (2, 16)
 
 
-def test_embed_leaves_the_adapter_out_and_predict_uses_it(copy, clips):
-    before, path = from_pretrained(copy), copy / "adapter" / "adapter_model.safetensors"
-    from safetensors.torch import load_file, save_file
-
-    changed = {name: tensor + 0.05 for name, tensor in load_file(path).items()}
-    save_file(changed, path, metadata={"format": "pt"})
-    after = from_pretrained(copy)
+def test_embed_leaves_the_adapter_out_and_predict_uses_it(release, pretraining, adapter, clips, tmp_path):
+    other = shutil.copytree(adapter, tmp_path / "adapter")
+    path = other / "adapter_model.safetensors"
+    save_file({name: tensor + 0.05 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    before, after = from_pretrained(release), from_pretrained(write_release(pretraining, tmp_path / "v2", other))
     assert torch.equal(before.embed(clips), after.embed(clips))
     assert not torch.equal(before.predict(clips), after.predict(clips))
     assert ((after.predict(clips) >= 0) & (after.predict(clips) <= 1)).all()
+
+
+def test_the_weights_are_read_once(release, monkeypatch):
+    read = []
+    monkeypatch.setattr("boldforge.pretrain.export.load_file", lambda path: read.append(path) or load_file(path))
+    from_pretrained(release)
+    assert len(read) == 1
+
+
+@pytest.fixture
+def say():
+    return Console(file=io.StringIO(), width=400)
+
+
+def _edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        config[key] = config[key] | value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _negate_head(folder):
+    path = folder / "adapter" / "head.safetensors"
+    save_file({name: -tensor if "linear" in name else tensor for name, tensor in load_file(path).items()}, path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_an_exchanged_head_is_noticed(copy, say):
+    _negate_head(copy)
+    with pytest.raises(ReleaseError, match=r"head\.safetensors: SHA-256 is .*damaged or was exchanged"):
+        check_release(copy, say)
+
+
+def test_a_head_that_predicts_otherwise_does_not_reproduce_even_where_its_hash_is_right(copy, say):
+    digest = _negate_head(copy)
+    files = json.loads((copy / "config.json").read_text())["adapter"]["files"]
+    _edit_config(copy, adapter={"files": files | {"head.safetensors": digest}})
+    assert check_release(copy, say) == 1
+    assert "more than rounding explains" in say.file.getvalue()
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1 + 1e-5, 0), (1.01, 1), (-1, 1)])
+def test_rounding_is_told_from_another_function(copy, say, factor, code):
+    recorded = json.loads((copy / "config.json").read_text())["probe"]
+    values = [value * factor for value in recorded["first_values"]]
+    _edit_config(copy, probe={"first_values": values, "embedding_sha256": "0" * 64, "torch": "1.0"})
+    assert check_release(copy, say) == code
+    text = say.file.getvalue()
+    assert "recorded with torch 1.0" in text
+    assert ("rounds differently" in text) == (code == 0)
+
+
+def test_another_version_of_torch_with_the_same_bits_reproduces(copy, say):
+    _edit_config(copy, probe={"torch": "1.0"})
+    assert check_release(copy, say) == 0
+    assert "bit for bit" in say.file.getvalue()
 
 
 def test_the_readmes_python_runs_as_it_stands(release, tmp_path, monkeypatch):
