@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from boldforge.configs import BoldForgeError, load_config
+from boldforge.configs import BoldForgeError, folder_lock, load_config
 from boldforge.data_shards import ClipBatch
 from boldforge.pretrain.config import PretrainConfig
 from boldforge.pretrain.evaluate import counted_voxels
@@ -47,20 +47,17 @@ def train(config: PretrainConfig) -> Path:
         For data, recipes or checkpoints that cannot be used as asked.
     """
     rank, world_size = join_ranks()
-    run = start_run(config, rank, world_size)
-    resumed = load_checkpoint(run.engine, config.out / "checkpoints")
-    first = resumed["step"] if resumed else 0
-    if resumed:
-        run.stream.load_state_dict(resumed["state"]["stream"])
-        logger.info("going on from the checkpoint of step %d", first)
-    batches = iter(run.stream)
     with ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(folder_lock(config.out, "pretraining"))
+        run = start_run(config, rank, world_size)
+        first = go_on(run)
+        batches = iter(run.stream)
         metrics = stack.enter_context(MetricsWriter(config.out, first)) if rank == 0 else None
         for step in range(first, config.steps):
             started = time.perf_counter()
             row = training_step(run, next(batches), step)
-            frames = config.batch_size * config.model.frames
-            row["frames_per_second"] = frames / (time.perf_counter() - started)
+            row["frames_per_second"] = config.batch_size * config.model.frames / (time.perf_counter() - started)
             done = step + 1
             if done % config.evaluate_every == 0 or done == config.steps:
                 heldout = run.measure()
@@ -71,8 +68,18 @@ def train(config: PretrainConfig) -> Path:
             if done % config.checkpoint_every == 0 or done == config.steps:
                 state = {"stream": run.stream.state_dict()}
                 save_checkpoint(run.engine, config.out / "checkpoints", done, state, config.keep_checkpoints)
-    finish_run(run)
+        finish_run(run)
     return config.out
+
+
+def go_on(run: Run) -> int:
+    """Load the newest checkpoint, if there is one, and return the number of steps already done."""
+    resumed = load_checkpoint(run.engine, run.config.out / "checkpoints")
+    if resumed is None:
+        return 0
+    run.stream.load_state_dict(resumed["state"]["stream"])
+    logger.info("going on from the checkpoint of step %d", resumed["step"])
+    return int(resumed["step"])
 
 
 def training_step(run: Run, batch: ClipBatch, step: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from boldforge.configs import ConfigError
+from boldforge.configs import ConfigError, folder_lock
 from boldforge.pretrain import load_pretrained, read_metrics
 
 ARGUMENTS = [
@@ -87,15 +87,16 @@ def test_the_demo_recipe_learns_more_than_the_mean_frame(real_shards: Path, tmp_
     line = command(real_shards, tmp_path / "run")
     line = [word for word in line if word not in ARGUMENTS]
     line[line.index("pretrain/tiny.yaml")] = "pretrain/demo.yaml"
-    line += ["steps=24", "evaluate_every=8"]
+    line += ["steps=64", "evaluate_every=32"]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = read_metrics(tmp_path / "run")
     losses = [row["loss"] for row in rows]
-    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+    assert sum(losses[-12:]) < 0.9 * sum(losses[:12])
     errors = [row["heldout_error"] for row in rows if "heldout_error" in row]
     assert errors[-1] < errors[0]
-    assert errors[-1] < 0.95 * rows[-1]["heldout_baseline"]
+    # The baseline is what predicting zero gives here: a model that has learned nothing about brains cannot get below.
+    assert errors[-1] < 0.985 * rows[-1]["heldout_baseline"]
 
 
 @pytest.mark.distributed
@@ -111,6 +112,15 @@ def test_another_recipe_in_the_same_folder_is_refused(finished: Path, real_shard
     done = launch(real_shards, finished, "seed=5", ranks=1)
     assert done.returncode == 2
     assert "started with seed = 0, now it is 5" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.distributed
+def test_a_folder_that_another_run_writes_to_is_refused(real_shards: Path, tmp_path: Path) -> None:
+    with folder_lock(tmp_path, "pretraining"):
+        done = launch(real_shards, tmp_path, ranks=1)
+    assert done.returncode == 2
+    assert "another process is pretraining in it" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -138,3 +148,26 @@ def test_a_batch_the_ranks_cannot_share_is_refused() -> None:
     config = PretrainConfig(shards=Path("shards"), out=Path("out"), batch_size=6, micro_batch_size=2)
     with pytest.raises(ConfigError, match="batch_size is 6, which 4 ranks cannot share"):
         check_batch(config, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_zero_stages_ranks_and_micro_batches_do_not_change_what_is_learned(real_shards: Path, tmp_path: Path) -> None:
+    ways = {
+        "stage 0": (1, ["zero_stage=0"]),
+        "stage 1": (2, ["zero_stage=1"]),
+        "stage 3": (2, ["zero_stage=3"]),
+        "micro-batches": (1, ["zero_stage=2", "micro_batch_size=1"]),
+    }
+    losses, errors = {}, {}
+    for name, (ranks, overrides) in ways.items():
+        out = tmp_path / name.replace(" ", "-")
+        done = launch(real_shards, out, "model.drop_path=0", "precision=fp32", "steps=4", *overrides, ranks=ranks)
+        assert done.returncode == 0, f"{name}: {done.stderr[-2000:]}"
+        rows = read_metrics(out)
+        losses[name] = [row["loss"] for row in rows]
+        errors[name] = rows[-1]["heldout_error"]
+        assert load_pretrained(out / "export").config["training"]["step"] == 4
+    for name in ways:
+        assert losses[name] == pytest.approx(losses["stage 1"], rel=1e-4), name
+        assert errors[name] == pytest.approx(errors["stage 1"], rel=1e-4), name
