@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -192,6 +193,11 @@ def _run_tasks(tasks: list[_ShardTask], workers: int, on_progress: Progress | No
                 future.result()
                 done += len(futures[future].runs)
                 report(done, total)
+        except BrokenProcessPool:
+            raise BuildError(
+                f"{tasks[0].path.parent}: one of the {workers} worker processes was killed, most likely because memory "
+                "ran out; each holds one run, so pass fewer --workers and run the same command again."
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

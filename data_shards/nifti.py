@@ -95,9 +95,14 @@ def open_bold(path: str | Path, tr: float | None = None) -> Bold:
         usable affine, or no usable repetition time while `tr` is None.
     """
     path = Path(path)
-    image = _load(path)
-    n_frames = _check_shape(path, image)
-    affine = _check_affine(path, image)
+    try:
+        image = _load(path)
+        n_frames = _check_shape(path, image)
+        affine = _check_affine(path, image)
+    except _NOT_READABLE as error:
+        raise HeaderError(
+            f"{path}: cannot be read as NIfTI ({_one_line(error)}); expected a .nii or .nii.gz file."
+        ) from None
     if tr is None:
         tr = _read_tr(path, image)
     elif not (np.isfinite(tr) and _SHORTEST_TR <= tr <= _LONGEST_TR):
@@ -111,12 +116,7 @@ def _load(path: Path) -> Any:
         raise HeaderError(f"{path}: no such file.")
     if path.stat().st_size == 0:
         raise HeaderError(f"{path}: the file is empty (0 bytes); copy or download it again.")
-    try:
-        image = nib.load(path)
-    except _NOT_READABLE as error:
-        raise HeaderError(
-            f"{path}: cannot be read as NIfTI ({_one_line(error)}); expected a .nii or .nii.gz file."
-        ) from None
+    image = nib.load(path)
     if not isinstance(image, nib.nifti1.Nifti1Pair):
         raise HeaderError(f"{path}: is a {type(image).__name__}, expected NIfTI; convert it, for example with nibabel.")
     if image.get_data_dtype().kind not in "iuf":
@@ -141,6 +141,10 @@ def _check_shape(path: Path, image: Any) -> int:
             f"the {MAX_BYTES // 2**30} GiB that are read; cut the run into shorter files."
         )
     data_file = Path(image.file_map["image"].filename)
+    if not data_file.is_file():
+        raise HeaderError(
+            f"{path}: its voxels should be in {data_file.name} beside it, which does not exist; copy both."
+        )
     stored = image.dataobj.offset + values * image.get_data_dtype().itemsize
     size = data_file.stat().st_size
     limit = size * _DEFLATE_LIMIT if data_file.suffix == ".gz" else size
@@ -166,7 +170,11 @@ def _check_affine(path: Path, image: Any) -> Affine:
             "voxels have no place in space; write a valid one into the header (nibabel: image.set_sform)."
         )
     if header["sform_code"] and header["qform_code"]:
-        qform = header.get_qform()
+        try:
+            qform = header.get_qform()
+        except ValueError:  # not a rotation
+            log.warning("%s: its qform is broken; the sform is used.", path)
+            return affine
         if np.abs(qform - affine).max() > 0.1 * np.abs(affine[:3, :3]).max():
             log.warning("%s: sform and qform disagree; the sform is used.", path)
     return affine

@@ -71,8 +71,11 @@ def store_run(run: Run, recipe: DataRecipe) -> StoredRun:
     """Prepare and quantise a run; raises as `prepare_run` does."""
     prepared = prepare_run(run, recipe)
     stored = quantise(prepared.values_TV, prepared.covered, recipe.dtype)
-    with run.path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with run.path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:  # of the source, not of the shards that it goes into
+        raise ReadError(f"{run.path}: cannot be read any more ({error.strerror}); check it and build again.") from None
     return StoredRun(stored, prepared, round(temporal_snr(prepared.values_TV, stored), 2), sha256)
 
 

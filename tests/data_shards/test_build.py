@@ -1,6 +1,9 @@
+import errno
 import hashlib
 import json
+import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +209,35 @@ def test_no_space_left_keeps_nothing_half_written(folder, tmp_path, monkeypatch,
     with pytest.raises(BuildError, match="no space left"):
         build_shards(find_runs(folder), tmp_path / "out", RECIPE)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_source_that_vanishes_while_it_is_read_is_that_runs_fault(folder, tmp_path, monkeypatch):
+    found = find_runs(folder)
+    open_file = Path.open
+
+    def open_unless_gone(path, *args, **kwargs):
+        if path == found.runs[3].path:
+            raise OSError(errno.EIO, "Input/output error")
+        return open_file(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_unless_gone)
+    report = build_shards(found, tmp_path / "out", RECIPE)
+    assert len(report.manifest.runs) == 6
+    assert any("cannot be read any more (Input/output error)" in reason for _, reason in report.rejected)
+
+
+class KillsItsReader:
+    """Ends the process that unpickles it, as the kernel does when memory runs out."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def test_a_killed_worker_is_told_in_one_sentence(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_module, "SHARD_RUNS", 3)
+    runs = [replace(run, phenotype={"x": KillsItsReader()}) for run in find_runs(folder).runs]
+    with pytest.raises(BuildError, match=r"one of the 2 worker processes was killed.*fewer --workers"):
+        build_shards(runs, tmp_path / "out", RECIPE, workers=2)
 
 
 def test_a_run_mask_limits_what_is_stored(write_bold, tmp_path):

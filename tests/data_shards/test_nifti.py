@@ -94,6 +94,23 @@ def test_bad_headers_get_one_sentence_that_names_the_file(write_bold, damage, me
     assert "\n" not in str(caught.value)
 
 
+def test_a_broken_qform_beside_a_good_sform_is_told_and_not_used(write_bold, caplog):
+    path = write_bold()
+    wanted = nib.load(path).affine
+    # Quaternion parts may not exceed 1; the sform stays valid.
+    patch_header(path, QFORM_CODE, struct.pack("<2h3f", 1, 2, 0.9, 0.9, 0.9))
+    with caplog.at_level(logging.WARNING, logger="boldforge"):
+        np.testing.assert_array_equal(open_bold(path).affine, wanted)
+    assert "its qform is broken" in caplog.text
+
+
+def test_a_header_without_its_voxels_names_the_file_that_is_missing(tmp_path):
+    nib.save(nib.Nifti1Pair(np.ones((3, 4, 5, 6), dtype=np.int16), np.eye(4)), tmp_path / "a.img")
+    (tmp_path / "a.img").unlink()
+    with pytest.raises(HeaderError, match=r"a\.hdr: its voxels should be in a\.img"):
+        open_bold(tmp_path / "a.hdr")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(HeaderError, match=r"gone\.nii: no such file"):
         open_bold(tmp_path / "gone.nii")
