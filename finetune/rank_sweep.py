@@ -1,20 +1,25 @@
 """Search over LoRA ranks; the best by validation AUC is tested once: ``boldforge sweep``."""
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field, field_validator
 
+from boldforge.finetune.adapters import AdapterConfig
 from boldforge.finetune.classifier import Classifier, save_adapter
 from boldforge.finetune.cohort import OnProgress, Subject
-from boldforge.finetune.fit import predict_subjects
+from boldforge.finetune.fit import TrainingConfig, predict_subjects
 from boldforge.finetune.metrics import roc_points
 from boldforge.finetune.ray_driver import AshaConfig, TrialResult, run_on_ray
 from boldforge.finetune.results import Prediction, count_classes, write_json, write_predictions, write_table
 from boldforge.finetune.study import Study, StudyConfig, open_study
 from boldforge.finetune.trial import TrialSpec
+
+logger = logging.getLogger(__name__)
 
 
 class SweepConfig(StudyConfig):
@@ -27,7 +32,25 @@ class SweepConfig(StudyConfig):
     reduction: int = Field(2, ge=2, description="At every rung ASHA lets the best 1/reduction of the trials go on.")
     concurrency: int = Field(2, ge=1, description="Trials at a time.")
     cpus: int = Field(1, ge=1, description="CPU threads per trial.")
-    gpus: float = Field(0.0, ge=0, description="GPUs per trial; a fraction lets trials share one.")
+    gpus: float = Field(
+        0.0, ge=0, description="GPUs per trial; a fraction lets trials share one, 0 trains them on CPU threads."
+    )
+
+    @field_validator("adapter")
+    @classmethod
+    def _no_rank(cls, adapter: AdapterConfig) -> AdapterConfig:
+        if "rank" in adapter.model_fields_set:
+            raise ValueError("a sweep tries several ranks, so adapter.rank has no meaning; remove it and set ranks")
+        return adapter
+
+    @field_validator("training")
+    @classmethod
+    def _no_patience(cls, training: TrainingConfig) -> TrainingConfig:
+        if "patience" in training.model_fields_set:
+            raise ValueError(
+                "in a sweep ASHA stops trials, so training.patience has no meaning; remove it and set grace instead"
+            )
+        return training
 
     @field_validator("ranks")
     @classmethod
@@ -62,6 +85,8 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
         If shards, backbone and task do not fit together, there are too few subjects, or a trial fails.
     """
     study = open_study(config)
+    if not config.gpus and torch.cuda.is_available():
+        logger.warning("There is a GPU, but gpus=0 trains the trials on CPU threads; gpus=0.5 lets two share it.")
     fold = study.folds[0]
     parts = {
         name: [study.cohort.subjects[i] for i in study.positions(subjects)]
@@ -107,6 +132,7 @@ def _trial_spec(config: SweepConfig, clips: Path, n_train: int, n_seen: int) -> 
         training=config.training,
         seed=config.seed,
         threads=config.cpus,
+        device="cuda" if config.gpus else "cpu",
     )
 
 
@@ -149,7 +175,7 @@ def _write(
         "n_unlabelled": study.cohort.n_unlabelled,
         "n_too_short": study.cohort.n_too_short,
         "selected_by": f"validation {figure}, ties to the lower rank",
-        "settings": config.model_dump(mode="json"),
+        "settings": config.model_dump(mode="json", exclude={"adapter": {"rank"}, "training": {"patience"}}),
     }
     folder = config.out / "best"
     save_adapter(classifier, folder / "adapter", {**shared, "clips_per_subject": config.clips})

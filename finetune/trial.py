@@ -28,6 +28,8 @@ class TrialSpec:
         Folder written by `gather_clips`; holds training and validation subjects only.
     train, validation
         Positions of the subjects in that folder's labels.
+    device
+        ``cuda``, where the trial was given a share of a GPU, or ``cpu``.
     """
 
     backbone: Path
@@ -40,6 +42,7 @@ class TrialSpec:
     training: TrainingConfig
     seed: int
     threads: int
+    device: str
 
 
 def run_trial(spec: TrialSpec, report: Report) -> None:
@@ -57,7 +60,7 @@ def run_trial(spec: TrialSpec, report: Report) -> None:
     task = get_task(spec.task)
     backbone = load_backbone(spec.backbone, spec.pool)
     classifier = Classifier(backbone, task, spec.adapter, spec.seed)
-    classifier.to("cuda" if torch.cuda.is_available() else "cpu")
+    classifier.to(spec.device)
     clips = ClipSet.load(spec.clips)
     train, validation = clips.select(spec.train), clips.select(spec.validation)
     for epoch in fit(classifier, train, validation, spec.training, spec.training.epochs, spec.seed):

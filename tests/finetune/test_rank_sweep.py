@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from boldforge.configs import ConfigError, load_config
 from boldforge.data_shards import load_manifest
@@ -195,6 +196,31 @@ def test_a_failing_trial_ends_the_sweep_with_its_own_message(shards, encoder, tm
 def test_more_gpus_than_there_are_is_an_error_not_a_wait(shards, encoder, tmp_path):
     with pytest.raises(SweepError, match="gpus is 64 per trial, but Ray sees"):
         sweep(_config(shards, encoder, tmp_path, gpus=64))
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (0.5, "cuda")])
+def test_trials_train_where_gpus_says_even_if_a_gpu_is_there(shards, encoder, tmp_path, monkeypatch, gpus, device):
+    """Without a share of a GPU a trial must leave it alone; a machine without CUDA could not follow a spec to one."""
+    seen = []
+
+    def look(spec, *others):
+        seen.append(spec.device)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            return _one_epoch_each(replace(spec, device="cpu") if gpus else spec, *others)
+
+    monkeypatch.setattr(rank_sweep, "run_on_ray", look)
+    sweep(_config(shards, encoder, tmp_path, gpus=gpus, ranks=[0]))
+    assert seen == [device]
+
+
+@pytest.mark.parametrize(("section", "key"), [("adapter", "rank"), ("training", "patience")])
+def test_a_key_that_a_sweep_does_not_read_is_refused_and_not_recorded(planted, section, key):
+    with pytest.raises(ConfigError, match=rf"{section}\.{key} has no meaning; remove it and set"):
+        load_config(SweepConfig, "sweep/demo.yaml", [f"{section}.{key}=3"])
+    settings = planted[1]["settings"]
+    assert settings[section] and key not in settings[section]
+    load_config(SweepConfig, settings)
 
 
 @pytest.mark.parametrize("ranks", [[2, 2], [-1], []])
