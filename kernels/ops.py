@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from boldforge.configs import BoldForgeError
-from boldforge.kernels import torch_backend
+from boldforge.kernels import cpu_build, torch_backend
 from boldforge.kernels.index import ScanIndex
 
 MAX_STATES = 64
@@ -72,7 +72,8 @@ def shifted_scan(
     index : ScanIndex
         The order of the L tokens; moved to the device of ``u`` if it is elsewhere.
     backend : str
-        ``auto`` (triton for CUDA tensors where it runs, else torch) or a key of ``available_backends()``.
+        ``auto`` (triton for CUDA tensors and cpu for CPU tensors where they run, else torch) or a key of
+        ``available_backends()``.
 
     Returns
     -------
@@ -182,14 +183,19 @@ _TORCH = Backend(
 def _choose(name: str, tensor: Tensor) -> Backend:
     """Return the backend for tensors like this one."""
     if name == "auto":
-        on_gpu = tensor.device.type == "cuda" and tensor.dtype != torch.float64
-        name = "triton" if on_gpu and not _why_no_triton() else "torch"
+        name = _fastest(tensor)
     if name not in _WHY_NOT:
         raise BackendError(f'There is no scan backend named "{name}"; use auto or one of: {_working()}.')
     reason = _WHY_NOT[name]() or _why_not_here(name, tensor)
     if reason:
         raise BackendError(f'The scan backend "{name}" cannot run here: {reason}. Use auto or one of: {_working()}.')
     # Imported only when used: triton and mamba-ssm take a moment to import and are not everywhere.
+    if name == "cpu":
+        from boldforge.kernels import cpu_backend
+
+        return Backend(
+            cpu_backend.scan_forward, cpu_backend.scan_backward, cpu_backend.conv_forward, cpu_backend.conv_backward
+        )
     if name == "triton":
         from boldforge.kernels import triton_scan
 
@@ -199,6 +205,16 @@ def _choose(name: str, tensor: Tensor) -> Backend:
 
         return _TORCH._replace(scan_forward=mamba_backend.scan_forward, scan_backward=mamba_backend.scan_backward)
     return _TORCH
+
+
+def _fastest(tensor: Tensor) -> str:
+    """Return the name of the backend that ``auto`` stands for; the same for the life of the process."""
+    if tensor.dtype != torch.float64:
+        if tensor.device.type == "cuda" and not _why_no_triton():
+            return "triton"
+        if tensor.device.type == "cpu" and not cpu_build.why_not() and not cpu_build.load()[1]:
+            return "cpu"
+    return "torch"
 
 
 def _working() -> str:
@@ -234,6 +250,7 @@ def _why_no_mamba_ssm() -> str:
 
 _WHY_NOT: dict[str, Callable[[], str]] = {
     "torch": lambda: "",
+    "cpu": cpu_build.why_not,
     "triton": _why_no_triton,
     "mamba_ssm": _why_no_mamba_ssm,
 }
@@ -245,6 +262,10 @@ def _why_not_here(name: str, tensor: Tensor) -> str:
         return ""
     if tensor.dtype == torch.float64:
         return "it has no float64, which the torch backend has"
+    if name == "cpu":
+        if tensor.device.type != "cpu":
+            return f"the tensors are on {tensor.device.type}, not on the CPU"
+        return cpu_build.load()[1]
     if tensor.device.type != "cuda" and not (name == "triton" and _interpreted()):
         return f"the tensors are on {tensor.device.type}, not on a CUDA device"
     return ""
