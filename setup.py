@@ -37,6 +37,7 @@ setup(
         "boldforge": ["py.typed"],
         "boldforge.configs": ["*/*.yaml"],
         "boldforge.data_shards": ["atlas/*"],
+        "boldforge.kernels": ["cpu/*"],
         "boldforge.launch": ["templates/*"],
     },
 )

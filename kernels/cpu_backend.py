@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def scan_backward(
     found["dA"] = torch.empty(sizes["n_tasks"], n_states, n_channels)
     found |= {name: torch.empty(sizes["n_tasks"], n_channels) for name in ("dD", "dbias")}
     found |= {name: torch.empty(sizes["n_groups"], *B.shape) for name in ("dB", "dC")}
-    _call("boldforge_scan_backward", _ScanCall, tensors | found, sizes)
+    _call("boldforge_scan_backward", _ScanCall, {**tensors, **found}, sizes)
     return ScanGradients(
         found["du"].to(u.dtype),
         found["ddt"].to(dt.dtype),
@@ -203,7 +204,7 @@ def _conv_sizes(x: Tensor, weight: Tensor, tensors: dict[str, Tensor | None], in
 
 
 def _call(
-    function: str, kind: type[ctypes.Structure], tensors: dict[str, Tensor | None], sizes: dict[str, int]
+    function: str, kind: type[ctypes.Structure], tensors: Mapping[str, Tensor | None], sizes: dict[str, int]
 ) -> None:
     """Run one function of the library; ctypes lets other Python threads run meanwhile."""
     library, reason = cpu_build.load()

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -31,9 +32,10 @@ SWITCH = "BOLDFORGE_CPU_OP"
 _FOLDER = Path(__file__).parent / "cpu"
 _SOURCES = ("scan_forward.cpp", "scan_backward.cpp", "conv.cpp")
 _HEADERS = ("lanes.h", "scan.h")
-# Nothing here lets the compiler change the order of a sum or drop a NaN. -fopenmp is for compiling only: at run time the
-# symbols must be those of the OpenMP that torch brought along, or there would be two pools of threads.
-_FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+# Nothing here lets the compiler change the order of a sum or drop a NaN. -O3 is slower: it undoes the blocks by hand.
+# -fopenmp is for compiling only: at run time the symbols must be those of the OpenMP that torch brought along, or there
+# would be two pools of threads.
+_FLAGS = ("-O2", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 _LEVEL_FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -67,7 +69,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         if not path.exists():
             _build_once(path)
         return ctypes.CDLL(str(path)), ""
-    except (OSError, RuntimeError, ImportError) as error:
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
         reason = f"its build or loading failed ({_first_error(str(error))})"
         log.warning("The C++ scan is not used, the slower torch backend is: %s.", reason)
         return None, reason
@@ -119,9 +121,7 @@ def _build_once(path: Path) -> None:
 
 def _build(path: Path) -> None:
     """Compile in a folder of its own and move the library into place, so that nobody ever sees half of one."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, _ninja_on_path(), warnings.catch_warnings():
-        # Torch warns about compilers it has not been tested with; here a failed build is no harm.
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, _ninja_on_path(), _torch_silent():
         from torch.utils import cpp_extension
 
         cpp_extension.load(
@@ -143,6 +143,19 @@ def _ninja_on_path() -> Iterator[None]:
         yield
     finally:
         os.environ["PATH"] = before
+
+
+@contextmanager
+def _torch_silent() -> Iterator[None]:
+    """Keep torch from a page of advice on every compiler it was not built with: a failed build does no harm here."""
+    advice = logging.getLogger("torch.utils.cpp_extension")
+    before, advice.disabled = advice.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        advice.disabled = before
 
 
 def _first_error(message: str) -> str:

@@ -128,6 +128,8 @@ struct BlockPass {
       step[k] = read(scan.dt, row) + bias;
       delta[k] = softplus<W>(step[k]);
       u[k] = read(scan.u, row);
+      prefetch(scan.out, row, block.first);
+      if (scan.z.data != nullptr) prefetch(scan.z, row, block.first);
       const F x = delta[k] * u[k];
       const float* B = weights<N>(scan.B, row, scan.n_states, B_scratch);
       float* before = code < 0 ? scratch.zeros.get() : states + k * padded() * kLanes;

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from boldforge.kernels import ScanIndex, window_index
+from boldforge.kernels import ScanIndex, available_backends, window_index
 
 SCAN_ARGUMENTS = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
 
@@ -16,6 +16,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def backend(request) -> str:
+    """Every backend that takes CPU tensors as they come."""
+    if reason := available_backends()[request.param]:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
 
 
 def ragged_index(**options) -> ScanIndex:
