@@ -1,7 +1,7 @@
 """The scan's forward pass in Triton: one lane per channel, all states in registers, token order through the index.
 
 Compiled for CUDA tensors; with TRITON_INTERPRET=1 in the environment before triton is imported it runs on the CPU, for
-tests. Gradients and the convolution use the torch backend.
+tests.
 
 Shape suffixes: b clips · L tokens · D inner channels · N states.
 """
@@ -50,6 +50,7 @@ def scan_forward_kernel(
     rows_ptr,
     cu_ptr,
     y_ptr,
+    states_ptr,
     n_channels,
     n_tokens,
     u_row,
@@ -57,13 +58,18 @@ def scan_forward_kernel(
     B_row,
     C_row,
     z_row,
+    n_slots,
     N: tl.constexpr,
     CHANNELS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """One program: one sequence (axis 0), CHANNELS channels (axis 1), one clip (axis 2); sequential in time."""
+    """One program: one sequence (axis 0), CHANNELS channels (axis 1), one clip (axis 2); sequential in time.
+
+    With KEEP > 0 there is no output but the state before every KEEP-th token of the sequence, for the backward pass.
+    """
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     exists = channel < n_channels
     first_row = tl.program_id(2).to(tl.int64) * n_tokens
@@ -75,7 +81,14 @@ def scan_forward_kernel(
         # exp(delta A) as 2^(delta A log2 e): the hardware's exponential has base 2.
         A = A + (tl.load(A_ptr + channel * N + n, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634,)
         h = h + (tl.zeros([CHANNELS], tl.float32),)
+    if KEEP > 0:
+        slot = tl.program_id(2).to(tl.int64) * n_slots + start // KEEP + tl.program_id(0)
     for place in range(start, stop):
+        if KEEP > 0:
+            if (place - start) % KEEP == 0:
+                for n in tl.static_range(N):
+                    tl.store(states_ptr + (slot * N + n) * n_channels + channel, h[n], mask=exists)
+                slot += 1
         code = tl.load(rows_ptr + place)
         row = first_row + (code & 0x7FFFFFFF)
         # A restart as an exponent: 2^-1e30 is zero, and the addition fuses into the multiplication.
@@ -90,17 +103,18 @@ def scan_forward_kernel(
         h_next = ()
         for n in tl.static_range(N):
             B = tl.load(B_ptr + row * B_row + n).to(tl.float32)
-            C = tl.load(C_ptr + row * C_row + n).to(tl.float32)
             h_n = tl.exp2(delta * A[n] + cut) * h[n] + x * B
             h_next = h_next + (h_n,)
-            y += h_n * C
+            if KEEP == 0:
+                y += h_n * tl.load(C_ptr + row * C_row + n).to(tl.float32)
         h = h_next
-        if HAS_D:
-            y += u * tl.load(D_ptr + channel, mask=exists, other=0.0).to(tl.float32)
-        if HAS_Z:
-            z = tl.load(z_ptr + row * z_row + channel, mask=exists, other=0.0).to(tl.float32)
-            y = y * z / (1.0 + tl.exp2(-z * 1.4426950408889634))
-        tl.store(y_ptr + row * n_channels + channel, y.to(y_ptr.dtype.element_ty), mask=exists)
+        if KEEP == 0:
+            if HAS_D:
+                y += u * tl.load(D_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+            if HAS_Z:
+                z = tl.load(z_ptr + row * z_row + channel, mask=exists, other=0.0).to(tl.float32)
+                y = y * z / (1.0 + tl.exp2(-z * 1.4426950408889634))
+            tl.store(y_ptr + row * n_channels + channel, y.to(y_ptr.dtype.element_ty), mask=exists)
 
 
 def scan_forward(
@@ -118,14 +132,44 @@ def scan_forward(
 
     All tensors are on one CUDA device (any device in the interpreter) and the shapes have been checked.
     """
-    b, n_tokens, n_channels = u.shape
-    n_states = A.shape[1]
-    channels = channels_per_program(n_states)
-    u, dt, B, C = (_by_rows(tensor) for tensor in (u, dt, B, C))
-    z_rows = u if z is None else _by_rows(z)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    grid = (index.n_sequences, triton.cdiv(n_channels, channels), b)
-    scan_forward_kernel[grid](
+    _launch(u, dt, A, B, C, D, z, dt_bias, index, y, None, 0)
+    return y
+
+
+def keep_states(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, index: ScanIndex, every: int
+) -> Tensor:
+    """Return the state before every ``every``-th token of every sequence, float32 [b, slots, N, D].
+
+    Sequence ``i`` of a clip begins at slot ``cu_seqlens[i] // every + i``; slots between sequences stay unwritten.
+    """
+    slots = index.n_tokens // every + index.n_sequences
+    states = torch.empty(len(u), slots, A.shape[1], len(A), dtype=torch.float32, device=u.device)
+    _launch(u, dt, A, B, B, None, None, dt_bias, index, None, states, every)
+    return states
+
+
+def _launch(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    index: ScanIndex,
+    y: Tensor | None,
+    states: Tensor | None,
+    every: int,
+) -> None:
+    """Run the kernel for its output, or for its states; a tensor that is missing is stood in for and never touched."""
+    n_channels, n_states = A.shape
+    channels = channels_per_program(n_states)
+    u, dt, B, C = (by_rows(tensor) for tensor in (u, dt, B, C))
+    z_rows = u if z is None else by_rows(z)
+    scan_forward_kernel[(index.n_sequences, triton.cdiv(n_channels, channels), len(u))](
         u,
         dt,
         A.contiguous(),
@@ -136,24 +180,26 @@ def scan_forward(
         u if dt_bias is None else dt_bias.contiguous(),
         index.rows,
         index.cu_seqlens,
-        y,
+        u if y is None else y,
+        u if states is None else states,
         n_channels,
-        n_tokens,
+        u.shape[1],
         u.stride(1),
         dt.stride(1),
         B.stride(1),
         C.stride(1),
         z_rows.stride(1),
+        0 if states is None else states.shape[1],
         N=n_states,
         CHANNELS=channels,
         HAS_D=D is not None,
         HAS_Z=z is not None,
         HAS_BIAS=dt_bias is not None,
+        KEEP=every,
         num_warps=1,
         num_stages=1,
         **compile_options(),
     )
-    return y
 
 
 def channels_per_program(n_states: int) -> int:
@@ -170,7 +216,7 @@ def compile_options() -> dict[str, bool]:
     return {"enable_fp_fusion": True}
 
 
-def _by_rows(tensor: Tensor) -> Tensor:
+def by_rows(tensor: Tensor) -> Tensor:
     """Return the tensor itself where row r of clip c starts at (c L + r) times one stride, so views need no copy."""
     regular = tensor.stride(2) == 1 and (len(tensor) == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1))
     return tensor if regular else tensor.contiguous()

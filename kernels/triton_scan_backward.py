@@ -1,0 +1,298 @@
+"""The scan's backward pass in Triton: states kept every few tokens, the ones between computed again in registers.
+
+One lane per channel, as forwards. The gradients of B and C are sums over channels: a product with a matrix of ones adds
+them on the tensor cores, each program writes its own share, and torch adds the shares in a fixed order. There are no
+atomics, so two runs give the same bits.
+
+Shape suffixes: b clips · L tokens · D inner channels · N states · G channel groups.
+"""
+
+# Triton reads a kernel's source: its arguments carry no types, and its tuples grow by addition only.
+# mypy: disable-error-code="no-untyped-def, assignment"
+# ruff: noqa: RUF005
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from boldforge.kernels.index import ScanIndex
+from boldforge.kernels.torch_backend import ScanGradients
+from boldforge.kernels.triton_scan import _softplus, by_rows, compile_options, keep_states
+
+STEPS = 4
+"""Tokens between kept states; their states live in registers, and eight of them would spill."""
+
+CHANNELS = 32
+"""Channels of a program: one per lane of a warp."""
+
+
+@triton.jit
+def _stack(v, FIRST: tl.constexpr):
+    """Sixteen vectors [CHANNELS] from the FIRST on as one matrix [CHANNELS, 16], without moving anything."""
+    a0 = tl.join(v[FIRST + 0], v[FIRST + 8])
+    a1 = tl.join(v[FIRST + 4], v[FIRST + 12])
+    a2 = tl.join(v[FIRST + 2], v[FIRST + 10])
+    a3 = tl.join(v[FIRST + 6], v[FIRST + 14])
+    a4 = tl.join(v[FIRST + 1], v[FIRST + 9])
+    a5 = tl.join(v[FIRST + 5], v[FIRST + 13])
+    a6 = tl.join(v[FIRST + 3], v[FIRST + 11])
+    a7 = tl.join(v[FIRST + 7], v[FIRST + 15])
+    c0 = tl.join(tl.join(a0, a1), tl.join(a2, a3))
+    c1 = tl.join(tl.join(a4, a5), tl.join(a6, a7))
+    return tl.reshape(tl.join(c0, c1), [v[FIRST].shape[0], 16])
+
+
+@triton.jit
+def _store_sums(target_ptr, v, exists, N: tl.constexpr, N_PADDED: tl.constexpr, PRECISION: tl.constexpr):
+    """Write the sum over channels of each of the N vectors; the sixteen rows of the product are the same."""
+    ones = tl.full([16, v[0].shape[0]], 1.0, tl.float32)
+    row = tl.arange(0, 16)
+    for j in tl.static_range(N_PADDED // 16):
+        sums = tl.dot(ones, _stack(v, j * 16), input_precision=PRECISION)
+        n = j * 16 + tl.arange(0, 16)
+        # A scalar in a comparison, because the interpreter cannot combine a scalar mask with a vector's.
+        mask = (row[:, None] == 0) & (n[None, :] < tl.where(exists, N, 0))
+        tl.store(target_ptr + n[None, :] + row[:, None] * 0, sums, mask=mask)
+
+
+@triton.jit
+def scan_backward_kernel(
+    dout_ptr,
+    u_ptr,
+    dt_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    rows_ptr,
+    cu_ptr,
+    states_ptr,
+    du_ptr,
+    ddt_ptr,
+    dz_ptr,
+    dA_ptr,
+    dB_ptr,
+    dC_ptr,
+    dD_ptr,
+    dbias_ptr,
+    n_channels,
+    n_tokens,
+    n_slots,
+    dout_row,
+    u_row,
+    dt_row,
+    B_row,
+    C_row,
+    z_row,
+    N: tl.constexpr,
+    N_PADDED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STEPS: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: one sequence (axis 0), CHANNELS channels (axis 1), one clip (axis 2); back through time."""
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < n_channels
+    clip = tl.program_id(2).to(tl.int64)
+    first_row = clip * n_tokens
+    n_rows = tl.num_programs(2).to(tl.int64) * n_tokens
+    start = tl.load(cu_ptr + tl.program_id(0))
+    stop = tl.load(cu_ptr + tl.program_id(0) + 1)
+    first_slot = clip * n_slots + start // STEPS + tl.program_id(0)
+    skip = tl.zeros([CHANNELS], tl.float32)
+    bias = tl.zeros([CHANNELS], tl.float32)
+    if HAS_D:
+        skip += tl.load(D_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias += tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    A = ()
+    dh = ()
+    dA = ()
+    for n in tl.static_range(N):
+        A = A + (tl.load(A_ptr + channel * N + n, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634,)
+        dh = dh + (tl.zeros([CHANNELS], tl.float32),)
+        dA = dA + (tl.zeros([CHANNELS], tl.float32),)
+    dD = tl.zeros([CHANNELS], tl.float32)
+    dbias = tl.zeros([CHANNELS], tl.float32)
+    n_chunks = tl.cdiv(stop - start, STEPS)
+    for done in range(0, n_chunks):
+        chunk = n_chunks - 1 - done
+        first = start + chunk * STEPS
+        h = ()
+        for n in tl.static_range(N):
+            h = h + (
+                tl.load(states_ptr + ((first_slot + chunk) * N + n) * n_channels + channel, mask=exists, other=0.0),
+            )
+        history = ()
+        for k in tl.static_range(STEPS):
+            inside = first + k < stop
+            code = tl.load(rows_ptr + first + k, mask=inside, other=0)
+            row = first_row + (code & 0x7FFFFFFF)
+            cut = tl.where(code < 0, -1.0e30, 0.0)
+            here = exists & (first + k + channel * 0 < stop)
+            u = tl.load(u_ptr + row * u_row + channel, mask=here, other=0.0).to(tl.float32)
+            step = tl.load(dt_ptr + row * dt_row + channel, mask=here, other=0.0).to(tl.float32) + bias
+            delta = _softplus(step)
+            x = delta * u
+            h_next = ()
+            for n in tl.static_range(N):
+                B = tl.load(B_ptr + row * B_row + n, mask=inside, other=0.0).to(tl.float32)
+                h_next = h_next + (tl.exp2(delta * A[n] + cut) * h[n] + x * B,)
+            h = h_next
+            history = history + (h,)
+        for back in tl.static_range(STEPS):
+            place = first + (STEPS - 1 - back)
+            inside = place < stop
+            code = tl.load(rows_ptr + place, mask=inside, other=0)
+            row = first_row + (code & 0x7FFFFFFF)
+            cut = tl.where(code < 0, -1.0e30, 0.0)
+            here = exists & (place + channel * 0 < stop)
+            u = tl.load(u_ptr + row * u_row + channel, mask=here, other=0.0).to(tl.float32)
+            step = tl.load(dt_ptr + row * dt_row + channel, mask=here, other=0.0).to(tl.float32) + bias
+            delta = _softplus(step)
+            dout = tl.load(dout_ptr + row * dout_row + channel, mask=here, other=0.0).to(tl.float32)
+            dy = dout
+            if HAS_Z:
+                z = tl.load(z_ptr + row * z_row + channel, mask=here, other=0.0).to(tl.float32)
+                gate = 1.0 / (1.0 + tl.exp2(-z * 1.4426950408889634))
+                dy = dout * z * gate
+            x = delta * u
+            y = skip * u
+            gB = tl.zeros([CHANNELS], tl.float32)
+            pA = tl.zeros([CHANNELS], tl.float32)
+            dh_next = ()
+            dA_next = ()
+            dB = ()
+            dC = ()
+            for n in tl.static_range(N):
+                B = tl.load(B_ptr + row * B_row + n, mask=inside, other=0.0).to(tl.float32)
+                C = tl.load(C_ptr + row * C_row + n, mask=inside, other=0.0).to(tl.float32)
+                h_n = history[STEPS - 1 - back][n]
+                g = dh[n] + dy * C
+                y += h_n * C
+                dC = dC + (dy * h_n,)
+                dB = dB + (g * x,)
+                gB += g * B
+                # h_n - x B is the decay times the state before this token.
+                p = g * (h_n - x * B)
+                pA += p * A[n]
+                dA_next = dA_next + (dA[n] + p * delta,)
+                dh_next = dh_next + (tl.exp2(delta * A[n] + cut) * g,)
+            for _ in tl.static_range(N_PADDED - N):
+                dB = dB + (tl.zeros([CHANNELS], tl.float32),)
+                dC = dC + (tl.zeros([CHANNELS], tl.float32),)
+            dh = dh_next
+            dA = dA_next
+            ddt = (pA * 0.6931471805599453 + gB * u) / (1.0 + tl.exp2(-step * 1.4426950408889634))
+            dD += dy * u
+            dbias += ddt
+            target = row * n_channels + channel
+            tl.store(du_ptr + target, (dy * skip + gB * delta).to(du_ptr.dtype.element_ty), mask=here)
+            tl.store(ddt_ptr + target, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
+            if HAS_Z:
+                dz = dout * gate * (1.0 + z * (1.0 - gate)) * y
+                tl.store(dz_ptr + target, dz.to(dz_ptr.dtype.element_ty), mask=here)
+            share = (tl.program_id(1) * n_rows + row) * N
+            _store_sums(dB_ptr + share, dB, inside, N, N_PADDED, PRECISION)
+            _store_sums(dC_ptr + share, dC, inside, N, N_PADDED, PRECISION)
+    share = clip * tl.num_programs(0) + tl.program_id(0)
+    for n in tl.static_range(N):
+        tl.store(dA_ptr + (share * N + n) * n_channels + channel, dA[n], mask=exists)
+    tl.store(dD_ptr + share * n_channels + channel, dD, mask=exists)
+    tl.store(dbias_ptr + share * n_channels + channel, dbias, mask=exists)
+
+
+def scan_backward(
+    dout: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    index: ScanIndex,
+) -> ScanGradients:
+    """Return the gradient of every argument of ``triton_scan.scan_forward``, each in the type of its argument."""
+    b, n_tokens, n_channels = u.shape
+    n_states = A.shape[1]
+    dout, u, dt, B, C = (by_rows(tensor) for tensor in (dout, u, dt, B, C))
+    z_rows = u if z is None else by_rows(z)
+    states = keep_states(u, dt, A, B, dt_bias, index, STEPS)
+    groups = triton.cdiv(n_channels, CHANNELS)
+    shares = b * index.n_sequences
+    du, ddt, dz = (torch.empty(u.shape, dtype=t.dtype, device=u.device) for t in (u, dt, z_rows))
+    dA = u.new_empty(shares, n_states, n_channels, dtype=torch.float32)
+    dD, dbias = u.new_empty(2, shares, n_channels, dtype=torch.float32)
+    dB, dC = u.new_empty(2, groups, b, n_tokens, n_states, dtype=torch.float32)
+    scan_backward_kernel[(index.n_sequences, groups, b)](
+        dout,
+        u,
+        dt,
+        A.contiguous(),
+        B,
+        C,
+        u if D is None else D.contiguous(),
+        z_rows,
+        u if dt_bias is None else dt_bias.contiguous(),
+        index.rows,
+        index.cu_seqlens,
+        states,
+        du,
+        ddt,
+        dz,
+        dA,
+        dB,
+        dC,
+        dD,
+        dbias,
+        n_channels,
+        n_tokens,
+        states.shape[1],
+        dout.stride(1),
+        u.stride(1),
+        dt.stride(1),
+        B.stride(1),
+        C.stride(1),
+        z_rows.stride(1),
+        **constants(n_states, u.dtype),
+        HAS_D=D is not None,
+        HAS_Z=z is not None,
+        HAS_BIAS=dt_bias is not None,
+        num_warps=1,
+        num_stages=1,
+        **compile_options(),
+    )
+    return ScanGradients(
+        du,
+        ddt,
+        dA.sum(0).T.to(A.dtype),
+        dB.sum(0).to(B.dtype),
+        dC.sum(0).to(C.dtype),
+        None if D is None else dD.sum(0).to(D.dtype),
+        None if z is None else dz,
+        None if dt_bias is None else dbias.sum(0).to(dt_bias.dtype),
+    )
+
+
+def constants(n_states: int, dtype: torch.dtype) -> dict[str, int | str]:
+    """Return the compile-time arguments that follow from the number of states and the type of the input.
+
+    Half precision inputs leave three digits, which one product of 11-bit factors keeps; float32 takes three of them.
+    """
+    return {
+        "N": n_states,
+        "N_PADDED": triton.cdiv(n_states, 16) * 16,
+        "CHANNELS": CHANNELS,
+        "STEPS": STEPS,
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+    }
