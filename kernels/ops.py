@@ -197,9 +197,14 @@ def _choose(name: str, tensor: Tensor) -> Backend:
             cpu_backend.scan_forward, cpu_backend.scan_backward, cpu_backend.conv_forward, cpu_backend.conv_backward
         )
     if name == "triton":
-        from boldforge.kernels import triton_scan
+        from boldforge.kernels import triton_conv, triton_scan, triton_scan_backward
 
-        return _TORCH._replace(scan_forward=triton_scan.scan_forward)
+        return Backend(
+            triton_scan.scan_forward,
+            triton_scan_backward.scan_backward,
+            triton_conv.conv_forward,
+            triton_conv.conv_backward,
+        )
     if name == "mamba_ssm":
         from boldforge.kernels import mamba_backend
 

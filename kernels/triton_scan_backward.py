@@ -20,13 +20,17 @@ from torch import Tensor
 
 from boldforge.kernels.index import ScanIndex
 from boldforge.kernels.torch_backend import ScanGradients
-from boldforge.kernels.triton_scan import _softplus, by_rows, compile_options, keep_states
+from boldforge.kernels.triton_scan import _softplus, by_rows, compile_options, keep_states, load_weights, packed
 
 STEPS = 4
 """Tokens between kept states; their states live in registers, and eight of them would spill."""
 
 CHANNELS = 32
 """Channels of a program: one per lane of a warp."""
+
+
+MAX_STATES = 16
+"""States of a program."""
 
 
 @triton.jit
@@ -46,12 +50,18 @@ def _stack(v, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _store_sums(target_ptr, v, exists, N: tl.constexpr, N_PADDED: tl.constexpr, PRECISION: tl.constexpr):
+def _store_sums(target_ptr, v, exists, N: tl.constexpr, N_PADDED: tl.constexpr, SPLIT: tl.constexpr):
     """Write the sum over channels of each of the N vectors; the sixteen rows of the product are the same."""
     ones = tl.full([16, v[0].shape[0]], 1.0, tl.float32)
     row = tl.arange(0, 16)
     for j in tl.static_range(N_PADDED // 16):
-        sums = tl.dot(ones, _stack(v, j * 16), input_precision=PRECISION)
+        terms = _stack(v, j * 16)
+        if SPLIT:
+            # The tensor cores read 11 bits of each factor: the first 11 and what is left of each term make 22.
+            upper = (terms.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            sums = tl.dot(ones, terms - upper, tl.dot(ones, upper, input_precision="tf32"), input_precision="tf32")
+        else:
+            sums = tl.dot(ones, terms, input_precision="tf32")
         n = j * 16 + tl.arange(0, 16)
         # A scalar in a comparison, because the interpreter cannot combine a scalar mask with a vector's.
         mask = (row[:, None] == 0) & (n[None, :] < tl.where(exists, N, 0))
@@ -96,17 +106,30 @@ def scan_backward_kernel(
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """One program: one sequence (axis 0), CHANNELS channels (axis 1), one clip (axis 2); back through time."""
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     exists = channel < n_channels
     clip = tl.program_id(2).to(tl.int64)
+    # Clips are told apart in 64 bits once; inside a clip 32 bits are enough and half the work.
     first_row = clip * n_tokens
     n_rows = tl.num_programs(2).to(tl.int64) * n_tokens
+    dout_ptr += first_row * dout_row
+    u_ptr += first_row * u_row
+    dt_ptr += first_row * dt_row
+    B_ptr += first_row * B_row
+    C_ptr += first_row * C_row
+    z_ptr += first_row * z_row
+    du_ptr += first_row * n_channels
+    ddt_ptr += first_row * n_channels
+    dz_ptr += first_row * n_channels
+    dB_ptr += (tl.program_id(1) * n_rows + first_row) * N
+    dC_ptr += (tl.program_id(1) * n_rows + first_row) * N
     start = tl.load(cu_ptr + tl.program_id(0))
     stop = tl.load(cu_ptr + tl.program_id(0) + 1)
-    first_slot = clip * n_slots + start // STEPS + tl.program_id(0)
+    states_ptr += (clip * n_slots + start // STEPS + tl.program_id(0)) * N * n_channels
     skip = tl.zeros([CHANNELS], tl.float32)
     bias = tl.zeros([CHANNELS], tl.float32)
     if HAS_D:
@@ -129,35 +152,41 @@ def scan_backward_kernel(
         h = ()
         for n in tl.static_range(N):
             h = h + (
-                tl.load(states_ptr + ((first_slot + chunk) * N + n) * n_channels + channel, mask=exists, other=0.0),
+                tl.load(states_ptr + (chunk.to(tl.int64) * N + n) * n_channels + channel, mask=exists, other=0.0),
             )
         history = ()
+        us = ()
+        steps = ()
+        deltas = ()
         for k in tl.static_range(STEPS):
             inside = first + k < stop
             code = tl.load(rows_ptr + first + k, mask=inside, other=0)
-            row = first_row + (code & 0x7FFFFFFF)
+            row = code & 0x7FFFFFFF
             cut = tl.where(code < 0, -1.0e30, 0.0)
             here = exists & (first + k + channel * 0 < stop)
             u = tl.load(u_ptr + row * u_row + channel, mask=here, other=0.0).to(tl.float32)
             step = tl.load(dt_ptr + row * dt_row + channel, mask=here, other=0.0).to(tl.float32) + bias
             delta = _softplus(step)
             x = delta * u
+            B = load_weights(B_ptr + row * B_row, inside, N, PACKED)
             h_next = ()
             for n in tl.static_range(N):
-                B = tl.load(B_ptr + row * B_row + n, mask=inside, other=0.0).to(tl.float32)
-                h_next = h_next + (tl.exp2(delta * A[n] + cut) * h[n] + x * B,)
+                h_next = h_next + (tl.exp2(delta * A[n] + cut) * h[n] + x * B[n],)
             h = h_next
             history = history + (h,)
+            us = us + (u,)
+            steps = steps + (step,)
+            deltas = deltas + (delta,)
         for back in tl.static_range(STEPS):
             place = first + (STEPS - 1 - back)
             inside = place < stop
             code = tl.load(rows_ptr + place, mask=inside, other=0)
-            row = first_row + (code & 0x7FFFFFFF)
+            row = code & 0x7FFFFFFF
             cut = tl.where(code < 0, -1.0e30, 0.0)
             here = exists & (place + channel * 0 < stop)
-            u = tl.load(u_ptr + row * u_row + channel, mask=here, other=0.0).to(tl.float32)
-            step = tl.load(dt_ptr + row * dt_row + channel, mask=here, other=0.0).to(tl.float32) + bias
-            delta = _softplus(step)
+            u = us[STEPS - 1 - back]
+            step = steps[STEPS - 1 - back]
+            delta = deltas[STEPS - 1 - back]
             dout = tl.load(dout_ptr + row * dout_row + channel, mask=here, other=0.0).to(tl.float32)
             dy = dout
             if HAS_Z:
@@ -172,20 +201,24 @@ def scan_backward_kernel(
             dA_next = ()
             dB = ()
             dC = ()
+            B = load_weights(B_ptr + row * B_row, inside, N, PACKED)
+            C = load_weights(C_ptr + row * C_row, inside, N, PACKED)
             for n in tl.static_range(N):
-                B = tl.load(B_ptr + row * B_row + n, mask=inside, other=0.0).to(tl.float32)
-                C = tl.load(C_ptr + row * C_row + n, mask=inside, other=0.0).to(tl.float32)
                 h_n = history[STEPS - 1 - back][n]
-                g = dh[n] + dy * C
-                y += h_n * C
+                g = dh[n] + dy * C[n]
+                y += h_n * C[n]
                 dC = dC + (dy * h_n,)
                 dB = dB + (g * x,)
-                gB += g * B
-                # h_n - x B is the decay times the state before this token.
-                p = g * (h_n - x * B)
+                gB += g * B[n]
+                passed = tl.exp2(delta * A[n] + cut) * g
+                # The decay times the state before this token; keeping that of the first one too would spill.
+                if back < STEPS - 1:
+                    p = passed * history[STEPS - 2 - back][n]
+                else:
+                    p = g * (h_n - x * B[n])
                 pA += p * A[n]
                 dA_next = dA_next + (dA[n] + p * delta,)
-                dh_next = dh_next + (tl.exp2(delta * A[n] + cut) * g,)
+                dh_next = dh_next + (passed,)
             for _ in tl.static_range(N_PADDED - N):
                 dB = dB + (tl.zeros([CHANNELS], tl.float32),)
                 dC = dC + (tl.zeros([CHANNELS], tl.float32),)
@@ -200,9 +233,8 @@ def scan_backward_kernel(
             if HAS_Z:
                 dz = dout * gate * (1.0 + z * (1.0 - gate)) * y
                 tl.store(dz_ptr + target, dz.to(dz_ptr.dtype.element_ty), mask=here)
-            share = (tl.program_id(1) * n_rows + row) * N
-            _store_sums(dB_ptr + share, dB, inside, N, N_PADDED, PRECISION)
-            _store_sums(dC_ptr + share, dC, inside, N, N_PADDED, PRECISION)
+            _store_sums(dB_ptr + row * N, dB, inside, N, N_PADDED, SPLIT)
+            _store_sums(dC_ptr + row * N, dC, inside, N, N_PADDED, SPLIT)
     share = clip * tl.num_programs(0) + tl.program_id(0)
     for n in tl.static_range(N):
         tl.store(dA_ptr + (share * N + n) * n_channels + channel, dA[n], mask=exists)
@@ -222,7 +254,50 @@ def scan_backward(
     dt_bias: Tensor | None,
     index: ScanIndex,
 ) -> ScanGradients:
-    """Return the gradient of every argument of ``triton_scan.scan_forward``, each in the type of its argument."""
+    """Return the gradient of every argument of ``triton_scan.scan_forward``, each in the type of its argument.
+
+    More than sixteen states do not fit into a program's registers. Every gradient is a sum over states, so they are
+    taken sixteen at a time, and only the first time has the skip.
+    """
+    arguments = (u, dt, A, B, C, D, z, dt_bias)
+    several = A.shape[1] > MAX_STATES
+    kinds = [torch.float32 if several and t is not None else getattr(t, "dtype", None) for t in (u, dt, z)]
+    found: list[ScanGradients] = []
+    for first in range(0, A.shape[1], MAX_STATES):
+        some = slice(first, first + MAX_STATES)
+        skip = None if first else D
+        found.append(
+            _backward(dout, u, dt, A[:, some], B[..., some], C[..., some], skip, z, dt_bias, index, kinds)
+        )
+    if several:
+        summed = {
+            name: None if getattr(found[0], name) is None else sum(getattr(part, name) for part in found)
+            for name in ("u", "dt", "z", "dt_bias")
+        }
+        joined = {name: torch.cat([getattr(part, name) for part in found], dim=-1) for name in ("A", "B", "C")}
+        found = [ScanGradients(D=found[0].D, **summed, **joined)]
+    return ScanGradients(
+        *(
+            None if argument is None or gradient is None else gradient.to(argument.dtype)
+            for argument, gradient in zip(arguments, found[0], strict=True)
+        )  # type: ignore[arg-type]
+    )
+
+
+def _backward(
+    dout: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    index: ScanIndex,
+    kinds: list[torch.dtype | None],
+) -> ScanGradients:
+    """Run the kernel for at most MAX_STATES states; gradients of u, dt and z in ``kinds``, all others in float32."""
     b, n_tokens, n_channels = u.shape
     n_states = A.shape[1]
     dout, u, dt, B, C = (by_rows(tensor) for tensor in (dout, u, dt, B, C))
@@ -230,7 +305,7 @@ def scan_backward(
     states = keep_states(u, dt, A, B, dt_bias, index, STEPS)
     groups = triton.cdiv(n_channels, CHANNELS)
     shares = b * index.n_sequences
-    du, ddt, dz = (torch.empty(u.shape, dtype=t.dtype, device=u.device) for t in (u, dt, z_rows))
+    du, ddt, dz = (torch.empty(u.shape if kind else 0, dtype=kind, device=u.device) for kind in kinds)
     dA = u.new_empty(shares, n_states, n_channels, dtype=torch.float32)
     dD, dbias = u.new_empty(2, shares, n_channels, dtype=torch.float32)
     dB, dC = u.new_empty(2, groups, b, n_tokens, n_states, dtype=torch.float32)
@@ -268,6 +343,7 @@ def scan_backward(
         HAS_D=D is not None,
         HAS_Z=z is not None,
         HAS_BIAS=dt_bias is not None,
+        PACKED=packed(B, C),
         num_warps=1,
         num_stages=1,
         **compile_options(),
@@ -275,24 +351,24 @@ def scan_backward(
     return ScanGradients(
         du,
         ddt,
-        dA.sum(0).T.to(A.dtype),
-        dB.sum(0).to(B.dtype),
-        dC.sum(0).to(C.dtype),
-        None if D is None else dD.sum(0).to(D.dtype),
+        dA.sum(0).T,
+        dB.sum(0),
+        dC.sum(0),
+        None if D is None else dD.sum(0),
         None if z is None else dz,
-        None if dt_bias is None else dbias.sum(0).to(dt_bias.dtype),
+        None if dt_bias is None else dbias.sum(0),
     )
 
 
-def constants(n_states: int, dtype: torch.dtype) -> dict[str, int | str]:
+def constants(n_states: int, dtype: torch.dtype) -> dict[str, int]:
     """Return the compile-time arguments that follow from the number of states and the type of the input.
 
-    Half precision inputs leave three digits, which one product of 11-bit factors keeps; float32 takes three of them.
+    The tensor cores' 11 bits are enough for the gradients of half-precision inputs; float32 takes two products.
     """
     return {
         "N": n_states,
         "N_PADDED": triton.cdiv(n_states, 16) * 16,
         "CHANNELS": CHANNELS,
         "STEPS": STEPS,
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "SPLIT": dtype == torch.float32,
     }
