@@ -1,4 +1,4 @@
-"""Compile every kernel variant without a GPU and report the resources it takes: ``python -m boldforge.kernels.aot``.
+"""Compile every kernel without a GPU and write down what it takes: ``python -m boldforge.kernels.aot``.
 
 Must run in a process without TRITON_INTERPRET, which accepts code that the compiler refuses.
 """
@@ -10,63 +10,113 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from boldforge.kernels import triton_scan
+from boldforge.kernels import triton_conv, triton_scan, triton_scan_backward
+
+RECORD = Path(__file__).with_name("resources.json")
+"""Where the figures of the last change lie; a test compares with them."""
+
+CAPABILITIES = (80, 90, 100)
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STATES = (1, 4, 16, 64)
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_OPTIONAL = {"HAS_D": True, "HAS_Z": True, "HAS_BIAS": True}
+# Pointers whose type does not follow that of the input.
+_FIXED_TYPES = {"rows_ptr": "*i32", "cu_ptr": "*i32", "before_ptr": "*i32", "after_ptr": "*i32"} | dict.fromkeys(
+    ("A_ptr", "D_ptr", "bias_ptr", "states_ptr", "dA_ptr", "dB_ptr", "dC_ptr", "dD_ptr", "dbias_ptr")
+    + ("weight_ptr", "dtotal_ptr", "dweight_ptr"),
+    "*fp32",
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with all its compile-time arguments.
+
+    Parameters
+    ----------
+    name : str
+        Kernel, input type and number of states.
+    kernel : triton kernel
+        What is compiled.
+    dtype : str
+        Type of the inputs, as Triton spells it.
+    constants : mapping
+        Compile-time arguments.
+    warps : int
+        Warps of a program.
+    elements : int
+        Tokens times channels that one program treats in one run of its longest loop, or in all where it has none.
+    """
+
+    name: str
+    kernel: Any
+    dtype: str
+    constants: Mapping[str, Any]
+    warps: int
+    elements: int
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled variant takes: registers per lane, spilled bytes per lane, machine instructions in all."""
+    """What one compiled variant takes; lane instructions are those of the longest loop per token and channel."""
 
     variant: str
     registers: int
     spilled_bytes: int
-    instructions: int
+    lane_instructions: float
 
 
-def variants(types: Sequence[str], states: Sequence[int]) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
-    """Yield (name, kernel, signature, constants) of every kernel for these input types and numbers of states."""
-    pointers = ("u", "dt", "B", "C", "z", "y")
-    scalars = ("n_channels", "n_tokens", "u_row", "dt_row", "B_row", "C_row", "z_row")
+def variants(types: Sequence[str] = tuple(TYPES), states: Sequence[int] = STATES) -> Iterator[Variant]:
+    """Yield every kernel for these input types and numbers of states."""
     for dtype in types:
-        for n_states in states:
-            signature = {f"{name}_ptr": f"*{dtype}" for name in pointers}
-            signature |= dict.fromkeys(("A_ptr", "D_ptr", "bias_ptr"), "*fp32")
-            signature |= {"rows_ptr": "*i32", "cu_ptr": "*i32"} | dict.fromkeys(scalars, "i32")
-            constants = {
-                "N": n_states,
-                "CHANNELS": triton_scan.channels_per_program(n_states),
-                "HAS_D": True,
-                "HAS_Z": True,
-                "HAS_BIAS": True,
-            }
-            yield f"scan_forward {dtype} N={n_states}", triton_scan.scan_forward_kernel, signature, constants
+        for n in states:
+            channels = triton_scan.channels_per_program(n)
+            packed = n * TYPES[dtype].itemsize % 8 == 0
+            constants = {"N": n, "CHANNELS": channels, "PACKED": packed, **_OPTIONAL}
+            forward = triton_scan.scan_forward_kernel
+            yield Variant(f"scan_forward {dtype} N={n}", forward, dtype, constants | {"KEEP": 0}, 1, channels)
+            if n > triton_scan_backward.MAX_STATES:
+                continue
+            steps = triton_scan_backward.STEPS
+            yield Variant(f"scan_states {dtype} N={n}", forward, dtype, constants | {"KEEP": steps}, 1, channels)
+            constants = triton_scan_backward.constants(n, TYPES[dtype]) | {"PACKED": packed} | _OPTIONAL
+            elements = triton_scan_backward.CHANNELS * steps
+            backward = triton_scan_backward.scan_backward_kernel
+            yield Variant(f"scan_backward {dtype} N={n}", backward, dtype, constants, 1, elements)
+        constants = triton_conv.constants(4)
+        elements = triton_conv.TOKENS * triton_conv.CHANNELS
+        for name in ("forward", "backward", "input_gradient"):
+            kernel = getattr(triton_conv, f"conv_{name}_kernel")
+            extra = {"HAS_BIAS": True} if "HAS_BIAS" in kernel.arg_names else {}
+            yield Variant(f"conv_{name} {dtype}", kernel, dtype, constants | extra, 4, elements)
 
 
-def compile_variant(kernel: Any, signature: dict[str, str], constants: dict[str, Any], capability: int) -> bytes:
-    """Return the machine code (cubin) of a kernel for an NVIDIA compute capability such as 90."""
-    names = kernel.arg_names
+def compile_variant(variant: Variant, capability: int) -> bytes:
+    """Return the machine code (cubin) of a variant for an NVIDIA compute capability such as 90."""
+    names = variant.kernel.arg_names
+    kinds = {name: _FIXED_TYPES.get(name, f"*{variant.dtype}") if name.endswith("_ptr") else "i32" for name in names}
     source = ASTSource(
-        fn=kernel,
-        signature={name: "constexpr" if name in constants else signature[name] for name in names},
-        constexprs=constants,
+        fn=variant.kernel,
+        signature={name: "constexpr" if name in variant.constants else kinds[name] for name in names},
+        constexprs=dict(variant.constants),
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr")},
     )
-    options = {"num_warps": 1, "num_stages": 1, **triton_scan.compile_options()}
+    options = {"num_warps": variant.warps, "num_stages": 1, **triton_scan.compile_options()}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
 
 
-def resources(variant: str, cubin: bytes) -> Resources:
+def resources(variant: Variant, cubin: bytes) -> Resources:
     """Return what a cubin takes, read with the tool that comes with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -81,23 +131,39 @@ def resources(variant: str, cubin: bytes) -> Resources:
     if found is None:
         raise RuntimeError(f"cuobjdump reported no resources: {usage}")
     registers, stack, local = map(int, found.groups())
-    return Resources(
-        variant, registers, stack + local, len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", code, re.MULTILINE))
-    )
+    per_element = longest_loop(code) * 32 * variant.warps / variant.elements
+    return Resources(variant.name, registers, stack + local, round(per_element, 1))
+
+
+def longest_loop(code: str) -> int:
+    """Return the instructions of the longest loop in a listing of machine code, or all of them where none is."""
+    line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9][\w.]*)(.*?);", re.MULTILINE)
+    instructions = [(int(address, 16), name, rest) for address, name, rest in line.findall(code)]
+    longest = 0
+    for address, name, rest in instructions:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        # The endless loop after the end, where the processor may look ahead, branches to itself.
+        if target and int(target[1], 16) < address:
+            longest = max(longest, sum(int(target[1], 16) <= other <= address for other, *_ in instructions))
+    return longest or len(instructions)
 
 
 def main() -> None:
-    """Print the resources of every variant as JSON."""
+    """Compile, and write {"triton": version, "sm_90": [...], ...} as JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--capability", type=int, default=90, help="NVIDIA compute capability (90: Hopper)")
-    parser.add_argument("--types", nargs="+", default=["fp32", "bf16", "fp16"], help="input types")
-    parser.add_argument("--states", nargs="+", type=int, default=[1, 4, 16, 64], help="numbers of states N")
+    parser.add_argument("--capability", nargs="+", type=int, default=CAPABILITIES, help="90: Hopper, 80: Ampere")
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES), help="input types")
+    parser.add_argument("--states", nargs="+", type=int, default=STATES, help="numbers of states N")
+    parser.add_argument("--out", type=Path, default=RECORD, help="file to write")
     chosen = parser.parse_args()
-    report = [
-        asdict(resources(name, compile_variant(kernel, signature, constants, chosen.capability)))
-        for name, kernel, signature, constants in variants(chosen.types, chosen.states)
-    ]
-    print(json.dumps(report, indent=1))
+    report: dict[str, Any] = {"triton": triton.__version__}
+    for capability in chosen.capability:
+        report[f"sm_{capability}"] = [
+            asdict(resources(variant, compile_variant(variant, capability)))
+            for variant in variants(chosen.types, chosen.states)
+        ]
+    chosen.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"Wrote {chosen.out}.")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from boldforge.kernels import available_backends, scan_oracle, shifted_scan, triton_scan, window_index
+from boldforge.kernels import (
+    available_backends,
+    scan_oracle,
+    shifted_conv,
+    shifted_scan,
+    triton_scan,
+    window_index,
+)
 from tests.kernels.conftest import SCAN_ARGUMENTS, relative_error, scan_inputs
 
 SMALL = window_index((3, 2, 5), (2, 2, 3), (1, 0, 1), keep=torch.arange(30).view(3, 2, 5) % 4 != 1)
@@ -59,12 +66,58 @@ def test_tiny_and_large_steps():
         assert relative_error(y, scan_oracle(**inputs, index=SMALL)) < 1e-6
 
 
-def test_gradients_come_through():
-    inputs = scan_inputs(SMALL, dtype=torch.float32)
-    gradients = []
-    for backend in ("triton", "torch"):
-        tensors = [inputs[name].clone().requires_grad_() for name in SCAN_ARGUMENTS]
-        shifted_scan(*tensors, SMALL, backend=backend).square().sum().backward()
-        gradients.append([tensor.grad for tensor in tensors])
-    for triton_gradient, torch_gradient in zip(*gradients, strict=True):
-        assert relative_error(triton_gradient, torch_gradient) < 1e-5
+def gradients(inputs, backend, index=SMALL):
+    tensors = [None if inputs[name] is None else inputs[name].clone().requires_grad_() for name in SCAN_ARGUMENTS]
+    y = shifted_scan(*tensors, index, backend=backend)
+    dout = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y.backward(dout.to(y.dtype))
+    return {name: tensor.grad for name, tensor in zip(SCAN_ARGUMENTS, tensors, strict=True) if tensor is not None}
+
+
+def assert_gradients(inputs, tolerance, index=SMALL):
+    wanted = gradients({k: None if v is None else v.double() for k, v in inputs.items()}, "torch", index)
+    found = gradients(inputs, "triton", index)
+    errors = {name: relative_error(found[name], wanted[name]) for name in wanted}
+    assert all(error <= tolerance for error in errors.values()), errors
+    assert all(found[name].dtype == inputs[name].dtype for name in found)
+
+
+@pytest.mark.parametrize(("channels", "states"), [(1, 1), (33, 4), (2, 20)])
+def test_gradients_at_odd_sizes(channels, states):
+    assert_gradients(scan_inputs(SMALL, 1, channels, states, torch.float32), 2e-6)
+
+
+@pytest.mark.parametrize("missing", ["D", "z", "dt_bias"])
+def test_gradients_without_optional_arguments(missing):
+    assert_gradients(scan_inputs(SMALL, 1, dtype=torch.float32) | {missing: None}, 2e-6)
+
+
+def test_gradients_along_one_long_sequence_and_of_single_tokens():
+    for index in (window_index((19,), (19,), (0,)), window_index((3,), (1,), (0,))):
+        assert_gradients(scan_inputs(index, 1, 2, 4, torch.float32), 2e-6, index)
+
+
+def test_gradients_of_bfloat16_inputs():
+    assert_gradients(scan_inputs(SMALL, 1, 4, 4, torch.bfloat16), 1e-2)
+
+
+def test_gradients_are_the_same_bits_twice():
+    inputs = scan_inputs(SMALL, 1, dtype=torch.float32)
+    first, second = gradients(inputs, "triton"), gradients(inputs, "triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("taps", [1, 4])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_convolution_and_its_gradients(taps, with_bias):
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(2, SMALL.n_tokens, 67), (67, taps), (67,)][: 2 + with_bias]
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        tensors = [tensor.to(dtype, copy=True).requires_grad_() for tensor in inputs]
+        y = shifted_conv(tensors[0], tensors[1], tensors[2] if with_bias else None, SMALL, backend=backend)
+        y.square().sum().backward()
+        results.append([y.detach(), *(tensor.grad for tensor in tensors)])
+    for found, wanted in zip(*results, strict=True):
+        assert relative_error(found, wanted) < 1e-6
