@@ -4,6 +4,7 @@ import errno
 import io
 import multiprocessing
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from boldforge.configs import BoldForgeError
+from boldforge.configs import BoldForgeError, folder_lock
 from boldforge.data_shards.grid import brain_mask, get_grid, mask_hash
 from boldforge.data_shards.manifest import MANIFEST_FILE, MASK_FILE, REJECTED_FILE, Manifest, RunEntry, ShardEntry
 from boldforge.data_shards.nifti import HeaderError, open_bold
@@ -26,8 +27,8 @@ from boldforge.data_shards.shard import write_shard
 
 SHARD_BYTES = 256 * 2**20
 SHARD_RUNS = 8
-# Stands in the folder from the first byte to the last: what lies beside it is ours to remove.
-_MARK = ".building"
+# Holds the new dataset until it is whole. While it stands, shards beside it are ours to remove, manifest or not.
+_STAGING = ".building"
 _LONGEST_KEY = 80  # a classic tar header holds names of 100 bytes
 
 Progress = Callable[[int, int], None]
@@ -69,8 +70,9 @@ def build_shards(
 ) -> BuildReport:
     """Read runs, apply the recipe and write shards, ``manifest.json``, ``mask.npy`` and ``rejected.tsv``.
 
-    A run that cannot be read or used is rejected and the rest goes on. Everything is written under a temporary name
-    first; the manifest comes last, so a folder with a manifest is complete.
+    A run that cannot be read or used is rejected and the rest goes on. Everything is written into a hidden folder
+    in `out` first and moved at the end, the manifest last: a folder with a manifest is complete, and an old dataset
+    stays until the new one is whole (the disk must hold both).
 
     Parameters
     ----------
@@ -88,31 +90,26 @@ def build_shards(
     Raises
     ------
     BuildError
-        If `out` already holds a dataset, no run could be used, or the disk is full.
+        If `out` already holds a dataset, no run could be used, a worker was killed, or the disk is full.
+    FolderInUseError
+        If another process writes into `out`.
     """
     out = Path(out)
-    skipped = list(runs.skipped) if isinstance(runs, RunList) else []
-    usable = runs.runs if isinstance(runs, RunList) else tuple(runs)
-    _check_folder(out, overwrite)
-    mask = brain_mask(get_grid(recipe.grid))
+    if out.exists() and not out.is_dir():
+        raise BuildError(f"{out}: is a file, expected a folder for the shards.")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / _MARK).touch()
-        _remove_dataset(out)
-        tasks, rejected = _plan(usable, out, recipe, int(mask.sum()))
-        results = _run_tasks(tasks, workers, on_progress, done=len(rejected))
-        rejected = sorted([*skipped, *rejected, *(item for result in results for item in result.rejected)])
-        _write_atomic(out / REJECTED_FILE, _rejected_table(rejected).encode())
-        manifest = _manifest(recipe, mask_hash(mask), int(mask.sum()), results)
-        if not manifest.runs:
-            (out / _MARK).unlink()
-            raise BuildError(_nothing_left(out, rejected))
-        _write_atomic(out / MASK_FILE, _npy(mask))
-        _write_atomic(out / MANIFEST_FILE, manifest.model_dump_json(indent=1).encode())
-        (out / _MARK).unlink()
+        with folder_lock(out, "writing shards"):
+            _check_folder(out, overwrite)
+            staging = out / _STAGING
+            try:
+                _remove_staging(staging)
+                staging.mkdir()
+                manifest, rejected = _build_in(staging, runs, recipe, workers, on_progress)
+            except BaseException:
+                _remove_staging(staging)
+                raise
+            _swap(staging, out)
     except OSError as error:
-        _remove_dataset(out)
-        (out / _MARK).unlink(missing_ok=True)
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise BuildError(
                 f"{out}: no space left on the disk while writing the shards; nothing half-written was kept. Free "
@@ -122,12 +119,31 @@ def build_shards(
     return BuildReport(manifest.placed_in(out), tuple(rejected))
 
 
+def _build_in(
+    staging: Path, runs: RunList | Sequence[Run], recipe: DataRecipe, workers: int, on_progress: Progress | None
+) -> tuple[Manifest, list[Skipped]]:
+    skipped = list(runs.skipped) if isinstance(runs, RunList) else []
+    usable = runs.runs if isinstance(runs, RunList) else tuple(runs)
+    mask = brain_mask(get_grid(recipe.grid))
+    tasks, rejected = _plan(usable, staging, recipe, int(mask.sum()))
+    results = _run_tasks(tasks, workers, on_progress, done=len(rejected))
+    rejected = sorted([*skipped, *rejected, *(item for result in results for item in result.rejected)])
+    manifest = _manifest(recipe, mask_hash(mask), int(mask.sum()), results)
+    if not manifest.runs:
+        out = staging.parent
+        if not (out / MANIFEST_FILE).exists():  # the list beside a dataset is the dataset's own
+            _write_atomic(out / REJECTED_FILE, _rejected_table(rejected).encode())
+        raise BuildError(_nothing_left(out, rejected))
+    _write_atomic(staging / REJECTED_FILE, _rejected_table(rejected).encode())
+    _write_atomic(staging / MASK_FILE, _npy(mask))
+    _write_atomic(staging / MANIFEST_FILE, manifest.model_dump_json(indent=1).encode())
+    return manifest, rejected
+
+
 def _check_folder(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise BuildError(f"{out}: is a file, expected a folder for the shards.")
     if (out / MANIFEST_FILE).exists() and not overwrite:
         raise BuildError(f"{out}: already holds a dataset; pass --overwrite to replace it, or choose another --out.")
-    ours = (out / MANIFEST_FILE).exists() or (out / _MARK).exists()
+    ours = (out / MANIFEST_FILE).exists() or (out / _STAGING).exists()
     foreign = sorted(out.glob("shard-??????.tar"))
     if foreign and not ours:
         raise BuildError(
@@ -135,12 +151,22 @@ def _check_folder(out: Path, overwrite: bool) -> None:
         )
 
 
-def _remove_dataset(out: Path) -> None:
-    # The manifest goes first: a folder without one is never mistaken for a whole dataset.
+def _remove_staging(staging: Path) -> None:
+    if staging.exists():
+        shutil.rmtree(staging)
+
+
+def _swap(staging: Path, out: Path) -> None:
+    """Put a finished dataset in the place of the old one: only renames, so no full disk can stop it half-way."""
+    # The old manifest goes first, the new one comes last: a folder with a manifest is always a whole dataset.
     (out / MANIFEST_FILE).unlink(missing_ok=True)
-    for pattern in ("shard-??????.tar", ".*.partial", MASK_FILE, REJECTED_FILE):
+    for pattern in ("shard-??????.tar", MASK_FILE, REJECTED_FILE):
         for path in out.glob(pattern):
             path.unlink()
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == MANIFEST_FILE):
+        path.replace(out / path.name)
+    _sync_folder(out)
+    staging.rmdir()
 
 
 def _plan(runs: Sequence[Run], out: Path, recipe: DataRecipe, n_voxels: int) -> tuple[list[_ShardTask], list[Skipped]]:
@@ -194,9 +220,10 @@ def _run_tasks(tasks: list[_ShardTask], workers: int, on_progress: Progress | No
                 done += len(futures[future].runs)
                 report(done, total)
         except BrokenProcessPool:
+            out = tasks[0].path.parent.parent
             raise BuildError(
-                f"{tasks[0].path.parent}: one of the {workers} worker processes was killed, most likely because memory "
-                "ran out; each holds one run, so pass fewer --workers and run the same command again."
+                f"{out}: one of the {workers} worker processes was killed, most likely because memory ran out; each "
+                "holds one run, so pass fewer --workers and run the same command again."
             ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -263,8 +290,12 @@ def _write_atomic(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    number = os.open(folder, os.O_RDONLY)  # renames, too, must reach the disk
     try:
-        os.fsync(folder)
+        os.fsync(number)
     finally:
-        os.close(folder)
+        os.close(number)

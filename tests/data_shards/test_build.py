@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 
+from boldforge.configs import BoldForgeError, folder_lock
 from boldforge.data_shards import (
     BuildError,
     DataRecipe,
@@ -166,6 +167,55 @@ def test_an_existing_dataset_is_replaced_only_on_request(small, write_bold):
     assert len(build_shards(found, small, RECIPE, overwrite=True).manifest.runs) == 2
 
 
+def test_a_dataset_stays_until_the_new_one_is_whole(small, write_bold, monkeypatch):
+    before = files(small)
+    bad = write_bold("bad/sub-09_task-rest_space-MNI152_bold.nii.gz")
+    good = find_runs(bad.parent)
+    bad.write_bytes(b"")
+    with pytest.raises(BuildError, match="none of the 1 files could be used"):
+        build_shards(find_runs(bad.parent), small, RECIPE, overwrite=True)
+    assert files(small) == before
+
+    write_bold("bad/sub-09_task-rest_space-MNI152_bold.nii.gz")
+
+    def interrupted(run, recipe):
+        assert load_manifest(small).runs[0].subject == "01"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_module, "store_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(good, small, RECIPE, overwrite=True)
+    assert files(small) == before
+
+
+def test_a_swap_that_was_cut_short_leaves_no_manifest_and_can_be_done_again(small, write_bold, monkeypatch):
+    found = find_runs(write_bold(name("02"), seed=2).parent)
+    replace_file = Path.replace
+
+    def replace_until_cut(path, target):
+        if Path(target) == small / "mask.npy":
+            raise KeyboardInterrupt
+        return replace_file(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", replace_until_cut)
+        build_shards(found, small, RECIPE, overwrite=True)
+    with pytest.raises(ShardError, match="no manifest"):
+        load_manifest(small)
+    assert build_shards(found, small, RECIPE).manifest == load_manifest(small)
+    assert not list(small.glob(".*"))
+
+
+def test_two_builds_do_not_share_a_folder(small, write_bold):
+    found = find_runs(write_bold(name("02"), seed=2).parent)
+    before = files(small)
+    with folder_lock(small, "writing shards"):
+        with pytest.raises(BoldForgeError, match="another process is writing shards in it"):
+            build_shards(found, small, RECIPE, overwrite=True)
+        assert {path.name for path in small.glob(".*")} == {".boldforge.lock"}
+    assert files(small) == before
+
+
 def test_tar_files_of_others_are_not_overwritten(write_bold, tmp_path):
     found = find_runs(write_bold(name("01")).parent)
     (tmp_path / "out").mkdir()
@@ -178,7 +228,8 @@ def test_tar_files_of_others_are_not_overwritten(write_bold, tmp_path):
 def test_a_killed_build_is_cleaned_up_by_the_next(write_bold, tmp_path):
     found = find_runs(write_bold(name("01")).parent)
     (tmp_path / "out").mkdir()
-    for leftover in (".building", "shard-000004.tar", ".shard-000005.tar.partial"):
+    (tmp_path / "out/.building").mkdir()
+    for leftover in (".building/shard-000004.tar", ".building/.shard-000005.tar.partial", "shard-000006.tar"):
         (tmp_path / "out" / leftover).write_bytes(b"half")
     build_shards(found, tmp_path / "out", RECIPE)
     assert set(files(tmp_path / "out")) == {"manifest.json", "mask.npy", "rejected.tsv", "shard-000000.tar"}
@@ -236,8 +287,9 @@ class KillsItsReader:
 def test_a_killed_worker_is_told_in_one_sentence(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(build_module, "SHARD_RUNS", 3)
     runs = [replace(run, phenotype={"x": KillsItsReader()}) for run in find_runs(folder).runs]
-    with pytest.raises(BuildError, match=r"one of the 2 worker processes was killed.*fewer --workers"):
+    with pytest.raises(BuildError, match=r"out: one of the 2 worker processes was killed.*fewer --workers"):
         build_shards(runs, tmp_path / "out", RECIPE, workers=2)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_run_mask_limits_what_is_stored(write_bold, tmp_path):
