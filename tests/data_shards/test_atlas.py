@@ -6,7 +6,7 @@ import pytest
 
 from boldforge.data_shards import Atlas, AtlasError, atlas_on_grid, brain_mask, get_grid, load_atlas
 
-LOCAL = Path(__file__).parents[2].parent / "shared/data/local/grids/AAL3v1_2mm_LAS.nii.gz"
+LOCAL = Path(__file__).parents[2] / "../shared/data/local/grids/AAL3v1_2mm_LAS.nii.gz"
 
 
 def label_at(volume, affine, point):
@@ -48,7 +48,9 @@ def test_storage_orientation_does_not_matter():
     np.testing.assert_array_equal(atlas_on_grid(flipped, grid), atlas_on_grid(atlas, grid))
 
 
-@pytest.mark.skipif(not LOCAL.is_file(), reason="the distributed 2 mm LAS atlas is not on this machine")
+@pytest.mark.skipif(
+    not LOCAL.is_file(), reason="optional: the distributed 2 mm LAS atlas is not beside this repository"
+)
 def test_agrees_with_the_distributed_2mm_file():
     grid = get_grid("mni2mm")
     ours, theirs = atlas_on_grid(load_atlas(), grid), atlas_on_grid(load_atlas(LOCAL), grid)
