@@ -2,9 +2,7 @@
 
 import logging
 import statistics
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from boldforge.finetune.classifier import Classifier, save_adapter
@@ -52,8 +50,8 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
     bar = _Progress(on_progress, config.clips * (len(subjects) + config.training.epochs * passes))
     predictions: list[Prediction] = []
     per_fold: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(dir=config.out, prefix=".clips-") as scratch:
-        clips = study.gather(subjects, Path(scratch), lambda done, total: bar.add(1))
+    with study.claim_out("fine-tuning") as scratch:
+        clips = study.gather(subjects, scratch, lambda done, total: bar.add(1))
         for number, fold in enumerate(study.folds, start=1):
             classifier = study.classifier(config.adapter)
             scores, described = _run_fold(study, classifier, clips, fold, bar.add)
@@ -65,7 +63,7 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
         for _ in fit(final, clips, None, config.training, epochs, config.seed):
             bar.add(len(clips))
         bar.finish()
-    return _write(study, predictions, per_fold, final, epochs)
+        return _write(study, predictions, per_fold, final, epochs)
 
 
 class _Progress:

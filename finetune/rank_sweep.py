@@ -1,7 +1,6 @@
 """Search over LoRA ranks; the best by validation AUC is tested once: ``boldforge sweep``."""
 
 import logging
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,8 +101,7 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
         if on_progress:
             on_progress(reading + epoch_size * sum(done.values()), total)
 
-    with tempfile.TemporaryDirectory(dir=config.out, prefix=".sweep-") as scratch:
-        folder = Path(scratch)
+    with study.claim_out("running a sweep") as folder:
         study.gather(seen, folder / "seen", on_progress and (lambda read, _: on_progress(read, total)))
         spec = _trial_spec(config, folder / "seen", len(parts["train"]), len(seen))
         asha = AshaConfig(
@@ -115,9 +113,9 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
         classifier.load_state(best.state)
         clips = study.gather(parts["test"], folder / "unseen")
         scores = predict_subjects(classifier, clips, config.training.batch_size)
-    if on_progress:
-        on_progress(total, total)
-    return _write(study, config, parts, trials, best, classifier, scores)
+        if on_progress:
+            on_progress(total, total)
+        return _write(study, config, parts, trials, best, classifier, scores)
 
 
 def _trial_spec(config: SweepConfig, clips: Path, n_train: int, n_seen: int) -> TrialSpec:

@@ -1,14 +1,17 @@
 """What a fine-tuning and a sweep have in common: shards, encoder, task, subjects and folds that fit together."""
 
 import logging
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from pydantic import Field
 
-from boldforge.configs import StrictModel
+from boldforge.configs import StrictModel, folder_lock
 from boldforge.data_shards import Manifest, ShardReader, load_manifest
 from boldforge.finetune.adapters import AdapterConfig
 from boldforge.finetune.backbone import POOL_CHOICES, Pool, load_backbone
@@ -19,6 +22,7 @@ from boldforge.finetune.folds import Fold, subject_folds
 from boldforge.finetune.tasks import Task, get_task
 
 logger = logging.getLogger(__name__)
+_SCRATCH = ".boldforge-scratch-"
 
 
 class StudyConfig(StrictModel):
@@ -56,6 +60,23 @@ class Study:
     cohort: Cohort
     folds: list[Fold]
     pretrained_on_these_shards: bool
+
+    @contextmanager
+    def claim_out(self, doing: str) -> Iterator[Path]:
+        """Keep ``out`` to this run and lend a scratch folder in it; what a killed run left there is removed.
+
+        Raises
+        ------
+        FolderInUseError
+            If another run writes to the same folder.
+        """
+        out = self.config.out
+        with folder_lock(out, doing):
+            # Nobody else holds the folder, so no scratch folder in it is in use.
+            for left in out.glob(f"{_SCRATCH}*"):
+                shutil.rmtree(left)
+            with tempfile.TemporaryDirectory(dir=out, prefix=_SCRATCH) as scratch:
+                yield Path(scratch)
 
     def positions(self, names: Sequence[str]) -> list[int]:
         """Return the subjects' positions in the cohort."""

@@ -1,12 +1,14 @@
 import csv
 import json
+import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from boldforge.configs import load_config
+from boldforge.configs import BoldForgeError, folder_lock, load_config
 from boldforge.data_shards import ShardReader, brain_mask, get_grid, load_manifest
 from boldforge.finetune import (
     AdapterConfig,
@@ -21,6 +23,7 @@ from boldforge.finetune import (
 )
 from boldforge.finetune.cohort import ClipSet, find_cohort, gather_clips
 from boldforge.finetune.fit import fit
+from boldforge.finetune.study import open_study
 
 SMALL = {"clips": 3, "folds": 3, "training": {"epochs": 6}, "adapter": {"rank": 2, "first_stage": 1}}
 
@@ -133,6 +136,25 @@ def test_a_cohort_without_labels_is_refused(build_cohort, encoder, tmp_path):
     shards = build_cohort(subjects=3, effect=0, unlabelled=3)
     with pytest.raises(FinetuneError, match=r"none of the 3 subjects .* 3 have no label"):
         finetune(_config(shards, encoder, tmp_path))
+
+
+def test_two_runs_never_share_a_folder(cohort, encoder, tmp_path):
+    in_use = pytest.raises(BoldForgeError, match="process is running a sweep in it")
+    with folder_lock(tmp_path, "running a sweep"), in_use:
+        finetune(_config(cohort, encoder, tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_removed(cohort, encoder, tmp_path):
+    """The clips of a killed run may be many gigabytes; the next run in its folder cannot use them."""
+    study = open_study(_config(cohort, encoder, tmp_path))
+    with study.claim_out("fine-tuning") as scratch:
+        (scratch / "x.npy").write_bytes(b"clips")
+        left = shutil.copytree(scratch, f"{scratch}-killed")
+    assert Path(left).is_dir()
+    with study.claim_out("fine-tuning") as scratch:
+        assert [path for path in tmp_path.iterdir() if path.is_dir()] == [scratch]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_a_sentence_and_no_crash(cohort, encoder, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from boldforge.configs import ConfigError, load_config
+from boldforge.configs import BoldForgeError, ConfigError, folder_lock, load_config
 from boldforge.data_shards import load_manifest
 from boldforge.finetune import SweepConfig, SweepError, load_classifier, rank_sweep, sweep
 from boldforge.finetune.ray_driver import TrialResult, run_on_ray
@@ -179,6 +179,12 @@ def test_an_encoder_pretrained_on_the_same_shards_is_told(planted, shards, write
     for path, key in (("metrics.json", None), ("adapter/task.json", "figures")):
         content = json.loads((tmp_path / "best" / path).read_text())
         assert (content[key] if key else content)["pretrained_on_these_shards"] is True
+
+
+def test_two_runs_never_share_a_folder(shards, encoder, tmp_path):
+    with folder_lock(tmp_path, "fine-tuning"), pytest.raises(BoldForgeError, match="process is fine-tuning in it"):
+        sweep(_config(shards, encoder, tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failing_trial_ends_the_sweep_with_its_own_message(shards, encoder, tmp_path, monkeypatch, ray_folder):
