@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any, Literal, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ class ScanIndex:
             raise ValueError(f"rows must list all {self.n_tokens} tokens once, found {len(self.rows)} rows.")
         if len(self.cu_seqlens) < 2:
             raise ValueError("cu_seqlens needs at least two entries: 0 and the number of rows.")
+        _living[_place(self.rows, self.cu_seqlens)] = self
         if self.rows.device.type != "cpu":
             return
         if int(self.cu_seqlens[0]) != 0 or int(self.cu_seqlens[-1]) != self.n_tokens:
@@ -128,6 +130,22 @@ class ScanIndex:
             found = (other == inside) & (segment[inside] == segment)
             table[row, self.tokens[found]] = self.tokens[inside[found]]
         return table
+
+
+# As long as an index lives, no other tensor lies where its rows do.
+_living: WeakValueDictionary[tuple[int, int], ScanIndex] = WeakValueDictionary()
+
+
+def index_of(rows: Tensor, cu_seqlens: Tensor) -> ScanIndex:
+    """Return the index that these very tables belong to, with all it has cached; a new one if that is gone.
+
+    An operator of torch takes tensors only, and finds its index through this.
+    """
+    return _living.get(_place(rows, cu_seqlens)) or ScanIndex(rows, cu_seqlens, len(rows))
+
+
+def _place(rows: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:
+    return rows.data_ptr(), cu_seqlens.data_ptr()
 
 
 def window_index(

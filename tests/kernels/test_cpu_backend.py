@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from boldforge.kernels import BackendError, available_backends, cpu_build, ops, shifted_conv, shifted_scan, window_index
+from boldforge.kernels import BackendError, available_backends, backends, cpu_build, shifted_conv, shifted_scan, window_index
 from tests.kernels.conftest import SCAN_ARGUMENTS, ragged_index, scan_inputs
 
 needs_the_op = pytest.mark.skipif(available_backends()["cpu"] != "", reason=available_backends()["cpu"])
@@ -52,9 +52,9 @@ def test_the_number_of_threads_changes_no_bit():
 
 @needs_the_op
 def test_it_is_chosen_for_cpu_tensors_except_float64():
-    chosen = ops._choose("auto", torch.zeros(1))
+    chosen = backends.choose("auto", torch.zeros(1))
     assert chosen.scan_forward.__module__ == "boldforge.kernels.cpu_backend"
-    assert ops._choose("auto", torch.zeros(1, dtype=torch.float64)) is ops._TORCH
+    assert backends.choose("auto", torch.zeros(1, dtype=torch.float64)) is backends.TORCH
     index = ragged_index()
     with pytest.raises(BackendError, match="float64"):
         shifted_scan(**scan_inputs(index), index=index, backend="cpu")
@@ -63,13 +63,13 @@ def test_it_is_chosen_for_cpu_tensors_except_float64():
 def test_it_can_be_turned_off(fresh):
     fresh.setenv(cpu_build.SWITCH, "0")
     assert "BOLDFORGE_CPU_OP=0" in available_backends()["cpu"]
-    assert ops._choose("auto", torch.zeros(1)) is ops._TORCH
+    assert backends.choose("auto", torch.zeros(1)) is backends.TORCH
 
 
 def test_without_a_compiler_the_torch_backend_takes_over(fresh):
     fresh.setenv("CXX", "there-is-no-such-compiler")
     assert "no C++ compiler" in available_backends()["cpu"]
-    assert ops._choose("auto", torch.zeros(1)) is ops._TORCH
+    assert backends.choose("auto", torch.zeros(1)) is backends.TORCH
 
 
 @needs_the_op
@@ -81,12 +81,12 @@ def test_a_failing_build_is_one_warning_and_the_torch_backend(fresh, tmp_path, c
     compiler.chmod(0o755)
     fresh.setenv("CXX", str(compiler))
     with caplog.at_level(logging.WARNING):
-        assert ops._choose("auto", torch.zeros(1)) is ops._TORCH
-        assert ops._choose("auto", torch.zeros(1)) is ops._TORCH
+        assert backends.choose("auto", torch.zeros(1)) is backends.TORCH
+        assert backends.choose("auto", torch.zeros(1)) is backends.TORCH
     (warning,) = caplog.records
     assert "no room" in warning.getMessage()
     with pytest.raises(BackendError, match="no room"):
-        ops._choose("cpu", torch.zeros(1))
+        backends.choose("cpu", torch.zeros(1))
     assert [path.suffix for path in tmp_path.iterdir() if path != compiler] == [".lock"]
 
 
@@ -94,7 +94,7 @@ def test_a_failing_build_is_one_warning_and_the_torch_backend(fresh, tmp_path, c
 def test_a_cache_folder_that_cannot_be_written_is_no_error(fresh, tmp_path):
     (tmp_path / "file").write_text("")
     fresh.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "folder"))
-    assert ops._choose("auto", torch.zeros(1)) is ops._TORCH
+    assert backends.choose("auto", torch.zeros(1)) is backends.TORCH
 
 
 @pytest.mark.slow
