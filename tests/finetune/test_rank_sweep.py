@@ -86,10 +86,14 @@ def test_a_planted_effect_is_found(planted):
     assert results["sentence"].endswith("The subjects are simulated.")
 
 
-def test_without_an_effect_the_test_is_at_chance(build_cohort, encoder, tmp_path):
-    results = sweep(_config(build_cohort(subjects=60, effect=0, seed=0), encoder, tmp_path))
-    # 20 test subjects: the AUC of a coin has a standard deviation of 0.13 around 0.5.
-    assert 0.2 <= results["figures"]["auc"] <= 0.8
+def test_without_an_effect_the_test_is_at_chance(build_cohort, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_sweep, "run_on_ray", _one_epoch_each)
+    aucs = []
+    for seed in range(3):
+        shards = build_cohort(subjects=60, effect=0, seed=seed)
+        aucs.append(sweep(_config(shards, encoder, tmp_path / str(seed)))["figures"]["auc"])
+    # 20 test subjects: the AUC of a coin has a standard deviation of 0.13 around 0.5, the mean of three one of 0.08.
+    assert 0.25 <= sum(aucs) / 3 <= 0.75
 
 
 def test_the_best_is_the_one_with_the_highest_validation_auc(planted):
