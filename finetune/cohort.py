@@ -113,7 +113,7 @@ def check_recipe(backbone: Backbone, manifest: Manifest) -> None:
             f"boldforge shard FOLDER --out OTHER --grid {expected['grid']} --tr {expected['tr']:g} "
             f"--normalisation {expected['normalisation']}."
         )
-    if manifest.mask_sha256 != wanted["mask_sha256"]:
+    if manifest.mask_sha256 != wanted.get("mask_sha256", manifest.mask_sha256):
         # Voxels go in by their position in the mask: another mask puts them elsewhere in the brain, often unnoticed.
         raise FinetuneError(
             f"{manifest.folder}: the brain mask (sha256 {manifest.mask_sha256[:12]}…) is not the one that the encoder "
