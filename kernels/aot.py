@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from boldforge.kernels import triton_conv, triton_scan, triton_scan_backward
+from boldforge.kernels import triton_conv, triton_scan, triton_scan_backward, triton_scan_flat, triton_scan_parts
 
 RECORD = Path(__file__).with_name("resources.json")
 """Where the figures of the last change lie; a test compares with them."""
@@ -33,8 +33,10 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _OPTIONAL = {"HAS_D": True, "HAS_Z": True, "HAS_BIAS": True}
 # Pointers whose type does not follow that of the input.
 _FIXED_TYPES = {"rows_ptr": "*i32", "cu_ptr": "*i32", "before_ptr": "*i32", "after_ptr": "*i32"} | dict.fromkeys(
-    ("A_ptr", "D_ptr", "bias_ptr", "states_ptr", "dA_ptr", "dB_ptr", "dC_ptr", "dD_ptr", "dbias_ptr")
-    + ("weight_ptr", "dtotal_ptr", "dweight_ptr"),
+    (
+        *("A_ptr", "D_ptr", "bias_ptr", "states_ptr", "dA_ptr", "dB_ptr", "dC_ptr", "dD_ptr", "dbias_ptr"),
+        *("weight_ptr", "dtotal_ptr", "dweight_ptr"),
+    ),
     "*fp32",
 )
 
@@ -88,6 +90,9 @@ def variants(types: Sequence[str] = tuple(TYPES), states: Sequence[int] = STATES
             yield Variant(f"scan_forward {dtype} N={n}", forward, dtype, constants | {"KEEP": 0}, 1, channels)
             if n > triton_scan_backward.MAX_STATES:
                 continue
+            flat = {"N": n, "LANES": triton_scan_flat.LANES, "PACKED": packed, **_OPTIONAL}
+            kernel = triton_scan_flat.scan_forward_flat_kernel
+            yield Variant(f"scan_forward_flat {dtype} N={n}", kernel, dtype, flat, 1, triton_scan_flat.LANES)
             steps = triton_scan_backward.STEPS
             yield Variant(f"scan_states {dtype} N={n}", forward, dtype, constants | {"KEEP": steps}, 1, channels)
             constants = triton_scan_backward.constants(n, TYPES[dtype]) | {"PACKED": packed} | _OPTIONAL
@@ -112,7 +117,7 @@ def compile_variant(variant: Variant, capability: int) -> bytes:
         constexprs=dict(variant.constants),
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr")},
     )
-    options = {"num_warps": variant.warps, "num_stages": 1, **triton_scan.compile_options()}
+    options = {"num_warps": variant.warps, "num_stages": 1, **triton_scan_parts.compile_options()}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
 
 

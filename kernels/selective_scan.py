@@ -109,9 +109,6 @@ def _last_state(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, bias: Tensor | N
     after = step.flip(1).cumsum(1).flip(1) - step
     entering = step * u.float()
     return torch.stack(
-        [
-            (torch.exp(after * A.float()[:, n]) * entering * B.float()[:, :, n, None]).sum(1)
-            for n in range(A.shape[1])
-        ],
+        [(torch.exp(after * A.float()[:, n]) * entering * B.float()[:, :, n, None]).sum(1) for n in range(A.shape[1])],
         dim=-1,
     )

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from boldforge.kernels.index import ScanIndex
-from boldforge.kernels.triton_scan import by_rows, compile_options
+from boldforge.kernels.triton_scan_parts import by_rows, compile_options
 
 TOKENS, CHANNELS = 16, 64
 """The tile of one program."""
@@ -25,7 +25,7 @@ TOKENS, CHANNELS = 16, 64
 
 @triton.jit
 def _tile(n_tokens, n_channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Tokens [T, 1], channels [1, D] and which of them exist [T, D]."""
+    """Return tokens [T, 1], channels [1, D] and which of them exist [T, D]."""
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     return token, channel, (token < n_tokens) & (channel < n_channels)
@@ -33,7 +33,7 @@ def _tile(n_tokens, n_channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _neighbour(x_ptr, table_ptr, row, token, channel, exists, n_tokens, x_row):
-    """Values of the tokens that one row of the table names; zero where it names none."""
+    """Return the values of the tokens that one row of the table names; zero where it names none."""
     other = tl.load(table_ptr + row * n_tokens + token, mask=token < n_tokens, other=0)
     return tl.load(x_ptr + other * x_row + channel, mask=exists & (other < n_tokens), other=0.0).to(tl.float32)
 
@@ -53,7 +53,7 @@ def _total(
     TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """The convolution before SiLU, and x itself."""
+    """Return the convolution before SiLU, and x itself."""
     x = tl.load(x_ptr + token * x_row + channel, mask=exists, other=0.0).to(tl.float32)
     total = x * tl.load(weight_ptr + channel * TAPS + TAPS - 1, mask=channel < n_channels, other=0.0).to(tl.float32)
     for back in tl.static_range(1, TAPS):
@@ -111,7 +111,7 @@ def conv_backward_kernel(
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The gradient of the convolution before SiLU, and this program's share of those of the taps and the bias."""
+    """Write the gradient of the convolution before SiLU, and a share of those of the taps and the bias."""
     first_row = tl.program_id(2).to(tl.int64) * n_tokens
     dout_ptr += first_row * dout_row
     x_ptr += first_row * x_row
@@ -147,7 +147,7 @@ def conv_input_gradient_kernel(
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """What every token did to itself and to those ahead of it."""
+    """Write the gradient of x: what every token did to itself and to those ahead of it."""
     first_row = tl.program_id(2).to(tl.int64) * n_tokens
     dtotal_ptr += first_row * n_channels
     dx_ptr += first_row * n_channels
@@ -163,7 +163,7 @@ def conv_input_gradient_kernel(
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: ScanIndex) -> Tensor:
     """Return the causal depthwise convolution along ``index``, then SiLU; shapes as in ``conv_oracle``."""
-    b, n_tokens, n_channels = x.shape
+    _, n_tokens, n_channels = x.shape
     x, weight = by_rows(x), weight.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     conv_forward_kernel[_grid(x)](

@@ -8,7 +8,7 @@ Shape suffixes: b clips · L tokens · D inner channels · N states.
 
 # Triton reads a kernel's source: its arguments carry no types, and its tuples grow by addition only.
 # mypy: disable-error-code="no-untyped-def, assignment"
-# ruff: noqa: RUF005
+# ruff: noqa: RUF005, SIM102
 
 from __future__ import annotations
 
@@ -18,46 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from boldforge.kernels.index import ScanIndex
+from boldforge.kernels.triton_scan_flat import LANES, scan_forward_flat_kernel
+from boldforge.kernels.triton_scan_parts import by_rows, compile_options, load_weights, packed, softplus
 
 # Two channels per lane of one warp share the loads of B and C; with more than 16 states that would spill registers.
 WIDE_CHANNELS, NARROW_CHANNELS, WIDE_STATES = 64, 32, 16
-
-
-@triton.jit
-def _softplus(x):
-    """max(x, 0) + log1p(e^-|x|), with log1p(v) = 2 atanh(v / (2 + v)): seven terms reach 2e-8 for v in [0, 1]."""
-    v = tl.exp2(-tl.abs(x) * 1.4426950408889634)
-    s = v / (2.0 + v)
-    s2 = s * s
-    series = 1.0 / 11.0 + s2 * (1.0 / 13.0)
-    series = 1.0 / 9.0 + s2 * series
-    series = 1.0 / 7.0 + s2 * series
-    series = 1.0 / 5.0 + s2 * series
-    series = 1.0 / 3.0 + s2 * series
-    return tl.maximum(x, 0.0) + 2.0 * s * (1.0 + s2 * series)
-
-
-@triton.jit
-def load_weights(row_ptr, inside, N: tl.constexpr, PACKED: tl.constexpr):
-    """The N weights of a token as scalars in float32; packed, one 64-bit load brings two or four of them."""
-    out = ()
-    kind: tl.constexpr = row_ptr.dtype.element_ty
-    if PACKED:
-        per_word: tl.constexpr = 64 // kind.primitive_bitwidth
-        for j in tl.static_range(N // per_word):
-            word = tl.load(row_ptr.to(tl.pointer_type(tl.int64)) + j, mask=inside, other=0)
-            for i in tl.static_range(per_word):
-                if per_word == 2:
-                    out = out + ((word >> (32 * i)).to(tl.int32).to(tl.float32, bitcast=True),)
-                elif kind == tl.bfloat16:
-                    # A bfloat16 is the upper half of a float32.
-                    out = out + (((word >> (16 * i)).to(tl.int32) << 16).to(tl.float32, bitcast=True),)
-                else:
-                    out = out + ((word >> (16 * i)).to(tl.int16).to(kind, bitcast=True).to(tl.float32),)
-    else:
-        for n in tl.static_range(N):
-            out = out + (tl.load(row_ptr + n, mask=inside, other=0.0).to(tl.float32),)
-    return out
 
 
 @triton.jit
@@ -128,7 +93,7 @@ def scan_forward_kernel(
         delta = tl.load(dt_ptr + row * dt_row + channel, mask=exists, other=0.0).to(tl.float32)
         if HAS_BIAS:
             delta += tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
-        delta = _softplus(delta)
+        delta = softplus(delta)
         x = delta * u
         y = tl.zeros([CHANNELS], tl.float32)
         h_next = ()
@@ -197,73 +162,43 @@ def _launch(
     states: Tensor | None,
     every: int,
 ) -> None:
-    """Run the kernel for its output, or for its states; a tensor that is missing is stood in for and never touched."""
+    """Run the kernel that fits, for its output or for its states; what is missing is stood in for and never touched."""
     n_channels, n_states = A.shape
     channels = channels_per_program(n_states)
     u, dt, B, C = (by_rows(tensor) for tensor in (u, dt, B, C))
     z_rows = u if z is None else by_rows(z)
+    D_or_u, bias_or_u = (u if vector is None else vector.contiguous() for vector in (D, dt_bias))
+    read = (u, dt, A.contiguous(), B, C, D_or_u, z_rows, bias_or_u, index.rows, index.cu_seqlens)
+    strides = (u.stride(1), dt.stride(1), B.stride(1), C.stride(1), z_rows.stride(1))
+    options = {
+        "N": n_states,
+        "HAS_D": D is not None,
+        "HAS_Z": z is not None,
+        "HAS_BIAS": dt_bias is not None,
+        "PACKED": packed(B, C),
+        "num_warps": 1,
+        "num_stages": 1,
+        **compile_options(),
+    }
+    if y is not None and n_states <= WIDE_STATES and n_channels % WIDE_CHANNELS:
+        programs = triton.cdiv(len(u) * index.n_sequences * n_channels, LANES)
+        sizes = (index.n_sequences, len(u), n_channels, u.shape[1])
+        scan_forward_flat_kernel[(programs,)](*read, y, *sizes, *strides, LANES=LANES, **options)
+        return
     scan_forward_kernel[(index.n_sequences, triton.cdiv(n_channels, channels), len(u))](
-        u,
-        dt,
-        A.contiguous(),
-        B,
-        C,
-        u if D is None else D.contiguous(),
-        z_rows,
-        u if dt_bias is None else dt_bias.contiguous(),
-        index.rows,
-        index.cu_seqlens,
+        *read,
         u if y is None else y,
         u if states is None else states,
         n_channels,
         u.shape[1],
-        u.stride(1),
-        dt.stride(1),
-        B.stride(1),
-        C.stride(1),
-        z_rows.stride(1),
+        *strides,
         0 if states is None else states.shape[1],
-        N=n_states,
         CHANNELS=channels,
-        HAS_D=D is not None,
-        HAS_Z=z is not None,
-        HAS_BIAS=dt_bias is not None,
-        PACKED=packed(B, C),
         KEEP=every,
-        num_warps=1,
-        num_stages=1,
-        **compile_options(),
+        **options,
     )
 
 
 def channels_per_program(n_states: int) -> int:
     """Return how many channels one program holds, so that its states stay in registers."""
     return WIDE_CHANNELS if n_states <= WIDE_STATES else NARROW_CHANNELS
-
-
-def packed(*weights: Tensor) -> bool:
-    """Return whether every row of these [b, L, N] tensors consists of whole, aligned 64-bit words."""
-    return all(
-        bytes_ % 8 == 0
-        for tensor in weights
-        for bytes_ in (
-            tensor.shape[2] * tensor.element_size(),
-            tensor.stride(1) * tensor.element_size(),
-            tensor.data_ptr(),
-        )
-    )
-
-
-def compile_options() -> dict[str, bool]:
-    """Return the options every kernel is compiled with.
-
-    Fused multiply-add is asked for by name, because some versions of Triton leave it out unless told, which costs a
-    third of the speed.
-    """
-    return {"enable_fp_fusion": True}
-
-
-def by_rows(tensor: Tensor) -> Tensor:
-    """Return the tensor itself where row r of clip c starts at (c L + r) times one stride, so views need no copy."""
-    regular = tensor.stride(2) == 1 and (len(tensor) == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1))
-    return tensor if regular else tensor.contiguous()

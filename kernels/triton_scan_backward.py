@@ -8,10 +8,12 @@ Shape suffixes: b clips · L tokens · D inner channels · N states · G channel
 """
 
 # Triton reads a kernel's source: its arguments carry no types, and its tuples grow by addition only.
-# mypy: disable-error-code="no-untyped-def, assignment"
-# ruff: noqa: RUF005
+# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
+# ruff: noqa: RUF005, SIM108
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +22,8 @@ from torch import Tensor
 
 from boldforge.kernels.index import ScanIndex
 from boldforge.kernels.torch_backend import ScanGradients
-from boldforge.kernels.triton_scan import _softplus, by_rows, compile_options, keep_states, load_weights, packed
+from boldforge.kernels.triton_scan import keep_states
+from boldforge.kernels.triton_scan_parts import by_rows, compile_options, load_weights, packed, softplus
 
 STEPS = 4
 """Tokens between kept states; their states live in registers, and eight of them would spill."""
@@ -151,9 +154,7 @@ def scan_backward_kernel(
         first = start + chunk * STEPS
         h = ()
         for n in tl.static_range(N):
-            h = h + (
-                tl.load(states_ptr + (chunk.to(tl.int64) * N + n) * n_channels + channel, mask=exists, other=0.0),
-            )
+            h = h + (tl.load(states_ptr + (chunk.to(tl.int64) * N + n) * n_channels + channel, mask=exists, other=0.0),)
         history = ()
         us = ()
         steps = ()
@@ -166,7 +167,7 @@ def scan_backward_kernel(
             here = exists & (first + k + channel * 0 < stop)
             u = tl.load(u_ptr + row * u_row + channel, mask=here, other=0.0).to(tl.float32)
             step = tl.load(dt_ptr + row * dt_row + channel, mask=here, other=0.0).to(tl.float32) + bias
-            delta = _softplus(step)
+            delta = softplus(step)
             x = delta * u
             B = load_weights(B_ptr + row * B_row, inside, N, PACKED)
             h_next = ()
@@ -266,22 +267,23 @@ def scan_backward(
     for first in range(0, A.shape[1], MAX_STATES):
         some = slice(first, first + MAX_STATES)
         skip = None if first else D
-        found.append(
-            _backward(dout, u, dt, A[:, some], B[..., some], C[..., some], skip, z, dt_bias, index, kinds)
-        )
+        found.append(_backward(dout, u, dt, A[:, some], B[..., some], C[..., some], skip, z, dt_bias, index, kinds))
     if several:
-        summed = {
-            name: None if getattr(found[0], name) is None else sum(getattr(part, name) for part in found)
-            for name in ("u", "dt", "z", "dt_bias")
-        }
-        joined = {name: torch.cat([getattr(part, name) for part in found], dim=-1) for name in ("A", "B", "C")}
-        found = [ScanGradients(D=found[0].D, **summed, **joined)]
+        found = [ScanGradients(*map(_join, ScanGradients._fields, zip(*found, strict=True)))]
     return ScanGradients(
         *(
             None if argument is None or gradient is None else gradient.to(argument.dtype)
             for argument, gradient in zip(arguments, found[0], strict=True)
         )  # type: ignore[arg-type]
     )
+
+
+def _join(name: str, parts: tuple[Tensor | None, ...]) -> Any:
+    """Return one gradient from those for sixteen states each: side by side where it has a state axis, else the sum."""
+    given = [part for part in parts if part is not None]
+    if name in ("A", "B", "C"):
+        return torch.cat(given, dim=-1)
+    return torch.stack(given).sum(0) if given else None
 
 
 def _backward(

@@ -8,7 +8,15 @@ import sys
 import pytest
 import torch
 
-from boldforge.kernels import BackendError, available_backends, backends, cpu_build, shifted_conv, shifted_scan, window_index
+from boldforge.kernels import (
+    BackendError,
+    available_backends,
+    backends,
+    cpu_build,
+    shifted_conv,
+    shifted_scan,
+    window_index,
+)
 from tests.kernels.conftest import SCAN_ARGUMENTS, ragged_index, scan_inputs
 
 needs_the_op = pytest.mark.skipif(available_backends()["cpu"] != "", reason=available_backends()["cpu"])

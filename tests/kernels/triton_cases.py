@@ -20,7 +20,7 @@ def test_the_interpreter_counts_as_a_backend():
     assert available_backends()["triton"] == ""
 
 
-@pytest.mark.parametrize(("channels", "states"), [(1, 1), (5, 3), (67, 1)])
+@pytest.mark.parametrize(("channels", "states"), [(1, 1), (5, 3), (67, 1), (64, 2)])
 def test_values_at_odd_sizes(channels, states):
     inputs = scan_inputs(SMALL, 2, channels, states, torch.float32)
     y = shifted_scan(**inputs, index=SMALL, backend="triton")
