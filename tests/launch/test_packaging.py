@@ -44,11 +44,12 @@ def test_only_boldforge_is_importable_from_the_wheel(wheel_names):
     assert tops == {"boldforge", f"boldforge-{boldforge.__version__}.dist-info"}
 
 
-def test_recipes_atlas_templates_and_types_travel_with_it(wheel_names):
+def test_recipes_atlas_sources_templates_and_types_travel_with_it(wheel_names):
     packaged = {name.removeprefix("boldforge/") for name in wheel_names}
     assert "py.typed" in packaged
-    wanted = [*ROOT.glob("configs/*/*.yaml"), *ROOT.glob("data_shards/atlas/*"), *ROOT.glob("launch/templates/*")]
-    assert len(wanted) > 8
+    patterns = ("configs/*/*.yaml", "data_shards/atlas/*", "kernels/cpu/*", "launch/templates/*")
+    wanted = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    assert len(wanted) > 12
     assert {str(path.relative_to(ROOT)) for path in wanted} <= packaged
 
 
