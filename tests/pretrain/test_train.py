@@ -82,21 +82,36 @@ def test_a_run_leaves_what_the_report_and_the_release_need(finished: Path) -> No
     assert pretrained.config["training"]["step"] == 8
 
 
-@pytest.mark.distributed
-def test_the_demo_recipe_learns_more_than_the_mean_frame(real_shards: Path, tmp_path: Path) -> None:
-    line = command(real_shards, tmp_path / "run")
-    line = [word for word in line if word not in ARGUMENTS]
+def learn(shards: Path, out: Path, *overrides: str) -> list[dict[str, float]]:
+    """Train the demo's recipe with these changes and return its metrics."""
+    line = [word for word in command(shards, out, *overrides) if word not in ARGUMENTS]
     line[line.index("pretrain/tiny.yaml")] = "pretrain/demo.yaml"
-    line += ["steps=64", "evaluate_every=32"]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=290, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = read_metrics(tmp_path / "run")
+    rows = read_metrics(out)
     losses = [row["loss"] for row in rows]
-    assert sum(losses[-12:]) < 0.9 * sum(losses[:12])
-    errors = [row["heldout_error"] for row in rows if "heldout_error" in row]
-    assert errors[-1] < errors[0]
-    # The baseline is what predicting zero gives here: a model that has learned nothing about brains cannot get below.
-    assert errors[-1] < 0.985 * rows[-1]["heldout_baseline"]
+    quarter = len(losses) // 4
+    assert sum(losses[-quarter:]) < 0.9 * sum(losses[:quarter])
+    return rows
+
+
+# The baseline is what predicting zero gives here: a model that has learned nothing about brains cannot get below it.
+# Filling in single tokens from their neighbours is learned in a few steps, whole regions take the demo's full length.
+
+
+@pytest.mark.distributed
+def test_losses_fall_and_held_out_frames_are_reconstructed_better_than_by_the_mean_frame(
+    real_shards: Path, tmp_path: Path
+) -> None:
+    rows = learn(real_shards, tmp_path / "run", "mask.strategy=random", "steps=40", "evaluate_every=20")
+    assert rows[-1]["heldout_error"] < 0.97 * rows[-1]["heldout_baseline"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_demo_reconstructs_hidden_regions_better_than_the_mean_frame(real_shards: Path, tmp_path: Path) -> None:
+    rows = learn(real_shards, tmp_path / "run")
+    assert rows[-1]["heldout_error"] < 0.97 * rows[-1]["heldout_baseline"]
 
 
 @pytest.mark.distributed
