@@ -31,11 +31,12 @@ STATES = (1, 4, 16, 64)
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _OPTIONAL = {"HAS_D": True, "HAS_Z": True, "HAS_BIAS": True}
+_WHOLE = {"HAS_INITIAL": False, "HAS_LAST": False}
 # Pointers whose type does not follow that of the input.
 _FIXED_TYPES = {"rows_ptr": "*i32", "cu_ptr": "*i32", "before_ptr": "*i32", "after_ptr": "*i32"} | dict.fromkeys(
     (
         *("A_ptr", "D_ptr", "bias_ptr", "states_ptr", "dA_ptr", "dB_ptr", "dC_ptr", "dD_ptr", "dbias_ptr"),
-        *("weight_ptr", "dtotal_ptr", "dweight_ptr"),
+        *("weight_ptr", "dtotal_ptr", "dweight_ptr", "initial_ptr", "last_ptr"),
     ),
     "*fp32",
 )
@@ -85,12 +86,12 @@ def variants(types: Sequence[str] = tuple(TYPES), states: Sequence[int] = STATES
         for n in states:
             channels = triton_scan.channels_per_program(n)
             packed = n * TYPES[dtype].itemsize % 8 == 0
-            constants = {"N": n, "CHANNELS": channels, "PACKED": packed, **_OPTIONAL}
+            constants = {"N": n, "CHANNELS": channels, "PACKED": packed, **_OPTIONAL, **_WHOLE}
             forward = triton_scan.scan_forward_kernel
             yield Variant(f"scan_forward {dtype} N={n}", forward, dtype, constants | {"KEEP": 0}, 1, channels)
             if n > triton_scan_backward.MAX_STATES:
                 continue
-            flat = {"N": n, "LANES": triton_scan_flat.LANES, "PACKED": packed, **_OPTIONAL}
+            flat = {"N": n, "LANES": triton_scan_flat.LANES, "PACKED": packed, **_OPTIONAL, **_WHOLE}
             kernel = triton_scan_flat.scan_forward_flat_kernel
             yield Variant(f"scan_forward_flat {dtype} N={n}", kernel, dtype, flat, 1, triton_scan_flat.LANES)
             steps = triton_scan_backward.STEPS

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from boldforge.kernels.index import ScanIndex
 from boldforge.kernels.triton_scan_flat import LANES, scan_forward_flat_kernel
-from boldforge.kernels.triton_scan_parts import by_rows, compile_options, load_weights, packed, softplus
+from boldforge.kernels.triton_scan_parts import (
+    by_rows,
+    compile_options,
+    load_state,
+    load_weights,
+    packed,
+    softplus,
+    store_state,
+)
 
 # Two channels per lane of one warp share the loads of B and C; with more than 16 states that would spill registers.
 WIDE_CHANNELS, NARROW_CHANNELS, WIDE_STATES = 64, 32, 16
@@ -39,6 +47,8 @@ def scan_forward_kernel(
     cu_ptr,
     y_ptr,
     states_ptr,
+    initial_ptr,
+    last_ptr,
     n_channels,
     n_tokens,
     u_row,
@@ -54,6 +64,8 @@ def scan_forward_kernel(
     HAS_BIAS: tl.constexpr,
     PACKED: tl.constexpr,
     KEEP: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HAS_LAST: tl.constexpr,
 ):
     """One program: one sequence (axis 0), CHANNELS channels (axis 1), one clip (axis 2); sequential in time.
 
@@ -77,6 +89,9 @@ def scan_forward_kernel(
         # exp(delta A) as 2^(delta A log2 e): the hardware's exponential has base 2.
         A = A + (tl.load(A_ptr + channel * N + n, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634,)
         h = h + (tl.zeros([CHANNELS], tl.float32),)
+    end = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * N * n_channels + channel
+    if HAS_INITIAL:
+        h = load_state(initial_ptr + end, n_channels, exists, N)
     if KEEP > 0:
         slot = tl.program_id(2).to(tl.int64) * n_slots + start // KEEP + tl.program_id(0)
     for place in range(start, stop):
@@ -113,6 +128,8 @@ def scan_forward_kernel(
                 z = tl.load(z_ptr + row * z_row + channel, mask=exists, other=0.0).to(tl.float32)
                 y = y * z / (1.0 + tl.exp2(-z * 1.4426950408889634))
             tl.store(y_ptr + row * n_channels + channel, y.to(y_ptr.dtype.element_ty), mask=exists)
+    if HAS_LAST:
+        store_state(last_ptr + end, h, n_channels, exists, N)
 
 
 def scan_forward(
@@ -125,26 +142,39 @@ def scan_forward(
     z: Tensor | None,
     dt_bias: Tensor | None,
     index: ScanIndex,
+    initial: Tensor | None = None,
+    last: Tensor | None = None,
 ) -> Tensor:
     """Return the selective scan along ``index``; shapes and formula as in ``scan_oracle``, state in float32.
 
-    All tensors are on one CUDA device (any device in the interpreter) and the shapes have been checked.
+    All tensors are on one CUDA device (any device in the interpreter) and the shapes have been checked. Every sequence
+    starts from ``initial``, float32 [b, sequences, N, D] (zero where it is None); its last state is written into
+    ``last``, of the same shape, where that is given.
     """
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    _launch(u, dt, A, B, C, D, z, dt_bias, index, y, None, 0)
+    _launch(u, dt, A, B, C, D, z, dt_bias, index, y, None, 0, initial, last)
     return y
 
 
 def keep_states(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, index: ScanIndex, every: int
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dt_bias: Tensor | None,
+    index: ScanIndex,
+    every: int,
+    initial: Tensor | None = None,
+    last: Tensor | None = None,
 ) -> Tensor:
     """Return the state before every ``every``-th token of every sequence, float32 [b, slots, N, D].
 
     Sequence ``i`` of a clip begins at slot ``cu_seqlens[i] // every + i``; slots between sequences stay unwritten.
+    ``initial`` and ``last`` as in ``scan_forward``.
     """
     slots = index.n_tokens // every + index.n_sequences
     states = torch.empty(len(u), slots, A.shape[1], len(A), dtype=torch.float32, device=u.device)
-    _launch(u, dt, A, B, B, None, None, dt_bias, index, None, states, every)
+    _launch(u, dt, A, B, B, None, None, dt_bias, index, None, states, every, initial, last)
     return states
 
 
@@ -161,6 +191,8 @@ def _launch(
     y: Tensor | None,
     states: Tensor | None,
     every: int,
+    initial: Tensor | None,
+    last: Tensor | None,
 ) -> None:
     """Run the kernel that fits, for its output or for its states; what is missing is stood in for and never touched."""
     n_channels, n_states = A.shape
@@ -169,6 +201,7 @@ def _launch(
     z_rows = u if z is None else by_rows(z)
     D_or_u, bias_or_u = (u if vector is None else vector.contiguous() for vector in (D, dt_bias))
     read = (u, dt, A.contiguous(), B, C, D_or_u, z_rows, bias_or_u, index.rows, index.cu_seqlens)
+    ends = (u if initial is None else initial.contiguous(), u if last is None else last)
     strides = (u.stride(1), dt.stride(1), B.stride(1), C.stride(1), z_rows.stride(1))
     options = {
         "N": n_states,
@@ -176,6 +209,8 @@ def _launch(
         "HAS_Z": z is not None,
         "HAS_BIAS": dt_bias is not None,
         "PACKED": packed(B, C),
+        "HAS_INITIAL": initial is not None,
+        "HAS_LAST": last is not None,
         "num_warps": 1,
         "num_stages": 1,
         **compile_options(),
@@ -183,12 +218,13 @@ def _launch(
     if y is not None and n_states <= WIDE_STATES and n_channels % WIDE_CHANNELS:
         programs = triton.cdiv(len(u) * index.n_sequences * n_channels, LANES)
         sizes = (index.n_sequences, len(u), n_channels, u.shape[1])
-        scan_forward_flat_kernel[(programs,)](*read, y, *sizes, *strides, LANES=LANES, **options)
+        scan_forward_flat_kernel[(programs,)](*read, y, *ends, *sizes, *strides, LANES=LANES, **options)
         return
     scan_forward_kernel[(index.n_sequences, triton.cdiv(n_channels, channels), len(u))](
         *read,
         u if y is None else y,
         u if states is None else states,
+        *ends,
         n_channels,
         u.shape[1],
         *strides,

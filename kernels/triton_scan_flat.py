@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from boldforge.kernels.triton_scan_parts import load_weights, softplus
+from boldforge.kernels.triton_scan_parts import load_state, load_weights, softplus, store_state
 
 LANES = 32
 """Sequences times channels of a program."""
@@ -34,6 +34,8 @@ def scan_forward_flat_kernel(
     rows_ptr,
     cu_ptr,
     y_ptr,
+    initial_ptr,
+    last_ptr,
     n_sequences,
     n_clips,
     n_channels,
@@ -49,6 +51,8 @@ def scan_forward_flat_kernel(
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PACKED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HAS_LAST: tl.constexpr,
 ):
     """One program: LANES lanes of (clip, sequence, channel), the channel fastest; as long as its longest sequence."""
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
@@ -71,13 +75,17 @@ def scan_forward_flat_kernel(
     for n in tl.static_range(N):
         A = A + (tl.load(A_ptr + channel * N + n).to(tl.float32) * 1.4426950408889634,)
         h = h + (tl.zeros([LANES], tl.float32),)
+    end = number.to(tl.int64) * N * n_channels + channel
+    if HAS_INITIAL:
+        h = load_state(initial_ptr + end, n_channels, exists, N)
     for t in range(0, tl.max(length, axis=0)):
         here = t < length
         code = tl.load(rows_ptr + t, mask=here, other=0)
         row = code & 0x7FFFFFFF
         cut = tl.where(code < 0, -1.0e30, 0.0)
         u = tl.load(u_ptr + row * u_row, mask=here, other=0.0).to(tl.float32)
-        delta = tl.load(dt_ptr + row * dt_row, mask=here, other=0.0).to(tl.float32)
+        # After the end of a lane's sequence the step is softplus(-inf) = 0, which leaves its state as it is.
+        delta = tl.load(dt_ptr + row * dt_row, mask=here, other=float("-inf")).to(tl.float32)
         if HAS_BIAS:
             delta += tl.load(bias_ptr + channel).to(tl.float32)
         delta = softplus(delta)
@@ -97,3 +105,5 @@ def scan_forward_flat_kernel(
             z = tl.load(z_ptr + row * z_row, mask=here, other=0.0).to(tl.float32)
             y = y * z / (1.0 + tl.exp2(-z * 1.4426950408889634))
         tl.store(y_ptr + row * n_channels, y.to(y_ptr.dtype.element_ty), mask=here)
+    if HAS_LAST:
+        store_state(last_ptr + end, h, n_channels, exists, N)

@@ -48,6 +48,22 @@ def load_weights(row_ptr, inside, N: tl.constexpr, PACKED: tl.constexpr):
     return out
 
 
+@triton.jit
+def load_state(first_ptr, n_channels, exists, N: tl.constexpr):
+    """Return the N states of every lane, float32; state n lies n * n_channels after the first."""
+    out = ()
+    for n in tl.static_range(N):
+        out = out + (tl.load(first_ptr + n * n_channels, mask=exists, other=0.0),)
+    return out
+
+
+@triton.jit
+def store_state(first_ptr, h, n_channels, exists, N: tl.constexpr):
+    """Write the N states of every lane where ``load_state`` finds them."""
+    for n in tl.static_range(N):
+        tl.store(first_ptr + n * n_channels, h[n], mask=exists)
+
+
 def packed(*weights: Tensor) -> bool:
     """Return whether every row of these [b, L, N] tensors consists of whole, aligned 64-bit words."""
     return all(

@@ -66,6 +66,40 @@ def test_tiny_and_large_steps():
         assert relative_error(y, scan_oracle(**inputs, index=SMALL)) < 1e-6
 
 
+@pytest.mark.parametrize("channels", [5, 64])
+def test_a_sequence_goes_on_from_the_state_another_one_ended_with(channels):
+    whole = window_index((2, 11), (1, 11), (0, 0), mode="wrap")
+    inputs = scan_inputs(whole, 2, channels, 3, torch.float32)
+    wanted = scan_oracle(**inputs, index=whole)
+    state = None
+    for part in (slice(0, 4), slice(4, 11)):
+        length = part.stop - part.start
+        index = window_index((2, length), (1, length), (0, 0), mode="wrap")
+        cut = {
+            name: value.unflatten(1, (2, 11))[:, :, part].flatten(1, 2) if name in ("u", "dt", "B", "C", "z") else value
+            for name, value in inputs.items()
+        }
+        last = torch.full((2, 2, 3, channels), torch.nan)
+        y = triton_scan.scan_forward(**cut, index=index, initial=state, last=last)
+        assert relative_error(y, wanted.unflatten(1, (2, 11))[:, :, part].flatten(1, 2)) < 1e-6
+        state = last
+
+
+@pytest.mark.parametrize("channels", [5, 64])
+def test_the_last_state_of_a_short_sequence_beside_a_longer_one(channels):
+    index = window_index((7,), (4,), (0,))
+    inputs = scan_inputs(index, 1, channels, 3, torch.float32)
+    last = torch.full((1, 2, 3, channels), torch.nan)
+    triton_scan.scan_forward(**inputs, index=index, initial=torch.ones_like(last), last=last)
+    for sequence, stop in enumerate(index.cu_seqlens[1:].tolist()):
+        rows = index.rows[index.cu_seqlens[sequence] : stop].long()
+        h = torch.ones(channels, 3)
+        for row in rows:
+            delta = torch.nn.functional.softplus(inputs["dt"][0, row] + inputs["dt_bias"])[:, None]
+            h = torch.exp(delta * inputs["A"]) * h + delta * inputs["u"][0, row, :, None] * inputs["B"][0, row]
+        assert relative_error(last[0, sequence].T, h) < 1e-6
+
+
 def gradients(inputs, backend, index=SMALL):
     tensors = [None if inputs[name] is None else inputs[name].clone().requires_grad_() for name in SCAN_ARGUMENTS]
     y = shifted_scan(*tensors, index, backend=backend)
