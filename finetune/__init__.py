@@ -3,7 +3,15 @@
 A backbone gives one vector per clip, an adapter (LoRA) changes it, a task reads it; folds keep subjects apart.
 """
 
-from boldforge.finetune.adapters import AdapterConfig, AdapterError, AdapterInfo, attach_adapter
+from boldforge.finetune.adapters import (
+    AdapterConfig,
+    AdapterError,
+    AdapterInfo,
+    adapter_state,
+    attach_adapter,
+    merge_adapter,
+    unmerge_adapter,
+)
 from boldforge.finetune.backbone import Backbone, NeuroStormBackbone, load_backbone
 from boldforge.finetune.classifier import Classifier, load_adapter, load_classifier, read_task, save_adapter
 from boldforge.finetune.cross_validation import FinetuneConfig, finetune
@@ -23,6 +31,9 @@ __all__ = [
     "AdapterInfo",
     "AdapterError",
     "attach_adapter",
+    "adapter_state",
+    "merge_adapter",
+    "unmerge_adapter",
     "Classifier",
     "save_adapter",
     "load_adapter",

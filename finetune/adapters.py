@@ -1,16 +1,19 @@
-"""LoRA on a frozen backbone's linear layers, through peft."""
+"""LoRA on a frozen backbone's linear layers and 3D convolutions, through peft."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import peft
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from pydantic import Field
 from torch import Tensor, nn
 
 from boldforge.configs import StrictModel
 from boldforge.finetune.backbone import Backbone
+from boldforge.finetune.conv_lora import Conv3dLora
 from boldforge.finetune.errors import FinetuneError
 
 # peft writes this before every name, so that a file also loads through `peft.PeftModel.from_pretrained`.
@@ -37,10 +40,22 @@ class AdapterConfig(StrictModel):
         lt=1,
         description="Share of an update's inputs dropped in training, against overfitting.",
     )
+    rank_stabilised: bool = Field(
+        False, description="Scale by alpha / √rank in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)."
+    )
+    dora: bool = Field(
+        False, description="Learn every output's magnitude beside the update's direction (DoRA, arXiv 2402.09353)."
+    )
     targets: tuple[str, ...] = Field(
         ("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2"),
         min_length=1,
-        description="Last names of the linear layers to adapt; the default is every layer of a Mamba block.",
+        description="Which layers to adapt: last names, or patterns (layer4.*) of last or whole names; the default is "
+        "every layer of a Mamba block.",
+    )
+    ranks: dict[str, int] = Field(
+        default_factory=dict,
+        description="Other ranks for some targets, by last name or pattern of the whole name; of several that fit, the "
+        "first one written counts, and 0 leaves the layer out.",
     )
     first_stage: int = Field(
         0,
@@ -81,7 +96,7 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 0) -> 
     Raises
     ------
     AdapterError
-        If no layer has one of the target names, or the first stage does not exist.
+        If no layer has one of the target names, a key of `ranks` fits none of them, or the first stage does not exist.
     """
     network = backbone.network
     if hasattr(network, "peft_config"):
@@ -94,25 +109,37 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 0) -> 
     network.requires_grad_(False)
     if config.rank == 0:
         return AdapterInfo(0, _count(network), ())
-    linear = backbone.linear_layers(config.first_stage)
-    layers = tuple(name for name in linear if name.rsplit(".", 1)[-1] in config.targets)
-    if not layers:
-        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        raise AdapterError(
-            f"adapter.targets {list(config.targets)} name no layer of this encoder; its linear layers are "
-            f"{', '.join(known)}."
-        )
+    ranks = _layer_ranks(backbone, config)
     lora = peft.LoraConfig(
         r=config.rank,
         lora_alpha=cast(int, config.alpha if config.alpha is not None else 2 * config.rank),
         lora_dropout=config.dropout,
-        target_modules=list(layers),
+        use_rslora=config.rank_stabilised,
+        use_dora=config.dora,
+        target_modules=list(ranks),
     )
+    other = {name: rank for name, rank in ranks.items() if rank != config.rank}
+    lora.rank_pattern = other
+    if config.alpha is None:
+        lora.alpha_pattern = {name: 2 * rank for name, rank in other.items()}
+    lora._register_custom_module({nn.Conv3d: Conv3dLora})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(lora, network)
     trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    return AdapterInfo(trainable, _count(network), layers)
+    return AdapterInfo(trainable, _count(network), tuple(ranks))
+
+
+def merge_adapter(backbone: Backbone) -> None:
+    """Add the updates to the weights they update, so that inference costs what the plain network costs."""
+    for layer in _lora_layers(backbone):
+        layer.merge()
+
+
+def unmerge_adapter(backbone: Backbone) -> None:
+    """Take off what `merge_adapter` added, to rounding."""
+    for layer in _lora_layers(backbone):
+        layer.unmerge()
 
 
 def adapter_state(backbone: Backbone) -> dict[str, Tensor]:
@@ -153,6 +180,38 @@ def peft_description(backbone: Backbone) -> dict[str, Any]:
         name: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
         for name, value in sorted(described.items())
     } | {"inference_mode": True}
+
+
+def _lora_layers(backbone: Backbone) -> list[LoraLayer]:
+    return [module for module in backbone.network.modules() if isinstance(module, LoraLayer)]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatchcase(name.rsplit(".", 1)[-1], pattern) or fnmatchcase(name, pattern)
+
+
+def _layer_ranks(backbone: Backbone, config: AdapterConfig) -> dict[str, int]:
+    """Give every layer to adapt its rank, which is at least 1."""
+    adaptable = backbone.adaptable_layers(config.first_stage)
+    targets = [name for name in adaptable if any(_fits(name, pattern) for pattern in config.targets)]
+    if not targets:
+        known = sorted({name.rsplit(".", 1)[-1] for name in adaptable})
+        raise AdapterError(
+            f"adapter.targets {list(config.targets)} name no layer of this encoder; the layers it can adapt are "
+            f"{', '.join(known)}."
+        )
+    for pattern, rank in config.ranks.items():
+        if rank < 0 or not any(_fits(name, pattern) for name in targets):
+            wrong = f"is {rank}, expected 0 or more" if rank < 0 else f"fits none of {', '.join(sorted(targets)[:8])}"
+            raise AdapterError(f"adapter.ranks: {pattern!r} {wrong}; correct it or take it out.")
+    ranks = {
+        name: next((rank for pattern, rank in config.ranks.items() if _fits(name, pattern)), config.rank)
+        for name in targets
+    }
+    kept = {name: rank for name, rank in ranks.items() if rank > 0}
+    if not kept:
+        raise AdapterError("adapter.ranks leaves no layer to adapt; set adapter.rank to 0 to train the head alone.")
+    return kept
 
 
 def _count(network: nn.Module) -> int:

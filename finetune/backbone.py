@@ -39,7 +39,7 @@ class Backbone(Protocol):
     """
 
     network: nn.Module
-    """The module whose linear layers are adapted; its parameter names are the adapter file's."""
+    """The module whose layers are adapted; its parameter names are the adapter file's."""
     dim: int
     """C, length of an embedding."""
     n_stages: int
@@ -60,8 +60,8 @@ class Backbone(Protocol):
     def embed_from(self, partway: Partway, stage: int) -> Tensor:
         """Run `stage` and all above it, then pool, to [B, C]."""
 
-    def linear_layers(self, first_stage: int) -> list[str]:
-        """Name the linear layers of ``network`` that `embed` calls in `first_stage` and above."""
+    def adaptable_layers(self, first_stage: int) -> list[str]:
+        """Name the linear layers and 3D convolutions of ``network`` that `embed` calls in `first_stage` and above."""
 
 
 class NeuroStormBackbone:
@@ -106,7 +106,7 @@ class NeuroStormBackbone:
             parts += [pooled_BP, self._deviation(tokens_BLC)]
         return torch.cat(parts, dim=-1)
 
-    def linear_layers(self, first_stage: int) -> list[str]:
+    def adaptable_layers(self, first_stage: int) -> list[str]:
         """Name the encoder's linear layers from `first_stage` on; the decoder is never called here, so never named."""
         parts = ["patch_embed"] if first_stage == 0 else []
         parts += [f"{kind}.{i}" for i in range(first_stage, self.n_stages) for kind in ("stages", "merging")]

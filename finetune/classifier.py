@@ -27,15 +27,24 @@ ADAPTER_FILES = ("task.json", "head.safetensors", "adapter_model.safetensors", "
 
 
 class Head(nn.Module):
-    """Standardise an embedding by the training clips' mean and deviation, then one linear layer."""
+    """Standardise an embedding by the training clips' mean and deviation, then one linear layer, or two.
 
-    def __init__(self, dim: int, outputs: int) -> None:
+    Parameters
+    ----------
+    dim, outputs
+        Sizes of an embedding and of the logits.
+    hidden
+        Width of a layer with a ReLU between them; 0 goes straight from one to the other.
+    """
+
+    def __init__(self, dim: int, outputs: int, hidden: int = 0) -> None:
         super().__init__()
         self.mean: Tensor
         self.deviation: Tensor
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("deviation", torch.ones(dim))
-        self.linear = nn.Linear(dim, outputs)
+        self.hidden = nn.Linear(dim, hidden) if hidden else None
+        self.linear = nn.Linear(hidden or dim, outputs)
 
     def fit_scale(self, embeddings_BC: Tensor) -> None:
         """Take mean and deviation from the training clips' frozen embeddings [B, C].
@@ -49,7 +58,8 @@ class Head(nn.Module):
         """[B, C] to logits [B, K]."""
         # A channel that never varied in training carries nothing; it must not blow up on a subject where it does.
         scale = torch.where(self.deviation > 1e-6, self.deviation, torch.inf)
-        return self.linear((embeddings_BC - self.mean) / scale)
+        x = (embeddings_BC - self.mean) / scale
+        return self.linear(x if self.hidden is None else self.hidden(x).relu())
 
 
 class Classifier(nn.Module):

@@ -11,11 +11,14 @@ from boldforge.finetune import (
     AdapterError,
     AdhdDiagnosis,
     Classifier,
+    adapter_state,
     attach_adapter,
     load_adapter,
     load_backbone,
     load_classifier,
+    merge_adapter,
     save_adapter,
+    unmerge_adapter,
 )
 from boldforge.pretrain import load_pretrained
 
@@ -73,6 +76,43 @@ def test_rank_zero_trains_the_head_alone(encoder, values_BTV):
     assert classifier.trainable == 56 + 1
     _train(classifier, values_BTV, steps=1)
     assert torch.equal(classifier.backbone.embed(values_BTV), load_backbone(encoder).embed(values_BTV))
+
+
+def test_ranks_by_layer(encoder):
+    backbone = load_backbone(encoder)
+    settings = {"rank": 2, "targets": ("in_proj", "stages.1.blocks.*.fc?"), "first_stage": 1}
+    info = attach_adapter(backbone, AdapterConfig(**settings, ranks={"fc1": 0, "stages.1.blocks.1.*": 5}))
+    names = {name: tensor for name, tensor in adapter_state(backbone).items() if "lora_A" in name}
+    assert [name.split("stages.1.blocks.")[1] for name in info.layers] == [
+        "0.mamba.in_proj", "0.mlp.fc2", "1.mamba.in_proj", "1.mlp.fc2",
+    ]  # fmt: skip
+    assert {len(tensor) for name, tensor in names.items() if "blocks.0" in name} == {2}
+    assert {len(tensor) for name, tensor in names.items() if "blocks.1" in name} == {5}
+    scaling = {module.scaling["default"] for module in backbone.network.modules() if hasattr(module, "lora_A")}
+    assert scaling == {2.0}, "without alpha the scale is the same at every rank"
+    for ranks, message in [
+        ({"qkv": 3}, r"'qkv' fits none of .*in_proj"),
+        ({"in_proj": -1}, r"'in_proj' is -1, expected 0 or more"),
+        ({"*": 0}, "leaves no layer to adapt"),
+    ]:
+        with pytest.raises(AdapterError, match=message):
+            attach_adapter(load_backbone(encoder), AdapterConfig(ranks=ranks))
+
+
+@pytest.mark.parametrize("kind", [{}, {"rank_stabilised": True}, {"dora": True}])
+def test_a_merged_adapter_predicts_the_same_and_comes_off_again(encoder, values_BTV, kind, tmp_path):
+    classifier = Classifier(load_backbone(encoder), AdhdDiagnosis(), AdapterConfig(rank=2, **kind))
+    plain = classifier.backbone.embed(values_BTV)
+    _train(classifier, values_BTV, steps=4)
+    apart = classifier.backbone.embed(values_BTV)
+    assert not torch.allclose(plain, apart, rtol=1e-3)
+    assert torch.equal(
+        load_adapter(save_adapter(classifier, tmp_path), load_backbone(encoder))(values_BTV), classifier(values_BTV)
+    )
+    merge_adapter(classifier.backbone)
+    torch.testing.assert_close(classifier.backbone.embed(values_BTV), apart, rtol=1e-5, atol=1e-5)
+    unmerge_adapter(classifier.backbone)
+    torch.testing.assert_close(classifier.backbone.embed(values_BTV), apart, rtol=1e-5, atol=1e-5)
 
 
 def test_targets_that_name_nothing_and_a_missing_stage_are_refused(encoder):
