@@ -36,7 +36,7 @@ _WHOLE = {"HAS_INITIAL": False, "HAS_LAST": False}
 _FIXED_TYPES = {"rows_ptr": "*i32", "cu_ptr": "*i32", "before_ptr": "*i32", "after_ptr": "*i32"} | dict.fromkeys(
     (
         *("A_ptr", "D_ptr", "bias_ptr", "states_ptr", "dA_ptr", "dB_ptr", "dC_ptr", "dD_ptr", "dbias_ptr"),
-        *("weight_ptr", "dtotal_ptr", "dweight_ptr", "initial_ptr", "last_ptr"),
+        *("weight_ptr", "dtotal_ptr", "dweight_ptr", "initial_ptr", "last_ptr", "grad_initial_ptr", "grad_last_ptr"),
     ),
     "*fp32",
 )
@@ -96,7 +96,7 @@ def variants(types: Sequence[str] = tuple(TYPES), states: Sequence[int] = STATES
             yield Variant(f"scan_forward_flat {dtype} N={n}", kernel, dtype, flat, 1, triton_scan_flat.LANES)
             steps = triton_scan_backward.STEPS
             yield Variant(f"scan_states {dtype} N={n}", forward, dtype, constants | {"KEEP": steps}, 1, channels)
-            constants = triton_scan_backward.constants(n, TYPES[dtype]) | {"PACKED": packed} | _OPTIONAL
+            constants = triton_scan_backward.constants(n, TYPES[dtype]) | {"PACKED": packed} | _OPTIONAL | _WHOLE
             elements = triton_scan_backward.CHANNELS * steps
             backward = triton_scan_backward.scan_backward_kernel
             yield Variant(f"scan_backward {dtype} N={n}", backward, dtype, constants, 1, elements)

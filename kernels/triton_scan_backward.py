@@ -23,7 +23,15 @@ from torch import Tensor
 from boldforge.kernels.index import ScanIndex
 from boldforge.kernels.torch_backend import ScanGradients
 from boldforge.kernels.triton_scan import keep_states
-from boldforge.kernels.triton_scan_parts import by_rows, compile_options, load_weights, packed, softplus
+from boldforge.kernels.triton_scan_parts import (
+    by_rows,
+    compile_options,
+    load_state,
+    load_weights,
+    packed,
+    softplus,
+    store_state,
+)
 
 STEPS = 4
 """Tokens between kept states; their states live in registers, and eight of them would spill."""
@@ -85,6 +93,7 @@ def scan_backward_kernel(
     rows_ptr,
     cu_ptr,
     states_ptr,
+    grad_last_ptr,
     du_ptr,
     ddt_ptr,
     dz_ptr,
@@ -93,6 +102,7 @@ def scan_backward_kernel(
     dC_ptr,
     dD_ptr,
     dbias_ptr,
+    grad_initial_ptr,
     n_channels,
     n_tokens,
     n_slots,
@@ -111,6 +121,8 @@ def scan_backward_kernel(
     HAS_BIAS: tl.constexpr,
     PACKED: tl.constexpr,
     SPLIT: tl.constexpr,
+    HAS_LAST: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
 ):
     """One program: one sequence (axis 0), CHANNELS channels (axis 1), one clip (axis 2); back through time."""
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -146,6 +158,9 @@ def scan_backward_kernel(
         A = A + (tl.load(A_ptr + channel * N + n, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634,)
         dh = dh + (tl.zeros([CHANNELS], tl.float32),)
         dA = dA + (tl.zeros([CHANNELS], tl.float32),)
+    share = clip * tl.num_programs(0) + tl.program_id(0)
+    if HAS_LAST:
+        dh = load_state(grad_last_ptr + share * N * n_channels + channel, n_channels, exists, N)
     dD = tl.zeros([CHANNELS], tl.float32)
     dbias = tl.zeros([CHANNELS], tl.float32)
     n_chunks = tl.cdiv(stop - start, STEPS)
@@ -166,7 +181,8 @@ def scan_backward_kernel(
             cut = tl.where(code < 0, -1.0e30, 0.0)
             here = exists & (first + k + channel * 0 < stop)
             u = tl.load(u_ptr + row * u_row + channel, mask=here, other=0.0).to(tl.float32)
-            step = tl.load(dt_ptr + row * dt_row + channel, mask=here, other=0.0).to(tl.float32) + bias
+            # After the end the step is softplus(-inf) = 0, which leaves states and gradients as they are.
+            step = tl.load(dt_ptr + row * dt_row + channel, mask=here, other=float("-inf")).to(tl.float32) + bias
             delta = softplus(step)
             x = delta * u
             B = load_weights(B_ptr + row * B_row, inside, N, PACKED)
@@ -236,9 +252,9 @@ def scan_backward_kernel(
                 tl.store(dz_ptr + target, dz.to(dz_ptr.dtype.element_ty), mask=here)
             _store_sums(dB_ptr + row * N, dB, inside, N, N_PADDED, SPLIT)
             _store_sums(dC_ptr + row * N, dC, inside, N, N_PADDED, SPLIT)
-    share = clip * tl.num_programs(0) + tl.program_id(0)
-    for n in tl.static_range(N):
-        tl.store(dA_ptr + (share * N + n) * n_channels + channel, dA[n], mask=exists)
+    store_state(dA_ptr + share * N * n_channels + channel, dA, n_channels, exists, N)
+    if HAS_INITIAL:
+        store_state(grad_initial_ptr + share * N * n_channels + channel, dh, n_channels, exists, N)
     tl.store(dD_ptr + share * n_channels + channel, dD, mask=exists)
     tl.store(dbias_ptr + share * n_channels + channel, dbias, mask=exists)
 
@@ -254,8 +270,15 @@ def scan_backward(
     z: Tensor | None,
     dt_bias: Tensor | None,
     index: ScanIndex,
+    initial: Tensor | None = None,
+    grad_last: Tensor | None = None,
+    grad_initial: Tensor | None = None,
 ) -> ScanGradients:
     """Return the gradient of every argument of ``triton_scan.scan_forward``, each in the type of its argument.
+
+    Every sequence started from ``initial`` (zero where it is None), and ``grad_last`` is the gradient of its last state
+    (zero likewise). The gradient of its starting state is written into ``grad_initial`` where that is given. All three
+    are float32 [b, sequences, N, D].
 
     More than sixteen states do not fit into a program's registers. Every gradient is a sum over states, so they are
     taken sixteen at a time, and only the first time has the skip.
@@ -267,7 +290,10 @@ def scan_backward(
     for first in range(0, A.shape[1], MAX_STATES):
         some = slice(first, first + MAX_STATES)
         skip = None if first else D
-        found.append(_backward(dout, u, dt, A[:, some], B[..., some], C[..., some], skip, z, dt_bias, index, kinds))
+        ends = [None if end is None else end[:, :, some] for end in (initial, grad_last, grad_initial)]
+        found.append(
+            _backward(dout, u, dt, A[:, some], B[..., some], C[..., some], skip, z, dt_bias, index, kinds, *ends)
+        )
     if several:
         found = [ScanGradients(*map(_join, ScanGradients._fields, zip(*found, strict=True)))]
     return ScanGradients(
@@ -298,13 +324,17 @@ def _backward(
     dt_bias: Tensor | None,
     index: ScanIndex,
     kinds: list[torch.dtype | None],
+    initial: Tensor | None,
+    grad_last: Tensor | None,
+    grad_initial: Tensor | None,
 ) -> ScanGradients:
     """Run the kernel for at most MAX_STATES states; gradients of u, dt and z in ``kinds``, all others in float32."""
     b, n_tokens, n_channels = u.shape
     n_states = A.shape[1]
     dout, u, dt, B, C = (by_rows(tensor) for tensor in (dout, u, dt, B, C))
     z_rows = u if z is None else by_rows(z)
-    states = keep_states(u, dt, A, B, dt_bias, index, STEPS)
+    states = keep_states(u, dt, A, B, dt_bias, index, STEPS, initial)
+    dh = None if grad_initial is None else grad_initial.new_empty(grad_initial.shape)
     groups = triton.cdiv(n_channels, CHANNELS)
     shares = b * index.n_sequences
     du, ddt, dz = (torch.empty(u.shape if kind else 0, dtype=kind, device=u.device) for kind in kinds)
@@ -324,6 +354,7 @@ def _backward(
         index.rows,
         index.cu_seqlens,
         states,
+        u if grad_last is None else grad_last.contiguous(),
         du,
         ddt,
         dz,
@@ -332,6 +363,7 @@ def _backward(
         dC,
         dD,
         dbias,
+        u if dh is None else dh,
         n_channels,
         n_tokens,
         states.shape[1],
@@ -346,10 +378,14 @@ def _backward(
         HAS_Z=z is not None,
         HAS_BIAS=dt_bias is not None,
         PACKED=packed(B, C),
+        HAS_LAST=grad_last is not None,
+        HAS_INITIAL=dh is not None,
         num_warps=1,
         num_stages=1,
         **compile_options(),
     )
+    if grad_initial is not None and dh is not None:
+        grad_initial.copy_(dh)
     return ScanGradients(
         du,
         ddt,

@@ -55,7 +55,8 @@ def assert_no_worse(pairs: list[tuple[str, dict, dict]]) -> None:
     reason="the interpreter of Triton 3.6 cannot loop up to a tensor with numpy 2.4 or newer",
 )
 def test_the_interpreted_kernel_matches_the_oracle():
-    passed = run("-m", "pytest", str(Path(__file__).with_name("triton_cases.py")), TRITON_INTERPRET="1")
+    cases = [str(Path(__file__).with_name(name)) for name in ("triton_cases.py", "triton_backward_cases.py")]
+    passed = run("-m", "pytest", *cases, TRITON_INTERPRET="1")
     assert "passed" in passed
     assert "skipped" not in passed
 
