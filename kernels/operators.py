@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from boldforge.kernels.backends import choose
+from boldforge.kernels.backends import TORCH, choose
 from boldforge.kernels.index import index_of
 
 _N_SCAN_TENSORS = 8
@@ -33,10 +33,15 @@ def scan(
     rows: Tensor,
     cu_seqlens: Tensor,
     backend: str,
+    delta_softplus: bool,
 ) -> Tensor:
     """Return the selective scan; see ``ops.shifted_scan``, which checks the arguments."""
+    arguments = (u, dt, A, B, C, D, z, dt_bias, index_of(rows, cu_seqlens))
+    chosen = choose(backend, u)
     with torch.autocast(u.device.type, enabled=False):
-        return choose(backend, u).scan_forward(u, dt, A, B, C, D, z, dt_bias, index_of(rows, cu_seqlens))
+        if delta_softplus:
+            return chosen.scan_forward(*arguments)
+        return TORCH.scan_forward(*arguments, delta_softplus=False)
 
 
 @torch.library.custom_op("boldforge::scan_backward", mutates_args=())
@@ -53,11 +58,16 @@ def scan_backward(
     rows: Tensor,
     cu_seqlens: Tensor,
     backend: str,
+    delta_softplus: bool,
 ) -> list[Tensor]:
     """Return the gradients of the first eight arguments of ``scan``, an empty tensor where there is no argument."""
+    arguments = (dout, u, dt, A, B, C, D, z, dt_bias, index_of(rows, cu_seqlens))
+    chosen = choose(backend, u)
     with torch.autocast(u.device.type, enabled=False):
-        index = index_of(rows, cu_seqlens)
-        found = choose(backend, u).scan_backward(dout, u, dt, A, B, C, D, z, dt_bias, index)
+        if delta_softplus:
+            found = chosen.scan_backward(*arguments)
+        else:
+            found = TORCH.scan_backward(*arguments, delta_softplus=False)
         return [u.new_empty(0) if gradient is None else gradient.contiguous() for gradient in found]
 
 
@@ -98,24 +108,25 @@ conv_backward.register_fake(lambda dout, *arguments: _gradients_like(arguments[:
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep the inputs only; the backward computes states again."""
-    *tensors, ctx.backend = inputs
+    tensors = [value for value in inputs if value is None or isinstance(value, Tensor)]
+    ctx.options = inputs[len(tensors) :]
     ctx.save_for_backward(*tensors)
 
 
 def _scan_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    found = scan_backward(dout, *tensors, ctx.backend)
-    return (*_present(found, tensors), None, None, None)
+    found = scan_backward(dout, *tensors, *ctx.options)
+    return (*_present(found, tensors[:_N_SCAN_TENSORS]), None, None, None, None)
 
 
 def _conv_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    found = conv_backward(dout, *tensors, ctx.backend)
-    return (*_present(found, tensors), None, None, None)
+    found = conv_backward(dout, *tensors, *ctx.options)
+    return (*_present(found, tensors[:3]), None, None, None)
 
 
 def _present(found: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if tensor is None else gradient for gradient, tensor in zip(found, tensors, strict=False)]
+    return [None if tensor is None else gradient for gradient, tensor in zip(found, tensors, strict=True)]
 
 
 scan.register_autograd(_scan_gradients, setup_context=_keep_inputs)

@@ -8,10 +8,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from boldforge.kernels import operators
+from boldforge.kernels.checks import (
+    MAX_TAPS,
+    check_contiguous,
+    check_index,
+    check_rows,
+    check_states,
+    check_tensor,
+)
 from boldforge.kernels.index import ScanIndex
-
-MAX_STATES = 64
-MAX_TAPS = 16
 
 
 def shifted_scan(
@@ -25,6 +30,7 @@ def shifted_scan(
     dt_bias: Tensor | None,
     index: ScanIndex,
     backend: str = "auto",
+    delta_softplus: bool = True,
 ) -> Tensor:
     """Return the selective scan of every clip along ``index``, in token order, with gradients.
 
@@ -34,7 +40,8 @@ def shifted_scan(
     Parameters
     ----------
     u, dt, z : [b, L, D]
-        Input, step size before softplus, and gate; ``z`` may be None (no gate).
+        Input, step size before softplus, and gate; ``z`` may be None (no gate). Contiguous, or slices of the last axis
+        of a contiguous tensor (as are B and C), because a kernel reads rows where they lie.
     A : [D, N]
         Decay rates, negative; N at most 64.
     B, C : [b, L, N]
@@ -46,6 +53,9 @@ def shifted_scan(
     backend : str
         ``auto`` (triton for CUDA tensors and cpu for CPU tensors where they run, else torch) or a key of
         ``available_backends()``.
+    delta_softplus : bool
+        False: delta = dt + dt_bias as it is, of any sign; only the torch backend has this, and it runs whatever
+        ``backend`` says.
 
     Returns
     -------
@@ -55,24 +65,30 @@ def shifted_scan(
     Raises
     ------
     ValueError
-        If a shape, type or device does not fit; names the argument, what was found and what was wanted.
+        If a shape, type, device or memory layout does not fit; names the argument, what was found and what was wanted.
     BackendError
         If the backend cannot run here.
     """
-    _check("u", u, (None, index.n_tokens, None), u)
+    check_tensor("u", u, ("b", "L", "D"), u)
+    check_index(index, "u", u)
     b, L, channels = u.shape
-    _check("dt", dt, (b, L, channels), u)
-    _check("A", A, (channels, None), u)
-    states = A.shape[1]
-    if not 1 <= states <= MAX_STATES:
-        raise ValueError(f"A must have 1 to {MAX_STATES} states (second axis), found {list(A.shape)}.")
-    _check("B", B, (b, L, states), u)
-    _check("C", C, (b, L, states), u)
-    for name, tensor, shape in (("D", D, (channels,)), ("z", z, (b, L, channels)), ("dt_bias", dt_bias, (channels,))):
-        if tensor is not None:
-            _check(name, tensor, shape, u)
+    check_tensor("dt", dt, (b, L, channels), u)
+    check_tensor("A", A, (channels, "N"), u)
+    states = check_states("A", A)
+    check_tensor("B", B, (b, L, states), u)
+    check_tensor("C", C, (b, L, states), u)
+    check_contiguous("A", A)
+    for name, vector in (("D", D), ("dt_bias", dt_bias)):
+        if vector is not None:
+            check_tensor(name, vector, (channels,), u)
+            check_contiguous(name, vector)
+    if z is not None:
+        check_tensor("z", z, (b, L, channels), u)
+    for name, rows in (("u", u), ("dt", dt), ("B", B), ("C", C), ("z", z)):
+        if rows is not None:
+            check_rows(name, rows)
     index = index.to(u.device)
-    return operators.scan(u, dt, A, B, C, D, z, dt_bias, index.rows, index.cu_seqlens, backend)
+    return operators.scan(u, dt, A, B, C, D, z, dt_bias, index.rows, index.cu_seqlens, backend, delta_softplus)
 
 
 def shifted_conv(x: Tensor, weight: Tensor, bias: Tensor | None, index: ScanIndex, backend: str = "auto") -> Tensor:
@@ -100,29 +116,19 @@ def shifted_conv(x: Tensor, weight: Tensor, bias: Tensor | None, index: ScanInde
     Raises
     ------
     ValueError
-        If a shape, type or device does not fit; names the argument, what was found and what was wanted.
+        If a shape, type, device or memory layout does not fit; names the argument, what was found and what was wanted.
     BackendError
         If the backend cannot run here.
     """
-    _check("x", x, (None, index.n_tokens, None), x)
-    _check("weight", weight, (x.shape[2], None), x)
-    if not 1 <= weight.shape[1] <= MAX_TAPS:
+    check_tensor("x", x, ("b", "L", "D"), x)
+    check_index(index, "x", x)
+    check_rows("x", x)
+    check_tensor("weight", weight, (x.shape[2], "K"), x)
+    if weight.shape[1] > MAX_TAPS:
         raise ValueError(f"weight must have 1 to {MAX_TAPS} taps (second axis), found {list(weight.shape)}.")
+    check_contiguous("weight", weight)
     if bias is not None:
-        _check("bias", bias, (x.shape[2],), x)
+        check_tensor("bias", bias, (x.shape[2],), x)
+        check_contiguous("bias", bias)
     index = index.to(x.device)
     return operators.conv(x, weight, bias, index.rows, index.cu_seqlens, backend)
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
-    """Raise ValueError unless the tensor is floating, on the device of ``like`` and of this shape (None: any size)."""
-    fits = tensor.ndim == len(shape) and all(
-        wanted in (None, size) for wanted, size in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits or 0 in tensor.shape:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape [{wanted}], found {list(tensor.shape)}.")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} must be a floating-point tensor, found {tensor.dtype}.")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} must be on {like.device} like the first argument, found {tensor.device}.")

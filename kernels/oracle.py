@@ -23,6 +23,7 @@ def scan_oracle(
     z: Tensor | None,
     dt_bias: Tensor | None,
     index: ScanIndex,
+    delta_softplus: bool = True,
 ) -> Tensor:
     """Return the selective scan along ``index``, in float64, differentiable by autograd.
 
@@ -41,6 +42,8 @@ def scan_oracle(
         Skip weight and step-size bias; either may be None (zero).
     index : ScanIndex
         The order of the L tokens.
+    delta_softplus : bool
+        False: delta = dt + dt_bias, of any sign.
 
     Returns
     -------
@@ -49,7 +52,7 @@ def scan_oracle(
     """
     u, dt, A, B, C = (tensor.double() for tensor in (u, dt, A, B, C))
     step = dt if dt_bias is None else dt + dt_bias.double()
-    delta = torch.where(step > 0, step, 0) + torch.log1p(torch.exp(-step.abs()))
+    delta = torch.where(step > 0, step, 0) + torch.log1p(torch.exp(-step.abs())) if delta_softplus else step
     outputs: list[Tensor] = [torch.empty(0)] * index.n_tokens
     edges = index.cu_seqlens.tolist()
     for start, stop in pairwise(edges):

@@ -50,10 +50,12 @@ def scan_forward(
     z: Tensor | None,
     dt_bias: Tensor | None,
     index: ScanIndex,
+    delta_softplus: bool = True,
 ) -> Tensor:
     """Return the selective scan along ``index``; shapes and formula as in ``scan_oracle``.
 
-    The state is float32, or float64 where ``u`` is float64; the output has the type of ``u``.
+    The state is float32, or float64 where ``u`` is float64; the output has the type of ``u``. Without
+    ``delta_softplus`` the step is dt + dt_bias as it is, of any sign.
     """
     work = _work_dtype(u)
     log2_A_ND = _log2_decay(A.to(work).T)
@@ -63,7 +65,8 @@ def scan_forward(
         h = log2_A_ND.new_zeros(blocks[0].sizes[0], *log2_A_ND.shape)
         for block in blocks:
             u_RD, B_RN, C_RN = (_take(tensor, block, work) for tensor in (u, B, C))
-            delta_RD = _softplus(_step_size(dt, dt_bias, block, work))
+            step_RD = _step_size(dt, dt_bias, block, work)
+            delta_RD = _softplus(step_RD) if delta_softplus else step_RD
             h = _advance(h, delta_RD, u_RD, B_RN, log2_A_ND, block.sizes, decay, states)
             y_RD = torch.bmm(C_RN.unsqueeze(1), states[: len(u_RD)]).squeeze(1)
             if D is not None:
@@ -104,6 +107,7 @@ def scan_backward(
     z: Tensor | None,
     dt_bias: Tensor | None,
     index: ScanIndex,
+    delta_softplus: bool = True,
 ) -> ScanGradients:
     """Return the gradient of every argument of ``scan_forward``, each in the type of its argument.
 
@@ -119,12 +123,12 @@ def scan_backward(
     dA_ND, dD, dbias = torch.zeros_like(A_ND), A_ND.new_zeros(len(A)), A_ND.new_zeros(len(A))
     all_packs, decay, states = _plan(index, u.shape[0], A_ND)
     for blocks in all_packs:
-        entering = _states_entering(u, dt, A_ND, B, dt_bias, blocks, decay, states)
+        entering = _states_entering(u, dt, A_ND, B, dt_bias, blocks, decay, states, delta_softplus)
         dh = torch.zeros_like(entering[0])
         for block in reversed(blocks):
             u_RD, B_RN, C_RN, dy_RD = (_take(tensor, block, work) for tensor in (u, B, C, dout))
             step_RD = _step_size(dt, dt_bias, block, work)
-            delta_RD = _softplus(step_RD)
+            delta_RD = _softplus(step_RD) if delta_softplus else step_RD
             if z is not None and dz is not None:
                 z_RD = _take(z, block, work)
                 gate_RD = torch.sigmoid(z_RD)
@@ -136,7 +140,9 @@ def scan_backward(
             dA_ND += sums.dA_ND
             if dz is not None:
                 dz.index_copy_(0, block.rows, dgate_RD.mul_(sums.y_RD.addcmul_(u_RD, skip)).to(dz.dtype))
-            ddt_RD = (sums.gB_RD * u_RD).add_(sums.pA_RD).mul_(torch.sigmoid(step_RD))
+            ddt_RD = (sums.gB_RD * u_RD).add_(sums.pA_RD)
+            if delta_softplus:
+                ddt_RD.mul_(torch.sigmoid(step_RD))
             dD += (dy_RD * u_RD).sum(0)
             dbias += ddt_RD.sum(0)
             du.index_copy_(0, block.rows, sums.gB_RD.mul_(delta_RD).addcmul_(dy_RD, skip).to(du.dtype))
@@ -164,13 +170,15 @@ def _states_entering(
     blocks: list[Block],
     decay: Tensor,
     states: Tensor,
+    delta_softplus: bool,
 ) -> list[Tensor]:
     """Return the state before every block of a pack, each [lane, N, D]."""
     log2_A_ND = _log2_decay(A_ND)
     entering = [A_ND.new_zeros(blocks[0].sizes[0], *A_ND.shape)]
     for block in blocks[:-1]:
         u_RD, B_RN = (_take(tensor, block, A_ND.dtype) for tensor in (u, B))
-        delta_RD = _softplus(_step_size(dt, dt_bias, block, A_ND.dtype))
+        step_RD = _step_size(dt, dt_bias, block, A_ND.dtype)
+        delta_RD = _softplus(step_RD) if delta_softplus else step_RD
         entering.append(_advance(entering[-1], delta_RD, u_RD, B_RN, log2_A_ND, block.sizes, decay, states))
     return entering
 

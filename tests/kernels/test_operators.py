@@ -33,18 +33,24 @@ def test_compiling_breaks_no_graph_and_changes_no_bit(missing):
         assert torch.equal(found, wanted)
 
 
+OPCHECKS = {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"}
+
+
+@pytest.mark.parametrize("delta_softplus", [True, False])
 @pytest.mark.parametrize("missing", [(), ("D", "z", "dt_bias")])
-def test_torchs_own_checks_of_the_scan(missing):
+def test_torchs_own_checks_of_the_scan(missing, delta_softplus):
     index = window_index((5,), (3,), (0,))
     inputs = {name: value.requires_grad_() for name, value in scan_inputs(index, 1, 2, 2, torch.float32).items()}
     arguments = [None if name in missing else inputs[name] for name in SCAN_ARGUMENTS]
-    torch.library.opcheck(operators.scan, (*arguments, index.rows, index.cu_seqlens, "torch"))
+    found = torch.library.opcheck(operators.scan, (*arguments, index.rows, index.cu_seqlens, "torch", delta_softplus))
+    assert found == dict.fromkeys(OPCHECKS, "SUCCESS")
 
 
 def test_torchs_own_checks_of_the_convolution():
     index = window_index((5,), (3,), (0,))
     x, weight = torch.randn(1, 5, 2, requires_grad=True), torch.randn(2, 4, requires_grad=True)
-    torch.library.opcheck(operators.conv, (x, weight, None, index.rows, index.cu_seqlens, "torch"))
+    found = torch.library.opcheck(operators.conv, (x, weight, None, index.rows, index.cu_seqlens, "torch"))
+    assert found == dict.fromkeys(OPCHECKS, "SUCCESS")
 
 
 def test_an_operator_finds_its_index_and_keeps_none_alive():
