@@ -2,6 +2,8 @@
 
 from boldforge.kernels.backends import BackendError, available_backends
 from boldforge.kernels.index import ScanIndex, window_index
+from boldforge.kernels.index_packs import pack_indices
+from boldforge.kernels.index_prompts import expand_prompts, strip_prompts
 from boldforge.kernels.ops import shifted_conv, shifted_scan
 from boldforge.kernels.oracle import conv_oracle, scan_oracle
 from boldforge.kernels.selective_scan import selective_scan_fn
@@ -9,6 +11,9 @@ from boldforge.kernels.selective_scan import selective_scan_fn
 __all__ = [
     "ScanIndex",
     "window_index",
+    "pack_indices",
+    "expand_prompts",
+    "strip_prompts",
     "shifted_scan",
     "shifted_conv",
     "selective_scan_fn",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from boldforge.kernels import cpu_build
 from boldforge.kernels.index import ScanIndex
+from boldforge.kernels.index_balance import even_tasks
 from boldforge.kernels.torch_backend import ScanGradients
 
 # Neighbouring sequences make a task and neighbouring channels a group; a task times a group is what one thread takes at
@@ -165,16 +166,8 @@ def _path(index: ScanIndex, b: int) -> dict[str, Tensor]:
     return {
         "rows": index.rows,
         "edges": index.cu_seqlens,
-        "tasks": index.cached(("cpu tasks", b), lambda: _tasks(index, b)),
+        "tasks": index.cached(("cpu tasks", b), lambda: even_tasks(index, b, _MAX_TASKS)),
     }
-
-
-def _tasks(index: ScanIndex, b: int) -> Tensor:
-    """Return the first sequence of every task (int64, one more entry than tasks), about equally many tokens each."""
-    starts = (torch.arange(b)[:, None] * index.n_tokens + index.cu_seqlens[:-1]).flatten()
-    n_tasks = min(len(starts), _MAX_TASKS)
-    wanted = torch.arange(n_tasks + 1) * (b * index.n_tokens) // n_tasks
-    return torch.searchsorted(starts, wanted)
 
 
 def _scan_sizes(tensors: dict[str, Tensor | None], index: ScanIndex) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """The scan path: every token once, no scan across a seam, and exactly NeuroSTORM's order in wrap mode."""
 
+from math import prod
+
 import pytest
 import torch
 from hypothesis import given
@@ -67,16 +69,26 @@ def test_restarts_lie_only_between_regions(layout, seed):
         assert int((sequence < 0).sum()) < 2 ** sum(s > 0 for s in shift)
 
 
-@given(layouts(dense=True))
-def test_wrap_mode_is_roll_and_window_partition(layout):
+@given(layouts(), st.integers(0, 999), st.booleans())
+def test_the_inverse_gives_the_place_of_every_token(layout, seed, reverse):
     grid, window, shift = layout
-    index = window_index(grid, window, shift, "wrap")
+    index = window_index(grid, window, shift, keep=kept(seed, grid), reverse=reverse)
+    tokens, places = torch.arange(index.n_tokens), index.inverse
+    assert torch.equal(index.tokens[places], tokens)
+    assert torch.equal(places[index.tokens], tokens)
+
+
+@given(layouts(dense=True), st.randoms(use_true_random=False))
+def test_wrap_mode_is_roll_and_window_partition(layout, random):
+    grid, window, shift = layout
+    order = random.sample(range(len(grid)), len(grid))
+    index = window_index(grid, window, shift, "wrap", order=order)
     ids = torch.arange(torch.Size(grid).numel()).view(*grid)
     moves = [0 if size <= width else -moved for size, width, moved in zip(grid, window, shift, strict=True)]
     rolled = torch.roll(ids, moves, dims=tuple(range(len(grid))))
     split = rolled.view([n for size, width in zip(grid, window, strict=True) for n in (size // width, width)])
     n = len(grid)
-    expected = split.permute(*range(0, 2 * n, 2), *range(1, 2 * n, 2)).reshape(-1)
+    expected = split.permute(*range(0, 2 * n, 2), *(2 * axis + 1 for axis in order)).reshape(-1)
     assert torch.equal(index.rows.long(), expected)
     assert set(index.cu_seqlens.diff().tolist()) == {torch.Size(window).numel()}
 
@@ -108,6 +120,49 @@ def test_keep_only_leaves_tokens_out_of_the_dense_path(layout, seed, mode):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@given(layouts(), st.integers(0, 999), st.sampled_from(["region", "wrap"]))
+def test_the_last_axis_is_the_fastest_unless_told(layout, seed, mode):
+    grid, window, shift = layout
+    keep = kept(seed, grid)
+    plain = window_index(grid, window, shift, mode, keep)
+    told = window_index(grid, window, shift, mode, keep, order=range(len(grid)))
+    swapped = window_index(grid, window, shift, mode, keep, order=range(len(grid))[::-1])
+    assert torch.equal(plain.rows, told.rows)
+    assert torch.equal(plain.cu_seqlens, swapped.cu_seqlens)
+    for there, other in zip(sequences(plain), sequences(swapped), strict=True):
+        assert set((there & 0x7FFFFFFF).tolist()) == set((other & 0x7FFFFFFF).tolist())
+        assert int((there < 0).sum()) == int((other < 0).sum())
+
+
+@given(layouts(), st.integers(0, 999), st.sampled_from(["region", "wrap"]), st.booleans(), st.integers(1, 3))
+def test_prompts_begin_every_stretch_and_change_nothing_else(layout, seed, mode, reverse, prompts):
+    grid, window, shift = layout
+    plain = window_index(grid, window, shift, mode, kept(seed, grid), reverse)
+    index = window_index(grid, window, shift, mode, kept(seed, grid), reverse, prompts=prompts)
+    first, length = index.segments
+    assert index.n_clip_tokens == plain.n_tokens
+    assert index.n_sequences == plain.n_sequences
+    assert torch.equal(index.tokens.sort().values, torch.arange(index.n_tokens))
+    own, added = [], []
+    for stretch in index.tokens.split(length.tolist()):
+        added.append(stretch[:prompts])
+        own.append(stretch[prompts:])
+    assert [len(tokens) for tokens in own] == plain.segments[1].tolist()
+    assert torch.equal(torch.cat(own), plain.tokens)
+    assert torch.equal(torch.cat(added), torch.arange(plain.n_tokens, index.n_tokens))
+    # Restarts stay where they were: on the first prompt now, and only between the stretches of one sequence.
+    assert int((index.rows < 0).sum()) == int((plain.rows < 0).sum())
+    assert bool((index.rows[first][~torch.isin(first, index.cu_seqlens)] < 0).all())
+
+
+def test_prompts_are_not_repeated_inside_a_wrapped_window():
+    windows = prod((4, 4))
+    wrap, region = (window_index((8, 8), (2, 2), (1, 1), mode, prompts=5) for mode in ("wrap", "region"))
+    assert wrap.n_tokens == 64 + 5 * windows
+    # Seven windows of the last row and column hold two sides of one seam, and the corner holds four of two.
+    assert region.n_tokens == 64 + 5 * (windows + 6 + 3)
+
+
 def test_small_axes_are_neither_shifted_nor_cut():
     index = window_index((2, 2, 2, 8), (4, 4, 4, 4), (2, 2, 2, 2))
     assert index.cu_seqlens.diff().tolist() == [32, 32]
@@ -135,6 +190,8 @@ def test_neighbours_stop_at_restarts_and_sequences():
         (((4, 4), (2, 2), (1, 0), "wrap", torch.zeros(4, 4, dtype=torch.bool)), "no token"),
         (((4, 4), (2, 2), (1, 0), "wrap", torch.ones(4, 3, dtype=torch.bool)), r"\[4, 3\]"),
         (((4, 4), (2, 2), (1, 0), "wrap", torch.ones(4, 4)), "float32"),
+        (((4, 4), (2, 2), (1, 0), "wrap", None, False, (0, 0)), r"order .* 0…1 once, found \(0, 0\)"),
+        (((4, 4), (2, 2), (1, 0), "wrap", None, False, None, -1), "prompts must be 0 or more, found -1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(arguments, message):
@@ -150,6 +207,7 @@ def test_arguments_that_do_not_fit_are_named(arguments, message):
         ([0, 1, 2], [0, 2], 3),
         ([0, 1, 2], [0, 0, 3], 3),
         ([0, 1, 2], [0], 3),
+        ([0, 1, 2], [1, 3], 3),
         ([0, 1], [0, 2], 3),
         ([], [0, 0], 0),
     ],
@@ -162,3 +220,22 @@ def test_tables_that_contradict_each_other_are_refused(rows, edges, n_tokens):
 def test_tables_of_the_wrong_type_are_refused():
     with pytest.raises(ValueError, match="int64"):
         ScanIndex(torch.arange(3), torch.tensor([0, 3], dtype=torch.int32), 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "prompts", "message"),
+    [
+        ([2, 0, 1], 1, None),
+        ([2, 0, 1], 3, "found 3 prompts and a stretch of 3 places"),
+        ([0, 2, 1], 1, "begin every stretch with its 1 prompts"),
+        ([2, 1, 0], 2, "the tokens from 1 on"),
+        ([2, 0, 1], -1, "0 or more, found -1"),
+    ],
+)
+def test_prompts_in_the_wrong_place_are_refused(rows, prompts, message):
+    tables = (torch.tensor(rows, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32), 3, prompts)
+    if message is None:
+        assert ScanIndex(*tables).n_clip_tokens == 2
+        return
+    with pytest.raises(ValueError, match=message):
+        ScanIndex(*tables)
