@@ -1,9 +1,9 @@
 """From 4D fMRI files to brain-only shards, and back as clips."""
 
 from boldforge.data_shards.atlas import Atlas, AtlasError, atlas_on_grid, load_atlas
-from boldforge.data_shards.build import BuildError, BuildReport, build_shards
+from boldforge.data_shards.build import BuildReport, build_shards
 from boldforge.data_shards.grid import Grid, GridError, brain_mask, get_grid, mask_centres, mask_hash
-from boldforge.data_shards.manifest import Manifest, RunEntry, ShardEntry, ShardError, load_manifest
+from boldforge.data_shards.manifest import Manifest, load_manifest
 from boldforge.data_shards.nifti import Bold, HeaderError, ReadError, open_bold
 from boldforge.data_shards.phenotype import LayoutError
 from boldforge.data_shards.prepare import PreparedRun, prepare_run
@@ -13,6 +13,8 @@ from boldforge.data_shards.runs import Run, RunList, Skipped, check_headers, det
 from boldforge.data_shards.simulate import SimulationConfig, SimulationError, simulate_cohort
 from boldforge.data_shards.splits import Holdout, Segment, split_segments, whole_runs
 from boldforge.data_shards.stream import ClipBatch, ClipStream
+from boldforge.data_shards.tables import RunEntry, ShardEntry, ShardError
+from boldforge.data_shards.work import BuildError
 
 __all__ = [
     "Grid",

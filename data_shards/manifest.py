@@ -1,27 +1,24 @@
-"""The manifest: what a folder of shards holds, where each run lies and how to check it. Versioned JSON."""
+"""The manifest: what a folder of shards holds, where each run lies and how to check it: versioned JSON."""
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, PrivateAttr, ValidationError
+from pydantic import ConfigDict, PlainSerializer, PlainValidator, PrivateAttr, ValidationError
 
-from boldforge.configs import BoldForgeError, StrictModel
+from boldforge.configs import StrictModel
 from boldforge.data_shards.grid import Grid, mask_hash
-from boldforge.data_shards.normalise import Normalisation
 from boldforge.data_shards.recipe import DataRecipe
+from boldforge.data_shards.tables import RunTable, ShardError, ShardTable, TableEntry, TableName, Tables
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 MANIFEST_FILE = "manifest.json"
 MASK_FILE = "mask.npy"
 REJECTED_FILE = "rejected.tsv"
-
-
-class ShardError(BoldForgeError):
-    """A folder of shards is missing, incomplete or corrupt."""
 
 
 def _grid_from_json(value: Any) -> Grid:
@@ -40,55 +37,21 @@ def _grid_to_json(grid: Grid) -> dict[str, Any]:
 GridField = Annotated[Grid, PlainValidator(_grid_from_json), PlainSerializer(_grid_to_json)]
 
 
-class ShardEntry(StrictModel):
-    """One tar file; ``sha256`` is over the whole file."""
-
-    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
-    n_bytes: int
-    sha256: str
-
-
-class RunEntry(StrictModel):
-    """One stored run. Offsets are bytes from the start of its shard to the first value, past tar and npy headers."""
-
-    key: str
-    subject: str
-    session: str | None
-    site: str | None
-    task: str | None
-    phenotype: dict[str, float | str | None]
-    simulated: bool
-    n_frames: int = Field(gt=0)
-    source_file: str
-    source_sha256: str
-    source_tr: float
-    source_frames: int
-    normalisation: Normalisation
-    coverage: float
-    """Share of the grid's brain voxels that carry signal."""
-    tsnr_db: float
-    """Temporal SNR of the stored integers against the values before quantisation."""
-    shard: int
-    offset: int
-    checksum: str
-    """xxh3-64 (hex) of the run's integers, [T, V] in C order, little-endian."""
-    scale_offset: int
-    scale_checksum: str
-    """xxh3-64 (hex) of the run's float32 [2, V]: means, then scales."""
-
-
 class Manifest(StrictModel):
     """Everything about a folder of shards; build one with `load_manifest` or `build_shards`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     recipe: DataRecipe
     grid: GridField
     mask_sha256: str
     n_voxels: int
-    shards: tuple[ShardEntry, ...]
-    runs: tuple[RunEntry, ...]
+    n_runs: int
+    n_frames: int
+    simulated: bool
+    """Whether any run is of a simulated subject."""
+    tables: dict[TableName, TableEntry]
     software: dict[str, str]
     content_hash: str = ""
     _folder: Path | None = PrivateAttr(default=None)
@@ -105,19 +68,42 @@ class Manifest(StrictModel):
         """The stored integers' little-endian type."""
         return np.dtype(self.recipe.dtype).newbyteorder("<")
 
+    @cached_property
+    def opened(self) -> Tables:
+        """The tables, each opened and checked when it is first needed."""
+        return Tables(self.folder, self.tables)
+
+    @cached_property
+    def runs(self) -> RunTable:
+        """One `RunEntry` per run, each parsed when it is asked for."""
+        return RunTable(self.opened)
+
+    @cached_property
+    def shards(self) -> ShardTable:
+        """One `ShardEntry` per shard."""
+        return ShardTable(self.opened)
+
     @property
-    def simulated(self) -> bool:
-        """Whether any run is of a simulated subject."""
-        return any(run.simulated for run in self.runs)
+    def index(self) -> npt.NDArray[Any]:
+        """One row of `boldforge.data_shards.tables.INDEX_DTYPE` per run: lengths, places and hashes."""
+        return self.opened.index
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one stored frame."""
+        return self.n_voxels * self.dtype.itemsize
 
     def computed_hash(self) -> str:
-        """Return the sha256 over everything but the software versions: equal data, equal hash."""
+        """Return the sha256 over everything but the software versions: equal data, equal hash.
+
+        Tables count by their own hashes.
+        """
         content = self.model_dump(mode="json", exclude={"content_hash", "software"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def placed_in(self, folder: Path) -> "Manifest":
         """Return this manifest as found in a folder."""
-        placed = self.model_copy()
+        placed = Manifest(**{name: getattr(self, name) for name in type(self).model_fields})
         placed._folder = folder
         return placed
 
@@ -160,8 +146,10 @@ def load_manifest(path: str | Path) -> Manifest:
         content = json.loads(path.read_text())
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
+            age = "an older" if isinstance(version, int) and version < SCHEMA_VERSION else "another"
             raise ShardError(
-                f"{path}: has schema version {version}, this release reads {SCHEMA_VERSION}; build it again."
+                f"{path}: was built by {age} release (schema version {version}, this one reads {SCHEMA_VERSION}); "
+                f"build the shards again: boldforge shard INPUT --out {path.parent} --overwrite"
             )
         manifest = Manifest.model_validate(content)
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -171,4 +159,9 @@ def load_manifest(path: str | Path) -> Manifest:
         raise ShardError(
             f"{path}: does not match its content hash, so it was changed or damaged; build the shards again."
         )
-    return manifest.placed_in(path.parent)
+    manifest = manifest.placed_in(path.parent)
+    if len(manifest.runs) != manifest.n_runs:
+        raise ShardError(
+            f"{path}: names {manifest.n_runs} runs, its index {len(manifest.runs)}; build the shards again."
+        )
+    return manifest

@@ -2,17 +2,19 @@
 
 import os
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from boldforge.data_shards.manifest import Manifest, RunEntry, ShardError
+from boldforge.data_shards.manifest import Manifest
+from boldforge.data_shards.tables import ShardError, frame_hashes
 
 _OPEN_FILES = 64  # a dataset may have more shards than a process may open files
-_CACHED_SCALES = 64
-_BLOCK = 8 * 2**20
+_CACHED_RUNS = 64
+LOOK_AT = 4096
 
 
 class QuantisedClip(NamedTuple):
@@ -23,34 +25,34 @@ class QuantisedClip(NamedTuple):
     mean: npt.NDArray[np.float32]
 
 
-class ShardReader:
-    """Reads clips by position. Every shard's size is checked at once, every run's checksum before its first clip.
+class _RunTail(NamedTuple):
+    """What belongs to every clip of a run: float32 [2, V] means and scales, and uint64 [T] hashes of its frames."""
 
-    Parameters
-    ----------
-    manifest
-        The dataset.
-    verified
-        Runs (by index) that another reader of the same process has verified already; shared with it from then on.
+    scale: npt.NDArray[np.float32]
+    hashes: npt.NDArray[np.uint64]
+
+
+class ShardReader:
+    """Reads clips by position. Every frame that is handed out has been checked against its hash, every time.
+
+    A dataset's shards are looked at when the reader is made, each for its size; beyond `LOOK_AT` shards, where that
+    would take longer than all else, each when it is first opened.
 
     Raises
     ------
     ShardError
-        From the constructor when a shard is missing or has another size than the manifest says; from `read` when a run
-        does not match its checksum.
+        From the constructor when a shard is missing or has another size than the manifest says; from `read` when what
+        is asked for is damaged.
     """
 
-    def __init__(self, manifest: Manifest, verified: set[int] | None = None) -> None:
+    def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self.verified = set() if verified is None else verified
-        for shard in manifest.shards:
-            path = manifest.folder / shard.file
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard.n_bytes:
-                found = "is missing" if size is None else f"has {size} bytes, expected {shard.n_bytes}"
-                raise ShardError(f"{path}: the shard {found}; copy it again or build the shards again.")
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._scales: OrderedDict[int, npt.NDArray[np.float32]] = OrderedDict()
+        self._runs: OrderedDict[int, _RunTail] = OrderedDict()
+        if len(manifest.shards) <= LOOK_AT:
+            for shard in manifest.shards:
+                path = manifest.folder / shard.file
+                self._check_size(path, path.stat().st_size if path.is_file() else None, shard.n_bytes)
 
     def read(self, run_index: int, start: int, length: int, out: npt.NDArray[Any] | None = None) -> QuantisedClip:
         """Return `length` frames of a run from frame `start`, read into `out` [length, V] where it is given.
@@ -58,20 +60,22 @@ class ShardReader:
         Raises
         ------
         ShardError
-            If the run's bytes are damaged.
+            If these frames, or the run's scales, are damaged. What `out` then holds is of no use.
         IndexError
             If the frames do not lie within the run.
         """
-        run = self.manifest.runs[run_index]
-        if start < 0 or length < 1 or start + length > run.n_frames:
-            raise IndexError(f"{run.key}: frames {start} to {start + length} are outside its {run.n_frames} frames")
-        if run_index not in self.verified:
-            self._verify(run)
-            self.verified.add(run_index)
+        row = self.manifest.index[run_index]
+        n_frames, offset = int(row["n_frames"]), int(row["offset"])
+        if start < 0 or length < 1 or start + length > n_frames:
+            key = self.manifest.runs[run_index].key
+            raise IndexError(f"{key}: frames {start} to {start + length} are outside its {n_frames} frames")
+        tail = self._tail(run_index)
         q = np.empty((length, self.manifest.n_voxels), dtype=self.manifest.dtype) if out is None else out
-        self._fill(run, q.data.cast("B"), run.offset + start * q.strides[0])
-        mean, scale = self._scale(run_index)
-        return QuantisedClip(q, scale, mean)
+        self._fill(run_index, q.data.cast("B"), offset + start * self.manifest.frame_bytes)
+        damaged = np.flatnonzero(frame_hashes(q) != tail.hashes[start : start + length])
+        if len(damaged):
+            raise self._damaged(run_index, f"frame {start + int(damaged[0])}")
+        return QuantisedClip(q, tail.scale[1], tail.scale[0])
 
     def close(self) -> None:
         """Close the files that are open."""
@@ -86,55 +90,62 @@ class ShardReader:
         if hasattr(self, "_files"):
             self.close()
 
-    def _scale(self, run_index: int) -> npt.NDArray[np.float32]:
-        if run_index not in self._scales:
-            run = self.manifest.runs[run_index]
+    def _tail(self, run_index: int) -> "_RunTail":
+        """Return what is read once per run: its scales and its frames' hashes."""
+        if run_index not in self._runs:
+            row = self.manifest.index[run_index]
             scale = np.empty((2, self.manifest.n_voxels), dtype="<f4")
-            self._fill(run, scale.data.cast("B"), run.scale_offset)
-            if xxhash.xxh3_64_hexdigest(scale.data) != run.scale_checksum:
-                raise self._damaged(run)
-            self._scales[run_index] = scale
-            if len(self._scales) > _CACHED_SCALES:
-                self._scales.popitem(last=False)
-        self._scales.move_to_end(run_index)
-        return self._scales[run_index]
+            hashes = np.empty(int(row["n_frames"]), dtype="<u8")
+            self._fill(run_index, scale.data.cast("B"), int(row["scale_offset"]))
+            self._fill(run_index, hashes.data.cast("B"), int(row["hashes_offset"]))
+            if xxhash.xxh3_64_intdigest(scale.data) != row["scale_xxh3"]:
+                raise self._damaged(run_index, "scales")
+            if xxhash.xxh3_64_intdigest(hashes.data) != row["hashes_xxh3"]:
+                raise self._damaged(run_index, "list of frame hashes")
+            # Handed out again and again: whoever writes into them would bend every later clip.
+            scale.setflags(write=False)
+            self._runs[run_index] = _RunTail(scale, hashes)
+            if len(self._runs) > _CACHED_RUNS:
+                self._runs.popitem(last=False)
+        self._runs.move_to_end(run_index)
+        return self._runs[run_index]
 
-    def _verify(self, run: RunEntry) -> None:
-        digest = xxhash.xxh3_64()
-        end = run.offset + run.n_frames * self.manifest.n_voxels * self.manifest.dtype.itemsize
-        position = run.offset
-        while position < end:
-            data = os.pread(self._file(run.shard), min(_BLOCK, end - position), position)
-            if not data:
-                raise self._damaged(run)
-            digest.update(data)
-            position += len(data)
-        if digest.hexdigest() != run.checksum:
-            raise self._damaged(run)
-
-    def _fill(self, run: RunEntry, buffer: memoryview, offset: int) -> None:
+    def _fill(self, run_index: int, buffer: memoryview, offset: int) -> None:
+        file = self._file(int(self.manifest.index[run_index]["shard"]))
         done = 0
         while done < len(buffer):
-            count = os.preadv(self._file(run.shard), [buffer[done:]], offset + done)
+            count = os.preadv(file, [buffer[done:]], offset + done)
             if count == 0:
-                raise self._damaged(run)
+                raise self._damaged(run_index, "end, which is cut off")
             done += count
 
     def _file(self, shard: int) -> int:
         if shard not in self._files:
-            path = self.manifest.folder / self.manifest.shards[shard].file
+            entry = self.manifest.shards[shard]
+            path = self.manifest.folder / entry.file
             try:
-                self._files[shard] = os.open(path, os.O_RDONLY)
+                number = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                self._check_size(path, None, entry.n_bytes)
+                raise
             except OSError as error:
                 raise ShardError(f"{path}: the shard cannot be opened ({error.strerror}).") from None
+            self._files[shard] = number
+            self._check_size(path, os.fstat(number).st_size, entry.n_bytes)
             if len(self._files) > _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(shard)
         return self._files[shard]
 
-    def _damaged(self, run: RunEntry) -> ShardError:
+    def _check_size(self, path: Path, size: int | None, expected: int) -> None:
+        if size != expected:
+            found = "is missing" if size is None else f"has {size} bytes, expected {expected}"
+            raise ShardError(f"{path}: the shard {found}; copy it again or build the shards again.")
+
+    def _damaged(self, run_index: int, what: str) -> ShardError:
+        run = self.manifest.runs[run_index]
         path = self.manifest.folder / self.manifest.shards[run.shard].file
         return ShardError(
-            f"{path}: run {run.key} does not match its checksum, the shard is damaged; "
+            f"{path}: run {run.key} does not match its checksum (its {what}), the shard is damaged; "
             "copy it again or build the shards again."
         )

@@ -1,10 +1,15 @@
-"""Write one shard: an uncompressed tar that stock WebDataset iterates and `ShardReader` reads by position."""
+"""Write shards: uncompressed tars that stock WebDataset iterates, `ShardReader` reads by position and zarr opens.
+
+A run's part of a tar (its fragment) fills whole pages, so its bytes do not depend on where in a shard it comes to lie:
+workers write fragments side by side, and a shard is its fragments one after another, closed by the end-of-archive mark.
+"""
 
 import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,93 +17,54 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from boldforge.data_shards.manifest import RunEntry, ShardEntry
 from boldforge.data_shards.prepare import StoredRun
 from boldforge.data_shards.runs import Run
+from boldforge.data_shards.tables import RunEntry, ShardEntry, frame_hashes
 
-_ALIGNMENT = 4096  # a page: positioned reads and memory maps then start on one
+PAGE = 4096  # positioned reads and memory maps then start on one
 _TAR_BLOCK = 512
+_END_OF_TAR = bytes(2 * PAGE)  # two blocks of zeros would do; whole pages keep every file's size a multiple of one
+_COPY = 8 * 2**20
 
 
-class HashedFile:
-    """A file being written, with the sha256 and the count of what went through."""
+@dataclass(frozen=True)
+class Fragment:
+    """A run's part of a tar in a file of its own; offsets of `entry` count from its start, ``xxh3`` is over all."""
+
+    path: Path
+    n_bytes: int
+    xxh3: str
+    entry: RunEntry
+
+
+class _HashedFile:
+    """A file being written, with the xxh3-128 and the count of what went through."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._digest = hashlib.sha256()
-        self._abandoned = False
+        self.digest = xxhash.xxh3_128()
         self.n_bytes = 0
 
-    def write(self, data: bytes) -> int:
-        """Write bytes and count them."""
-        if self._abandoned:
-            return len(data)
+    def write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
-        self._digest.update(data)
+        self.digest.update(data)
         self.n_bytes += len(data)
-        return len(data)
-
-    def abandon(self) -> None:
-        """Swallow what still comes: tarfile flushes when collected, and would fail once more on a full disk."""
-        self._abandoned = True
-
-    def sha256(self) -> str:
-        """Return the hex digest of everything written so far."""
-        return self._digest.hexdigest()
 
 
-def write_shard(
-    path: Path, index: int, runs: Iterable[tuple[Run, StoredRun]]
-) -> tuple[ShardEntry | None, list[RunEntry]]:
-    """Write runs into a new tar, under a temporary name until it is complete and on disk.
+def write_fragment(path: Path, run: Run, result: StoredRun) -> Fragment:
+    """Write a run's part of a tar, under a temporary name until it is complete.
 
-    Members per run: ``<key>.bold.npy`` [T, V], ``<key>.json``, ``<key>.scale.npy`` [2, V] (means, scales).
-
-    Parameters
-    ----------
-    path
-        The shard's final name.
-    index
-        The shard's place in the manifest.
-    runs
-        Consumed one by one, so that only one run is in memory. Without any, no file is left.
+    Members: ``<key>.bold.npy`` [T, V], ``<key>.json``, ``<key>.scale.npy`` float32 [2, V] (means, scales) and
+    ``<key>.xxh3.npy`` uint64 [T] (the xxh3-64 of each frame's integers).
 
     Raises
     ------
     OSError
         If the file cannot be written; the temporary file is removed first.
     """
-    from webdataset import TarWriter
-
-    partial = path.with_name(f".{path.name}.partial")
-    written: list[tuple[Run, StoredRun, str, str]] = []
-    try:
-        with partial.open("wb") as file:
-            hashed = HashedFile(file)
-            try:
-                tar = TarWriter(hashed, encoder=False, compress=False, mtime=0)
-                for run, result in runs:
-                    written.append((run, result, *_write_run(tar, run, result)))
-                tar.close()
-                file.flush()
-                os.fsync(file.fileno())
-            except BaseException:
-                hashed.abandon()
-                raise
-        if not written:
-            partial.unlink()
-            return None, []
-        entries = _entries(partial, index, written)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return ShardEntry(file=path.name, n_bytes=hashed.n_bytes, sha256=hashed.sha256()), entries
-
-
-def _write_run(tar: Any, run: Run, result: StoredRun) -> tuple[str, str]:
-    stored = result.stored
-    scale = np.stack([stored.mean, stored.scale]).astype("<f4")
+    q = np.ascontiguousarray(result.stored.q)
+    scale = np.stack([result.stored.mean, result.stored.scale]).astype("<f4")
+    hashes = frame_hashes(q)
     about = {
         "subject": run.subject,
         "session": run.session,
@@ -107,55 +73,127 @@ def _write_run(tar: Any, run: Run, result: StoredRun) -> tuple[str, str]:
         "simulated": run.simulated,
         "value": "mean + q * scale, float32; scale.npy holds the means, then the scales",
     }
-    position = tar.tarstream.offset + _TAR_BLOCK
-    tar.write(
-        {
-            "__key__": run.key,
-            "bold.npy": _npy_header(stored.q, position) + stored.q.tobytes(),
-            "json": json.dumps(about, sort_keys=True).encode(),
-            "scale.npy": _npy_header(scale, 0) + scale.tobytes(),
-        }
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            out = _HashedFile(file)
+            offset = _add_array(out, f"{run.key}.bold.npy", q)
+            _add_text(out, f"{run.key}.json", json.dumps(about, sort_keys=True).encode())
+            scale_offset = _add_array(out, f"{run.key}.scale.npy", scale)
+            hashes_offset = _add_array(out, f"{run.key}.xxh3.npy", hashes, fill_page=True)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    prepared = result.prepared
+    entry = RunEntry(
+        key=run.key,
+        subject=run.subject,
+        session=run.session,
+        site=run.site,
+        task=run.task,
+        phenotype=run.phenotype,
+        simulated=run.simulated,
+        n_frames=len(q),
+        source_file=run.path.name,
+        source_sha256=result.source_sha256,
+        source_tr=prepared.source_tr,
+        source_frames=prepared.source_frames,
+        normalisation=prepared.normalisation,
+        coverage=round(float((result.stored.scale > 0).mean()), 4),
+        tsnr_db=result.tsnr_db,
+        shard=0,
+        offset=offset,
+        scale_offset=scale_offset,
+        scale_xxh3=xxhash.xxh3_64_hexdigest(scale.data),
+        hashes_offset=hashes_offset,
+        hashes_xxh3=xxhash.xxh3_64_hexdigest(hashes.data),
     )
-    return xxhash.xxh3_64_hexdigest(stored.q.data), xxhash.xxh3_64_hexdigest(scale.data)
+    return Fragment(path, out.n_bytes, out.digest.hexdigest(), entry)
 
 
-def _npy_header(array: npt.NDArray[Any], position: int) -> bytes:
-    """Return an npy version 1.0 header padded so that a payload behind it, at `position`, starts on a page."""
-    fields = f"{{'descr': '{array.dtype.str}', 'fortran_order': False, 'shape': {array.shape}, }}".encode()
-    length = -(-(position + 10 + len(fields) + 1) // _ALIGNMENT) * _ALIGNMENT - position - 10
-    return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + fields.ljust(length - 1) + b"\n"
+class DamagedFragmentError(Exception):
+    """A fragment is not what was written: the machine went down before it reached the disk."""
+
+    def __init__(self, fragment: Fragment) -> None:
+        self.fragment = fragment
 
 
-def _entries(path: Path, index: int, written: list[tuple[Run, StoredRun, str, str]]) -> list[RunEntry]:
-    """Find each payload in the finished tar, by the tar's own headers."""
-    with tarfile.open(path) as tar:
-        members = {member.name: member for member in tar.getmembers()}
+def join_fragments(path: Path, fragments: Sequence[Fragment]) -> tuple[ShardEntry, list[RunEntry]]:
+    """Write a shard from its runs' fragments, on disk under a temporary name before it gets its own.
+
+    Returns
+    -------
+    The shard, and its runs with offsets in it; which shard of the dataset it is, is for the caller to fill in.
+
+    Raises
+    ------
+    DamagedFragmentError
+        If a fragment does not match its hash.
+    OSError
+        If the shard cannot be written; the temporary file is removed first.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    sha256 = hashlib.sha256()
     entries = []
-    for run, result, checksum, scale_checksum in written:
-        bold, scale = members[f"{run.key}.bold.npy"], members[f"{run.key}.scale.npy"]
-        q, prepared = result.stored.q, result.prepared
-        entries.append(
-            RunEntry(
-                key=run.key,
-                subject=run.subject,
-                session=run.session,
-                site=run.site,
-                task=run.task,
-                phenotype=run.phenotype,
-                simulated=run.simulated,
-                n_frames=len(q),
-                source_file=run.path.name,
-                source_sha256=result.source_sha256,
-                source_tr=prepared.source_tr,
-                source_frames=prepared.source_frames,
-                normalisation=prepared.normalisation,
-                coverage=round(float((result.stored.scale > 0).mean()), 4),
-                tsnr_db=result.tsnr_db,
-                shard=index,
-                offset=bold.offset_data + bold.size - q.nbytes,
-                checksum=checksum,
-                scale_offset=scale.offset_data + scale.size - 8 * q.shape[1],
-                scale_checksum=scale_checksum,
-            )
-        )
-    return entries
+    position = 0
+    try:
+        with partial.open("wb") as file:
+            for fragment in fragments:
+                digest = xxhash.xxh3_128()
+                for data in _pieces(fragment.path):
+                    file.write(data)
+                    sha256.update(data)
+                    digest.update(data)
+                if digest.hexdigest() != fragment.xxh3:
+                    raise DamagedFragmentError(fragment)
+                entries.append(_moved(fragment.entry, position))
+                position += fragment.n_bytes
+            file.write(_END_OF_TAR)
+            sha256.update(_END_OF_TAR)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return ShardEntry(file=path.name, n_bytes=position + len(_END_OF_TAR), sha256=sha256.hexdigest()), entries
+
+
+def _moved(entry: RunEntry, by: int) -> RunEntry:
+    places = ("offset", "scale_offset", "hashes_offset")
+    return entry.model_copy(update={name: getattr(entry, name) + by for name in places})
+
+
+def _pieces(path: Path) -> Iterable[bytes]:
+    with path.open("rb") as file:
+        while data := file.read(_COPY):
+            yield data
+
+
+def _add_array(out: _HashedFile, name: str, array: npt.NDArray[Any], fill_page: bool = False) -> int:
+    """Write an npy member whose values start on a page, or end on one; return where they start."""
+    fields = f"{{'descr': '{array.dtype.str}', 'fortran_order': False, 'shape': {array.shape}, }}".encode()
+    # 10 bytes come before the header's text (npy version 1.0), which spaces fill and a newline ends.
+    start = out.n_bytes + _TAR_BLOCK + 10
+    shortest = start + len(fields) + 1
+    aligned = shortest + array.nbytes if fill_page else shortest
+    length = len(fields) + 1 + -aligned % PAGE
+    header = b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + fields.ljust(length - 1) + b"\n"
+    _add_header(out, name, len(header) + array.nbytes)
+    out.write(header)
+    position = out.n_bytes
+    out.write(array.data.cast("B"))
+    out.write(bytes(-out.n_bytes % _TAR_BLOCK))
+    return position
+
+
+def _add_text(out: _HashedFile, name: str, data: bytes) -> None:
+    _add_header(out, name, len(data))
+    out.write(data + bytes(-len(data) % _TAR_BLOCK))
+
+
+def _add_header(out: _HashedFile, name: str, n_bytes: int) -> None:
+    about = tarfile.TarInfo(name)
+    about.size, about.mode = n_bytes, 0o444
+    out.write(about.tobuf(tarfile.USTAR_FORMAT))

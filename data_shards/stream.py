@@ -157,8 +157,8 @@ class ClipStream:
         if self.num_workers == 0:
             while True:
                 yield self.batch(self.step)
-        # A reader serves one thread at a time; what one has verified the others need not verify again.
-        readers = [ShardReader(self.manifest, self._reader.verified) for _ in range(self.num_workers)]
+        # A reader serves one thread at a time.
+        readers = [ShardReader(self.manifest) for _ in range(self.num_workers)]
         ahead: deque[Future[ClipBatch]] = deque()
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="clips")
         try:
