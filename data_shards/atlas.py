@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from boldforge.configs import BoldForgeError
 from boldforge.data_shards.grid import Affine, Grid, mask_centres
+from boldforge.data_shards.nifti import HeaderError, read_volume
 
 _FOLDER = Path(__file__).parent / "atlas"
 _PACKAGED = {"aal3": (_FOLDER / "AAL3v1_1mm.nii.gz", _FOLDER / "AAL3v1_labels.txt")}
@@ -105,23 +106,14 @@ def atlas_on_grid(atlas: Atlas, grid: Grid) -> npt.NDArray[np.int16]:
 
 
 def _read_volume(path: Path) -> tuple[npt.NDArray[np.int32], Affine]:
-    import nibabel as nib
-
     try:
-        image = nib.load(path)
-        data = np.asarray(image.dataobj)  # type: ignore[attr-defined]
-        affine = np.asarray(image.affine, dtype=np.float64)  # type: ignore[attr-defined]
-    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
-        raise AtlasError(f"{path}: cannot be read as a NIfTI label volume ({error}).") from None
-    data = data[..., 0] if data.ndim == 4 and data.shape[3] == 1 else data
-    if data.ndim != 3:
-        raise AtlasError(f"{path}: has {data.ndim} dimensions, expected a 3D volume of labels.")
+        data, affine = read_volume(path)
+    except HeaderError as error:
+        raise AtlasError(str(error)) from None
     volume = np.rint(data).astype(np.int32)
     # int8 would wrap above 127 (AAL3 goes to 170); int16 is what the grid's labels are kept in.
     if not np.array_equal(volume, data) or volume.min() < 0 or volume.max() > np.iinfo(np.int16).max:
         raise AtlasError(f"{path}: labels must be whole numbers from 0 to 32767, found {data.min()} to {data.max()}.")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise AtlasError(f"{path}: its affine is singular, so its voxels have no place in space; give it a valid one.")
     return volume, affine
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ from boldforge.data_shards.grid import Affine
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 32 * 2**30
+# One frame is decoded at once, whatever else is done in pieces: 512³ voxels are more than any scanner takes.
+MAX_VOXELS = 2**27
+# Decoded at a time: a dozen frames at 2 mm, and never less than one frame.
+BLOCK_BYTES = 64 * 2**20
+_MOST_FRAMES = 64
+# What follows the voxels is read to reach a gzip's checksum; a file with more than this behind them is no gzip of ours.
+_TAIL_BYTES = 2**20
 # Stands in the header of every file that `simulate_cohort` writes, wherever the file is moved to.
 SIMULATED_MARK = b"simulated by BoldForge"
 # Deflate cannot shrink data by more than this factor (zlib's technical notes), so a header that promises more lies.
@@ -59,22 +67,55 @@ class Bold:
         x, y, z = self.image.shape[:3]
         return (x, y, z)
 
-    def read(self) -> npt.NDArray[np.float32]:
-        """Decode the recording, float32 [X, Y, Z, T], the header's slope and intercept applied.
+    def blocks(self, n_bytes: int = BLOCK_BYTES) -> Iterator[npt.NDArray[Any]]:
+        """Decode the recording a few frames at a time, in order, each file once from front to end.
+
+        Parameters
+        ----------
+        n_bytes
+            Memory for one block; at least one frame is decoded.
+
+        Yields
+        ------
+        [X·Y·Z, n], first axis of space fastest, n frames, the header's slope and intercept applied: the stored type
+        where there are none, else float64.
 
         Raises
         ------
         ReadError
-            If the file is cut short or corrupt.
+            If the file is cut short or corrupt; a gzip's own checksum is looked at after the last frame.
         """
+        stored = self.image.dataobj
+        shape = (*self.shape, self.n_frames)
+        frame_bytes = 8 * int(np.prod(self.shape))
+        step = max(1, min(_MOST_FRAMES, n_bytes // frame_bytes))
         try:
-            data = self.image.get_fdata(dtype=np.float32, caching="unchanged")
+            with nib.openers.ImageOpener(self.image.file_map["image"].filename) as file:
+                spec = (shape, stored.dtype, stored.offset, stored.slope, stored.inter)
+                frames = nib.arrayproxy.ArrayProxy(file.fobj, spec)
+                for start in range(0, self.n_frames, step):
+                    block = np.asarray(frames[..., start : start + step])
+                    yield block.reshape(-1, block.shape[3], order="F")
+                self._check_tail(file)
         except _NOT_READABLE as error:
             raise ReadError(
                 f"{self.path}: the voxels cannot be decoded, the file is cut short or corrupt ({_one_line(error)}); "
                 "copy or download it again."
             ) from None
-        return data.reshape(*self.shape, self.n_frames)
+
+    def _check_tail(self, file: Any) -> None:
+        if len(file.read(_TAIL_BYTES)) == _TAIL_BYTES:
+            log.warning("%s: holds more than its header says; what follows the last frame is not read.", self.path)
+
+    def read(self) -> npt.NDArray[np.float32]:
+        """Decode the whole recording into memory, float32 [X, Y, Z, T]; raises as `blocks` does."""
+        data = np.empty((*self.shape, self.n_frames), dtype=np.float32, order="F")
+        frames = data.reshape(-1, self.n_frames, order="F")
+        start = 0
+        for block in self.blocks():
+            frames[:, start : start + block.shape[1]] = block
+            start += block.shape[1]
+        return data
 
 
 def open_bold(path: str | Path, tr: float | None = None) -> Bold:
@@ -83,8 +124,8 @@ def open_bold(path: str | Path, tr: float | None = None) -> Bold:
     Parameters
     ----------
     path
-        A ``.nii``, ``.nii.gz`` or ``.hdr``/``.img`` file, NIfTI-1 or NIfTI-2. 5D is accepted when the fourth or
-        the fifth axis is a singleton.
+        A ``.nii``, ``.nii.gz`` or ``.hdr``/``.img`` file, NIfTI-1 or NIfTI-2. Axes beyond the fourth, or before the
+        one of time, are accepted when they are singletons.
     tr
         Seconds between frames; given, it takes the place of what the header says.
 
@@ -111,6 +152,30 @@ def open_bold(path: str | Path, tr: float | None = None) -> Bold:
     return Bold(path, image, affine, float(tr), n_frames, simulated)
 
 
+def read_volume(path: Path) -> tuple[npt.NDArray[Any], Affine]:
+    """Read a 3D volume (a brain mask, an atlas), checked like a recording: values [X, Y, Z] and affine [4, 4].
+
+    Raises
+    ------
+    HeaderError
+        If it is not a readable 3D NIfTI file, its header promises absurd sizes, or its affine is zero or singular.
+    """
+    try:
+        image = _load(path)
+        shape = image.shape[:3]
+        named = "×".join(map(str, image.shape))
+        if len(shape) < 3 or min(image.shape) < 1 or max(image.shape[3:], default=1) > 1:
+            raise HeaderError(f"{path}: has shape {named}, expected a 3D volume.")
+        values = int(np.prod(shape, dtype=object))
+        if values > MAX_VOXELS:
+            raise HeaderError(f"{path}: has shape {named}, more than the {MAX_VOXELS} voxels that are read.")
+        _check_size(path, image, values)
+        affine = _check_affine(path, image)
+        return np.asarray(image.dataobj).reshape(shape, order="F"), affine
+    except _NOT_READABLE as error:
+        raise HeaderError(f"{path}: cannot be read as a NIfTI volume ({_one_line(error)}); copy it again.") from None
+
+
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise HeaderError(f"{path}: no such file.")
@@ -126,20 +191,30 @@ def _load(path: Path) -> Any:
 
 def _check_shape(path: Path, image: Any) -> int:
     shape = image.shape
-    if len(shape) == 5 and 1 in shape[3:]:
-        shape = (*shape[:3], max(shape[3:]))
-    if len(shape) != 4 or shape[3] < 2:
+    named = "×".join(map(str, shape))
+    if min(shape, default=0) < 1:
+        raise HeaderError(f"{path}: has shape {named or 'of no axes'}, every axis must be at least 1.")
+    beyond = [size for size in shape[3:] if size != 1]
+    if len(shape) < 4 or len(beyond) != 1:
+        raise HeaderError(f"{path}: has shape {named}, expected 4D with at least two frames in time.")
+    shape = (*shape[:3], beyond[0])
+    if int(np.prod(shape[:3], dtype=object)) > MAX_VOXELS:
         raise HeaderError(
-            f"{path}: has shape {'×'.join(map(str, image.shape))}, expected 4D with at least two frames in time."
+            f"{path}: has shape {named}, more than {MAX_VOXELS} voxels in a frame; resample it to the resolution of "
+            "the recording, or mend its header."
         )
-    if min(shape) < 1:
-        raise HeaderError(f"{path}: has shape {shape}, every axis must be at least 1.")
     values = int(np.prod(shape, dtype=object))
     if 4 * values > MAX_BYTES:
         raise HeaderError(
-            f"{path}: its header promises {4 * values / 2**30:.0f} GiB of float32 values (shape {shape}), more than "
+            f"{path}: its header promises {4 * values / 2**30:.0f} GiB of float32 values (shape {named}), more than "
             f"the {MAX_BYTES // 2**30} GiB that are read; cut the run into shorter files."
         )
+    _check_size(path, image, values)
+    return int(shape[3])
+
+
+def _check_size(path: Path, image: Any, values: int) -> None:
+    """Refuse a header that promises more values than the file beside it can hold."""
     data_file = Path(image.file_map["image"].filename)
     if not data_file.is_file():
         raise HeaderError(
@@ -153,7 +228,6 @@ def _check_shape(path: Path, image: Any) -> int:
             f"{path}: its header promises {stored} bytes but the file has only {size} bytes; it is cut short "
             "or its header is wrong: copy or download it again."
         )
-    return int(shape[3])
 
 
 def _check_affine(path: Path, image: Any) -> Affine:
@@ -181,9 +255,9 @@ def _check_affine(path: Path, image: Any) -> Affine:
 
 
 def _read_tr(path: Path, image: Any) -> float:
-    # pixdim[4] is time in 4D; a 5D file with a singleton fourth axis keeps its step in pixdim[5].
-    pixdim = image.header["pixdim"]
-    step = float(pixdim[5] if image.ndim == 5 and image.shape[3] == 1 else pixdim[4])
+    # pixdim[4] is time in 4D; a file with singletons before the axis of time keeps its step with that axis.
+    axis = next(number for number, size in enumerate(image.shape[3:], start=4) if size != 1)
+    step = float(image.header["pixdim"][axis])
     code = int(image.header["xyzt_units"]) & 0x38
     unit = {8: "sec", 16: "msec", 24: "usec"}.get(code, "sec")
     tr = step * _SECONDS[unit]

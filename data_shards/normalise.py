@@ -14,6 +14,8 @@ from boldforge.data_shards.recipe import NormalisationName
 Values = npt.NDArray[np.float32]
 
 _FLAT = "its brain voxels do not vary over time, so there is nothing to store."
+# Percent of a mean near zero means nothing: a voxel needs this share of the brain's median mean.
+_LOWEST_MEAN = 0.01
 
 
 class NormaliseError(BoldForgeError):
@@ -23,13 +25,27 @@ class NormaliseError(BoldForgeError):
 class Normalisation(StrictModel):
     """What was subtracted and divided by: ``stored = (value - mean) / std``.
 
-    ``mean`` is None where each voxel's own temporal mean was subtracted, ``std`` where each voxel's own deviation was
-    the divisor.
+    ``mean`` is None where each voxel's own temporal mean was subtracted, ``std`` where each voxel's own deviation (for
+    ``percent-signal-change``: a hundredth of its mean) was the divisor. For ``min-max`` the two are the lowest value
+    and the range, so zero lies at ``-mean / std`` and what was negative lies below that.
     """
 
     method: NormalisationName
     mean: float | None
     std: float | None
+
+
+class Moments(NamedTuple):
+    """Per voxel over time, all [V]: mean (float64), mean square around float32(mean) (float64), lowest, highest."""
+
+    mean: npt.NDArray[np.float64]
+    square: npt.NDArray[np.float64]
+    low: Values
+    high: Values
+
+    def of(self, voxels: slice) -> "Moments":
+        """Return some voxels' moments."""
+        return Moments(self.mean[voxels], self.square[voxels], self.low[voxels], self.high[voxels])
 
 
 class Quantised(NamedTuple):
@@ -40,13 +56,77 @@ class Quantised(NamedTuple):
     scale: Values
 
 
+def measure(values_TV: Values) -> Moments:
+    """Return what `normalisation_of` needs; a voxel's figures do not depend on which others are measured with it."""
+    mean = values_TV.mean(axis=0, dtype=np.float64)
+    square = np.square(values_TV - mean.astype(np.float32), dtype=np.float64).mean(axis=0)
+    return Moments(mean, square, values_TV.min(axis=0), values_TV.max(axis=0))
+
+
+def normalisation_of(
+    moments: Moments, covered: npt.NDArray[np.bool_], method: NormalisationName
+) -> tuple[Normalisation, npt.NDArray[np.bool_]]:
+    """Turn a run's moments into what is subtracted and divided by, and say which covered voxels that is defined for.
+
+    Raises
+    ------
+    NormaliseError
+        If the covered voxels do not vary, or percent signal change is asked of data whose mean was removed.
+    """
+    mean, square = moments.mean[covered], moments.square[covered]
+    if mean.size == 0 or not np.isfinite(square).all() or square.max() <= 0:
+        raise NormaliseError(_FLAT)
+    if method == "residual-z":
+        return Normalisation(method=method, mean=None, std=float(np.sqrt(square.mean()))), covered
+    if method == "voxel-z":
+        if square.min() <= 0:
+            raise NormaliseError(_FLAT)
+        return Normalisation(method=method, mean=None, std=None), covered
+    if method == "global-z":
+        centre = float(mean.mean())
+        variance = square - np.square(mean - mean.astype(np.float32)) + np.square(mean - centre)
+        return Normalisation(method=method, mean=centre, std=float(np.sqrt(variance.mean()))), covered
+    if method == "min-max":
+        low, high = float(moments.low[covered].min()), float(moments.high[covered].max())
+        return Normalisation(method=method, mean=low, std=high - low), covered
+    return Normalisation(method=method, mean=None, std=None), covered & _has_baseline(moments, covered)
+
+
+def _has_baseline(moments: Moments, covered: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    mean = moments.mean[covered]
+    if np.median(mean) <= np.median(np.sqrt(moments.square[covered])):
+        raise NormaliseError(
+            "its voxels' means over time are about zero, as in residual data, so percent signal change is not defined; "
+            "choose residual-z."
+        )
+    enough: npt.NDArray[np.bool_] = moments.mean > _LOWEST_MEAN * np.median(mean)
+    return enough
+
+
+def apply_normalisation(
+    values_TV: Values, covered: npt.NDArray[np.bool_], moments: Moments, how: Normalisation
+) -> Values:
+    """Normalise some voxels of a run, float32 [T, V], by their own moments and the run's; the others become 0."""
+    own_mean = moments.mean.astype(np.float32)
+    centre: Any = own_mean if how.mean is None else np.float32(how.mean)
+    divisor: Any = how.std
+    if divisor is None:
+        own = moments.mean / 100 if how.method == "percent-signal-change" else np.sqrt(moments.square)
+        divisor = np.where(covered, own, 1)
+    result: Values = (values_TV - centre) / np.asarray(divisor, dtype=np.float32)
+    result[:, ~covered] = 0
+    return result
+
+
 def normalise(
     values_TV: Values, covered: npt.NDArray[np.bool_], method: NormalisationName
 ) -> tuple[Values, Normalisation]:
     """Normalise a run over its covered brain voxels.
 
     ``residual-z`` subtracts each voxel's mean over time and divides by one standard deviation over all covered voxels
-    and frames; ``voxel-z`` divides by each voxel's own; ``global-z`` uses one mean and one standard deviation.
+    and frames; ``voxel-z`` divides by each voxel's own; ``global-z`` uses one mean and one standard deviation;
+    ``min-max`` maps the lowest value to 0 and the highest to 1; ``percent-signal-change`` is 100 times the change
+    from the voxel's mean over that mean. Nothing is clipped, so in all but min-max a value below the mean is negative.
 
     Parameters
     ----------
@@ -58,27 +138,11 @@ def normalise(
     Raises
     ------
     NormaliseError
-        If the covered voxels do not vary.
+        As `normalisation_of` does.
     """
-    inside = values_TV[:, covered].astype(np.float32, copy=False)
-    if inside.size == 0:
-        raise NormaliseError(_FLAT)
-    if method == "global-z":
-        mean: float | None = float(inside.mean(dtype=np.float64))
-        centred = inside - np.float32(mean)
-    else:
-        mean = None
-        centred = inside - inside.mean(axis=0, dtype=np.float64).astype(np.float32)
-    if method == "voxel-z":
-        std = None
-        divisor: Any = np.sqrt(np.square(centred, dtype=np.float64).mean(axis=0))
-    else:
-        std = divisor = float(np.sqrt(np.square(centred, dtype=np.float64).mean()))
-    if not np.isfinite(divisor).all() or np.min(divisor) <= 0:
-        raise NormaliseError(_FLAT)
-    result = np.zeros(values_TV.shape, dtype=np.float32)
-    result[:, covered] = centred / np.asarray(divisor, dtype=np.float32)
-    return result, Normalisation(method=method, mean=mean, std=std)
+    moments = measure(values_TV.astype(np.float32, copy=False))
+    how, covered = normalisation_of(moments, covered, method)
+    return apply_normalisation(values_TV, covered, moments, how), how
 
 
 def quantise(values_TV: Values, covered: npt.NDArray[np.bool_], dtype: str) -> Quantised:
@@ -109,10 +173,29 @@ def dequantise(stored: Quantised) -> Values:
     return values
 
 
-def temporal_snr(values_TV: Values, stored: Quantised) -> float:
-    """Return the temporal SNR, in dB, of what was stored: variance over time against the error's mean square."""
+class Fidelity(NamedTuple):
+    """Of some voxels that carry signal: how many, and the sums of their variances and of their mean square errors."""
+
+    n_voxels: int
+    variance: float
+    error: float
+
+
+def fidelity(values_TV: Values, stored: Quantised) -> Fidelity:
+    """Compare some voxels of a run with what was stored of them; sums over voxels, so parts of a run add up."""
     used = stored.scale > 0
     wanted = values_TV[:, used]
-    error = np.square(dequantise(stored)[:, used] - wanted, dtype=np.float64).mean()
-    variance = wanted.var(axis=0, dtype=np.float64).mean()
+    part = Quantised(stored.q[:, used], stored.mean[used], stored.scale[used])
+    error = np.square(dequantise(part) - wanted, dtype=np.float64).mean(axis=0)
+    return Fidelity(int(used.sum()), float(wanted.var(axis=0, dtype=np.float64).sum()), float(error.sum()))
+
+
+def decibels(parts: list[Fidelity]) -> float:
+    """Return the temporal SNR of a run's parts together: variance over time against mean square error, in dB."""
+    variance, error = sum(part.variance for part in parts), sum(part.error for part in parts)
     return float(10 * np.log10(variance / max(error, np.finfo(np.float64).tiny)))
+
+
+def temporal_snr(values_TV: Values, stored: Quantised) -> float:
+    """Return the temporal SNR, in dB, of what was stored: variance over time against the error's mean square."""
+    return decibels([fidelity(values_TV, stored)])

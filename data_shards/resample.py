@@ -3,13 +3,19 @@
 Shape suffixes: T frames, V brain voxels of the grid.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import gaussian_filter1d
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from scipy.sparse import csr_array
 
 from boldforge.configs import BoldForgeError
 from boldforge.data_shards.grid import Affine
+from boldforge.data_shards.spool import Spool
 
 Values = npt.NDArray[np.float32]
 
@@ -20,8 +26,11 @@ _COVERED = 0.5
 _FRAMES_AT_ONCE = 32
 # Repetition times that differ by less than this are the same: over 300 frames the drift stays below 3 frames.
 _SAME_TR = 0.01
-# Gaussian whose gain at the new Nyquist frequency is one half: exp(-2 π² σ² f²) = 1/2 at f = 1 / (2 TR) gives σ / TR.
-_SIGMA_PER_TR = float(np.sqrt(2 * np.log(2)) / np.pi)
+# Gaussian whose gain at the Nyquist frequency is one half: exp(-2 π² σ² f²) = 1/2 at f = 1 / (2 step) gives σ / step.
+_SIGMA_PER_STEP = float(np.sqrt(2 * np.log(2)) / np.pi)
+_ELSEWHERE = (
+    "no voxel with signal lies inside the MNI brain; check that the file is in MNI space and that its affine is right."
+)
 
 
 class ResampleError(BoldForgeError):
@@ -66,51 +75,184 @@ def sampling_matrix(shape: tuple[int, int, int], affine: Affine, points: npt.NDA
     return csr_array(entries, shape=(len(points), int(size.prod())))
 
 
-def to_grid(data: Values, affine: Affine, points: npt.NDArray[np.float64]) -> tuple[Values, npt.NDArray[np.bool_]]:
-    """Interpolate a run at points in mm.
+class Frames(Protocol):
+    """A recording that is decoded a few frames at a time; `boldforge.data_shards.Bold` is one."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along the three axes of space."""
+
+    @property
+    def affine(self) -> Affine:
+        """From voxel index to RAS+ mm, [4, 4]."""
+
+    @property
+    def n_frames(self) -> int:
+        """Frames in all."""
+
+    def blocks(self) -> Iterator[npt.NDArray[Any]]:
+        """Yield [X·Y·Z, n], first axis of space fastest."""
+
+
+def to_grid(
+    run: Frames, points: npt.NDArray[np.float64], antialias_mm: float | None = None, scratch: Path | None = None
+) -> tuple[Spool, npt.NDArray[np.bool_]]:
+    """Interpolate a run at points in mm, reading it once and holding a few frames of it at a time.
 
     Native voxels without signal (constant in time, or not finite) take no part: their weight goes to the others, so the
-    zeros around a masked brain do not dim its edge.
+    zeros around a masked brain do not dim its edge. Which those are is known after the last frame, so the voxels that
+    any point needs are laid by until then.
 
     Parameters
     ----------
-    data
-        float32 [X, Y, Z, T].
-    affine
-        [4, 4] to RAS+ mm.
+    run
+        The recording.
     points
         float64 [V, 3], mm.
+    antialias_mm
+        Edge of the points' voxels. Given, the run is smoothed first along every axis on which it is sampled more than
+        a tenth finer, by a Gaussian whose variance is the difference of two that have a gain of one half at either
+        Nyquist frequency.
+    scratch
+        Folder for what does not fit into memory.
 
     Returns
     -------
-    values float32 [T, V], 0 where not covered; covered bool [V].
+    values, a spool of float32 [T, V], 0 where not covered; covered bool [V].
 
     Raises
     ------
     ResampleError
         If no point is covered.
     """
-    frames = data.reshape(-1, data.shape[3], order="F")
-    low, high = frames.min(axis=1), frames.max(axis=1)  # NaN and infinity survive both
-    signal = np.isfinite(low) & np.isfinite(high) & (high > low)
-    matrix = sampling_matrix(data.shape[:3], affine, points)
-    matrix.data = matrix.data * signal[matrix.indices]
-    matrix.eliminate_zeros()
-    weight = np.asarray(matrix.sum(axis=1), dtype=np.float32)
-    covered = weight >= _COVERED
-    if not covered.any():
-        raise ResampleError(
-            "no voxel with signal lies inside the MNI brain; check that the file is in MNI space and that "
-            "its affine is right."
-        )
-    used = np.unique(matrix.indices)  # a native image is mostly head and air
-    matrix = matrix[:, used]
-    factor = np.where(covered, 1 / np.where(covered, weight, 1), 0).astype(np.float32)
-    values = np.empty((frames.shape[1], len(points)), dtype=np.float32)
-    for start in range(0, len(values), _FRAMES_AT_ONCE):
-        block = np.ascontiguousarray(frames[used, start : start + _FRAMES_AT_ONCE])
-        values[start : start + block.shape[1]] = (matrix @ block).T * factor
+    matrix = sampling_matrix(run.shape, run.affine, points)
+    sigma = _antialias_sigma(run.affine, antialias_mm)
+    needed = np.unique(matrix.indices) if sigma is None else _box_around(matrix, run.shape, sigma)
+    if needed.size == 0:
+        raise ResampleError(_ELSEWHERE)
+    native, signal = _lay_by(run, needed, scratch)
+    with native:
+        matrix = matrix[:, needed]
+        masked = matrix.copy()
+        masked.data = masked.data * signal[masked.indices]
+        masked.eliminate_zeros()
+        weight = np.asarray(masked.sum(axis=1), dtype=np.float32)
+        covered = weight >= _COVERED
+        if not covered.any():
+            raise ResampleError(_ELSEWHERE)
+        if sigma is None:
+            used = np.flatnonzero(signal)
+            sample: _Linear | _Smoothed = _Linear(masked[:, used], used, _inverse(weight, covered))
+        else:
+            sample = _Smoothed(matrix, signal, covered, needed, run.shape, sigma)
+        values = Spool(run.n_frames, len(points), np.float32, scratch)
+        for start in range(0, run.n_frames, _FRAMES_AT_ONCE):
+            rows = native.read_rows(start, min(start + _FRAMES_AT_ONCE, run.n_frames))
+            values.write_rows(start, sample(rows))
     return values, covered
+
+
+def _lay_by(run: Frames, needed: npt.NDArray[np.int64], scratch: Path | None) -> tuple[Spool, npt.NDArray[np.bool_]]:
+    """Decode a run once: keep the needed voxels as [T, n], and tell which of them carry signal."""
+    spool: Spool | None = None
+    start = 0
+    for block in run.blocks():
+        rows = np.ascontiguousarray(block.T[:, needed])
+        if rows.dtype.kind == "f" or rows.dtype.itemsize > 2:
+            with np.errstate(over="ignore"):  # becomes infinite, which is not signal
+                rows = rows.astype(np.float32)
+        if spool is None:
+            spool = Spool(run.n_frames, len(needed), rows.dtype.newbyteorder("="), scratch)
+            low, high = rows.min(axis=0), rows.max(axis=0)
+        else:
+            low, high = np.minimum(low, rows.min(axis=0)), np.maximum(high, rows.max(axis=0))
+        spool.write_rows(start, rows)
+        start += len(rows)
+    assert spool is not None and start == run.n_frames, "a checked header promises at least two frames"
+    return spool, np.isfinite(low) & np.isfinite(high) & (high > low)  # NaN and infinity survive both
+
+
+def _inverse(weight: Values, covered: npt.NDArray[np.bool_]) -> Values:
+    return np.where(covered, 1 / np.where(covered, weight, 1), 0).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class _Linear:
+    """Sampling of frames [n, needed] by a matrix [V, used], divided by the weight that lies on signal."""
+
+    matrix: csr_array
+    used: npt.NDArray[np.int64]
+    factor_V: Values
+
+    def __call__(self, rows: npt.NDArray[Any]) -> Values:
+        block = np.ascontiguousarray(rows[:, self.used].T, dtype=np.float32)
+        sampled: Values = (self.matrix @ block).T * self.factor_V
+        return sampled
+
+
+class _Smoothed:
+    """Sampling of frames after a Gaussian over the voxels that carry signal."""
+
+    def __init__(
+        self,
+        matrix: csr_array,
+        signal: npt.NDArray[np.bool_],
+        covered: npt.NDArray[np.bool_],
+        needed: npt.NDArray[np.int64],
+        shape: tuple[int, int, int],
+        sigma: npt.NDArray[np.float64],
+    ) -> None:
+        corners = [np.unravel_index(needed[i], shape, order="F") for i in (0, -1)]
+        self._box = tuple(int(last - first) + 1 for first, last in zip(*corners, strict=True))
+        self._matrix, self._signal, self._sigma = matrix, signal, sigma
+        weight = matrix @ self._smooth(signal.astype(np.float32))
+        self._factor_V = _inverse(weight, covered & (weight > 0))
+
+    def _smooth(self, frame: Values) -> Values:
+        volume = frame.reshape(self._box, order="F")
+        smooth: Values = gaussian_filter(volume, self._sigma, mode="constant").reshape(-1, order="F")
+        return smooth
+
+    def __call__(self, rows: npt.NDArray[Any]) -> Values:
+        frames = [self._smooth(np.where(self._signal, row, 0).astype(np.float32)) for row in rows]
+        sampled: Values = (self._matrix @ np.stack(frames, axis=1)).T * self._factor_V
+        return sampled
+
+
+def _antialias_sigma(affine: Affine, target_mm: float | None) -> npt.NDArray[np.float64] | None:
+    """Return the Gaussian's standard deviation per native axis in voxels, None where nothing is to be smoothed."""
+    if target_mm is None:
+        return None
+    size = np.linalg.norm(affine[:3, :3], axis=0)
+    ratio = np.where(target_mm > 1.1 * size, target_mm / size, 1.0)
+    sigma: npt.NDArray[np.float64] = _SIGMA_PER_STEP * np.sqrt(ratio**2 - 1)
+    return sigma if sigma.any() else None
+
+
+def _box_around(
+    matrix: csr_array, shape: tuple[int, int, int], sigma: npt.NDArray[np.float64]
+) -> npt.NDArray[np.int64]:
+    """Return the voxels of the box that holds every sampled voxel and the Gaussian around it."""
+    used = np.unique(matrix.indices)
+    if used.size == 0:
+        return used
+    index = np.array(np.unravel_index(used, shape, order="F"))
+    reach = np.ceil(4 * sigma).astype(int)  # where scipy cuts the Gaussian
+    low = np.maximum(index.min(axis=1) - reach, 0)
+    high = np.minimum(index.max(axis=1) + reach, np.array(shape) - 1)
+    x, y, z = (np.arange(first, last + 1) for first, last in zip(low, high, strict=True))
+    box: npt.NDArray[np.int64] = (x + shape[0] * (y[:, None] + shape[1] * z[:, None, None])).reshape(-1)
+    return box
+
+
+def same_tr(tr: float, target_tr: float) -> bool:
+    """Say whether two repetition times count as equal."""
+    return abs(tr - target_tr) <= _SAME_TR * target_tr
+
+
+def frames_at(n_frames: int, tr: float, target_tr: float) -> int:
+    """Return how many frames a stretch has after `to_tr`; fewer than two are too few."""
+    return n_frames if same_tr(tr, target_tr) else int(np.floor((n_frames - 1) * tr / target_tr + 1e-6)) + 1
 
 
 def to_tr(values_TV: Values, tr: float, target_tr: float) -> Values:
@@ -135,14 +277,15 @@ def to_tr(values_TV: Values, tr: float, target_tr: float) -> Values:
     ResampleError
         If fewer than two frames remain.
     """
-    if abs(tr - target_tr) <= _SAME_TR * target_tr:
+    if same_tr(tr, target_tr):
         return values_TV
-    duration = (len(values_TV) - 1) * tr
-    position = np.arange(int(np.floor(duration / target_tr + 1e-6)) + 1) * target_tr / tr
-    if len(position) < 2:
+    n_frames = frames_at(len(values_TV), tr, target_tr)
+    if n_frames < 2:
+        duration = (len(values_TV) - 1) * tr
         raise ResampleError(f"lasts {duration:.1f} s, too short for two frames at a repetition time of {target_tr} s.")
+    position = np.arange(n_frames) * target_tr / tr
     if target_tr > 1.1 * tr:
-        values_TV = gaussian_filter1d(values_TV, sigma=_SIGMA_PER_TR * target_tr / tr, axis=0, mode="nearest")
+        values_TV = gaussian_filter1d(values_TV, sigma=_SIGMA_PER_STEP * target_tr / tr, axis=0, mode="nearest")
     low = np.minimum(position.astype(np.int64), len(values_TV) - 2)
     share = (position - low).astype(np.float32)[:, None]
     return values_TV[low] * (1 - share) + values_TV[low + 1] * share

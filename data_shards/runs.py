@@ -30,6 +30,7 @@ class Run:
     task: str | None = None
     number: str | None = None
     simulated: bool = False
+    confounds_path: Path | None = None
 
     @property
     def key(self) -> str:

@@ -64,8 +64,16 @@ def absurd_size(path):
     patch_header(path, DIM, struct.pack("<8h", 4, 32767, 32767, 32767, 32767, 1, 1, 1))
 
 
+def negative_size(path):
+    patch_header(path, DIM, struct.pack("<8h", 4, 12, -14, 12, 12, 1, 1, 1))
+
+
+def absurd_length(path):
+    patch_header(path, DIM, struct.pack("<8h", 4, 256, 256, 256, 32767, 1, 1, 1))
+
+
 def more_than_the_file_can_hold(path):
-    patch_header(path, DIM, struct.pack("<8h", 4, 900, 900, 900, 2, 1, 1, 1))
+    patch_header(path, DIM, struct.pack("<8h", 4, 500, 500, 500, 2, 1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -81,8 +89,10 @@ def more_than_the_file_can_hold(path):
         (no_orientation, "neither an sform nor a qform"),
         (tr_missing, r"no repetition time \(found 0\); pass it with --source-tr"),
         (tr_negative, "no repetition time"),
-        (absurd_size, "GiB"),
-        (more_than_the_file_can_hold, "its header promises 2916000352 bytes but the file has only"),
+        (absurd_size, "has shape 32767×32767×32767×32767, more than 134217728 voxels in a frame"),
+        (absurd_length, "promises 2048 GiB"),
+        (negative_size, "cannot be read as NIfTI|every axis must be at least 1"),
+        (more_than_the_file_can_hold, "its header promises 500000352 bytes but the file has only"),
     ],
 )
 def test_bad_headers_get_one_sentence_that_names_the_file(write_bold, damage, message):

@@ -1,17 +1,61 @@
+from dataclasses import dataclass
+from itertools import permutations, product
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from nilearn.image import resample_img
 
 from boldforge.data_shards import brain_mask, get_grid, mask_centres, open_bold
-from boldforge.data_shards.resample import ResampleError, to_grid, to_tr
+from boldforge.data_shards import resample as resample_module
+from boldforge.data_shards import spool as spool_module
+from boldforge.data_shards.resample import ResampleError, sampling_matrix, to_tr
 
 REAL_RUNS = sorted((Path(__file__).parents[1] / "data").glob("*.nii.gz"))
 GRID = get_grid("mni4mm")
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayFrames:
+    """An array that hands out its frames a few at a time, as a file does."""
+
+    data: np.ndarray
+    affine: np.ndarray
+    step: int = 5
+
+    @property
+    def shape(self):
+        return self.data.shape[:3]
+
+    @property
+    def n_frames(self):
+        return self.data.shape[3]
+
+    def blocks(self):
+        frames = self.data.reshape(-1, self.n_frames, order="F")
+        for start in range(0, self.n_frames, self.step):
+            yield frames[:, start : start + self.step]
+
+
+def to_grid(data, affine, points, antialias_mm=None, step=5):
+    """The function under test on an array, its result as an array."""
+    values, covered = resample_module.to_grid(ArrayFrames(data, affine, step), points, antialias_mm)
+    return values.read_rows(0, values.shape[0]), covered
+
+
+def whole_to_grid(data, affine, points):
+    """The same in one piece: every voxel and frame in memory."""
+    frames = data.reshape(-1, data.shape[3], order="F")
+    low, high = frames.min(axis=1), frames.max(axis=1)
+    signal = np.isfinite(low) & np.isfinite(high) & (high > low)
+    matrix = sampling_matrix(data.shape[:3], affine, points)
+    matrix.data = matrix.data * signal[matrix.indices]
+    matrix.eliminate_zeros()
+    weight = np.asarray(matrix.sum(axis=1), dtype=np.float32)
+    covered = weight >= 0.5
+    factor = np.where(covered, 1 / np.where(covered, weight, 1), 0).astype(np.float32)
+    return (matrix @ np.where(signal[:, None], frames, 0)).T * factor, covered
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +80,32 @@ def test_agrees_with_nilearn_on_real_runs(path, points):
     assert np.corrcoef(values[:, covered].ravel(), mended.ravel())[0, 1] > 0.9999
 
 
+@pytest.mark.parametrize("path", REAL_RUNS, ids=lambda path: path.name[:12])
+def test_reading_in_pieces_gives_the_bits_of_reading_whole(path, points, monkeypatch):
+    bold = open_bold(path)
+    whole, covered = whole_to_grid(bold.read(), bold.affine, points)
+    for in_memory, frames in ((2**40, 32), (0, 7)):  # all in memory; everything through the disk
+        monkeypatch.setattr(spool_module, "IN_MEMORY_BYTES", in_memory)
+        monkeypatch.setattr(resample_module, "_FRAMES_AT_ONCE", frames)
+        values, covered_too = resample_module.to_grid(bold, points)
+        with values:
+            np.testing.assert_array_equal(values.read_rows(0, bold.n_frames), whole)
+        np.testing.assert_array_equal(covered_too, covered)
+
+
+@pytest.mark.parametrize("step", [1, 2, 9])
+def test_the_size_of_a_piece_changes_nothing(step):
+    rng = np.random.default_rng(3)
+    data = rng.normal(size=(6, 5, 4, 9)).astype(np.float32)
+    data[rng.random((6, 5, 4)) < 0.2] = 0  # no signal
+    data[2, 2, 2, 8] = np.nan  # known only with the last frame
+    points = rng.uniform(-1, 6, (80, 3))
+    values, covered = to_grid(data, np.eye(4), points, step=step)
+    whole, covered_too = whole_to_grid(data, np.eye(4), points)
+    np.testing.assert_array_equal(covered, covered_too)
+    np.testing.assert_array_equal(values, whole)
+
+
 def resampled_by_nilearn(data, affine):
     image = resample_img(
         nib.Nifti1Image(data, affine), GRID.affine, GRID.shape, "linear", copy_header=True, force_resample=True
@@ -54,16 +124,19 @@ def test_points_on_the_lattice_copy_values_exactly():
     np.testing.assert_array_equal(values.T.reshape(*shape, 4), data)
 
 
-@settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 2**32 - 1))
-def test_any_orientation_gives_the_same_values(seed):
-    rng = np.random.default_rng(seed)
+ORIENTATIONS = ["".join(code) for axes in permutations(("LR", "PA", "IS")) for code in product(*axes)]
+
+
+@pytest.mark.parametrize("code", ORIENTATIONS)
+def test_any_of_the_48_orientations_gives_the_same_values(code):
+    rng = np.random.default_rng(5)
     data = rng.normal(size=(5, 6, 7, 3)).astype(np.float32)
     affine = np.diag([3.0, 3.5, 4.0, 1.0])
     affine[:3, 3] = (-7, -9, -12)
     turned = nib.Nifti1Image(data, affine).as_reoriented(
-        np.column_stack([rng.permutation(3), rng.choice([-1, 1], 3)]).astype(float)
+        nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(code))
     )
+    assert "".join(nib.aff2axcodes(turned.affine)) == code
     points = rng.uniform(-12, 12, (50, 3))
     values, covered = to_grid(data, affine, points)
     again, covered_again = to_grid(np.asarray(turned.dataobj), turned.affine, points)
