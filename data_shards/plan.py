@@ -96,7 +96,7 @@ def _fingerprint(run: Run, about: dict[str, object]) -> str:
         **about,
         "run": [run.key, run.subject, run.session, run.site, run.task, run.number, run.tr, run.simulated],
         "phenotype": run.phenotype,
-        "files": [_file_state(path) for path in (run.path, run.mask_path) if path is not None],
+        "files": [_file_state(path) for path in (run.path, run.mask_path, run.confounds_path) if path],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 

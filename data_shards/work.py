@@ -79,7 +79,7 @@ def perform(task: Task) -> Outcome:
 def _store(task: RunTask) -> Outcome:
     run = task.planned.run
     try:
-        result = store_run(run, task.recipe)
+        result = store_run(run, task.recipe, task.staging.folder)
     except RunProblem as error:
         return Outcome(task, rejected=str(error))
     path = task.staging.fragments / f"{task.planned.fingerprint}.tar"

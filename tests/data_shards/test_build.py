@@ -170,7 +170,7 @@ def test_a_dataset_stays_until_the_new_one_is_whole(small, write_bold, monkeypat
 
     write_bold("bad/sub-09_task-rest_space-MNI152_bold.nii.gz")
 
-    def interrupted(run, recipe):
+    def interrupted(run, recipe, scratch):
         assert load_manifest(small).runs[0].subject == "01"
         raise KeyboardInterrupt
 
