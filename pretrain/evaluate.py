@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -113,6 +114,7 @@ class HeldoutClips:
         ]
         picked = np.linspace(0, len(every) - 1, min(limit, len(every))).round().astype(int)
         self.clips = [every[i] for i in sorted(set(picked.tolist()))]
+        self._means: dict[int, npt.NDArray[np.float32]] = {}
 
     def measure(self, forward: Forward, patch_voxels: Tensor, n_voxels: int) -> HeldoutError:
         """Measure the model on every clip; called by every rank, each takes a share.
@@ -162,6 +164,17 @@ class HeldoutClips:
             run=run,
             start=start,
             values_TV=torch.from_numpy(values_TV),
-            mean_V=torch.from_numpy(stored.mean.copy()),
+            mean_V=torch.from_numpy(self._mean(run)),
             signal_V=torch.from_numpy(stored.scale > 0),
         )
+
+    def _mean(self, run: int) -> npt.NDArray[np.float32]:
+        """Return the mean frame [V] over all frames of a run."""
+        if run not in self._means:
+            n_frames = int(self._reader.manifest.index["n_frames"][run])
+            total = np.zeros(self._reader.manifest.n_voxels)
+            for start in range(0, n_frames, self._length):
+                part = self._reader.read(run, start, min(self._length, n_frames - start))
+                total += part.q.sum(axis=0, dtype=np.float64)
+            self._means[run] = (part.mean + total / n_frames * part.scale).astype(np.float32)
+        return self._means[run]

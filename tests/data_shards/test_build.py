@@ -67,14 +67,14 @@ def test_stored_values_are_the_prepared_ones(real_shards, real_runs):
         np.testing.assert_array_equal(clip.scale > 0, prepared.covered)
         error = np.abs(clip.mean + clip.q * clip.scale - prepared.values_TV)
         assert (error <= 0.51 * clip.scale + 1e-6).all()
-        assert entry.tsnr_db > 85
+        assert entry.tsnr_db > 90
         assert entry.key == run.key
         assert not entry.simulated
 
 
-def test_int8_keeps_over_43_db_on_real_runs(real_runs, tmp_path):
+def test_int8_keeps_over_45_db_on_real_runs(real_runs, tmp_path):
     manifest = build_shards(real_runs, tmp_path, DataRecipe(grid="mni4mm", tr=2.0, dtype="int8")).manifest
-    assert all(run.tsnr_db > 43 for run in manifest.runs)
+    assert all(run.tsnr_db > 45 for run in manifest.runs)
     assert ShardReader(manifest).read(0, 0, 3).q.dtype == np.int8
 
 
