@@ -20,7 +20,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from boldforge.kernels import triton_conv, triton_scan, triton_scan_backward, triton_scan_flat, triton_scan_parts
+from boldforge.kernels import (
+    triton_conv,
+    triton_scan,
+    triton_scan_backward,
+    triton_scan_chunked,
+    triton_scan_flat,
+    triton_scan_parts,
+)
 
 RECORD = Path(__file__).with_name("resources.json")
 """Where the figures of the last change lie; a test compares with them."""
@@ -33,10 +40,12 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _OPTIONAL = {"HAS_D": True, "HAS_Z": True, "HAS_BIAS": True}
 _WHOLE = {"HAS_INITIAL": False, "HAS_LAST": False}
 # Pointers whose type does not follow that of the input.
-_FIXED_TYPES = {"rows_ptr": "*i32", "cu_ptr": "*i32", "before_ptr": "*i32", "after_ptr": "*i32"} | dict.fromkeys(
+_FIXED_TYPES = dict.fromkeys(("rows_ptr", "cu_ptr", "before_ptr", "after_ptr", "cut_ptr", "first_ptr"), "*i32")
+_FIXED_TYPES |= dict.fromkeys(
     (
         *("A_ptr", "D_ptr", "bias_ptr", "states_ptr", "dA_ptr", "dB_ptr", "dC_ptr", "dD_ptr", "dbias_ptr"),
         *("weight_ptr", "dtotal_ptr", "dweight_ptr", "initial_ptr", "last_ptr", "grad_initial_ptr", "grad_last_ptr"),
+        *("ends_ptr", "total_ptr"),
     ),
     "*fp32",
 )
@@ -89,6 +98,7 @@ def variants(types: Sequence[str] = tuple(TYPES), states: Sequence[int] = STATES
             constants = {"N": n, "CHANNELS": channels, "PACKED": packed, **_OPTIONAL, **_WHOLE}
             forward = triton_scan.scan_forward_kernel
             yield Variant(f"scan_forward {dtype} N={n}", forward, dtype, constants | {"KEEP": 0}, 1, channels)
+            yield from _passes_of_long_sequences(dtype, n, channels, packed)
             if n > triton_scan_backward.MAX_STATES:
                 continue
             flat = {"N": n, "LANES": triton_scan_flat.LANES, "PACKED": packed, **_OPTIONAL, **_WHOLE}
@@ -106,6 +116,17 @@ def variants(types: Sequence[str] = tuple(TYPES), states: Sequence[int] = STATES
             kernel = getattr(triton_conv, f"conv_{name}_kernel")
             extra = {"HAS_BIAS": True} if "HAS_BIAS" in kernel.arg_names else {}
             yield Variant(f"conv_{name} {dtype}", kernel, dtype, constants | extra, 4, elements)
+
+
+def _passes_of_long_sequences(dtype: str, n: int, channels: int, packed: bool) -> Iterator[Variant]:
+    kernel = triton_scan_chunked.scan_ends_kernel
+    for name, reverse in (("scan_ends", False), ("scan_ends_back", True)):
+        constants = {"N": n, "CHANNELS": channels, "PACKED": packed, "HAS_Z": reverse, "HAS_BIAS": True}
+        yield Variant(f"{name} {dtype} N={n}", kernel, dtype, constants | {"REVERSE": reverse}, 1, channels)
+    if dtype == "fp32":  # all that it reads is float32, whatever the inputs are
+        lanes, steps = triton_scan_chunked.CARRY_LANES, triton_scan_chunked.CARRY_STEPS
+        constants = {"N": n, "LANES": lanes, "STEPS": steps, "REVERSE": False}
+        yield Variant(f"scan_carry N={n}", triton_scan_chunked.carry_kernel, dtype, constants, 1, lanes * steps)
 
 
 def compile_variant(variant: Variant, capability: int) -> bytes:

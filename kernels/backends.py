@@ -56,11 +56,11 @@ def choose(name: str, tensor: Tensor) -> Backend:
             cpu_backend.scan_forward, cpu_backend.scan_backward, cpu_backend.conv_forward, cpu_backend.conv_backward
         )
     if name == "triton":
-        from boldforge.kernels import triton_conv, triton_scan, triton_scan_backward
+        from boldforge.kernels import triton_conv, triton_scan_chunked
 
         return Backend(
-            triton_scan.scan_forward,
-            triton_scan_backward.scan_backward,
+            triton_scan_chunked.scan_forward,
+            triton_scan_chunked.scan_backward,
             triton_conv.conv_forward,
             triton_conv.conv_backward,
         )

@@ -18,14 +18,15 @@ def long_first(index: ScanIndex) -> ScanIndex:
     The result of a scan is the same. Sequences that share a program (flat lanes) get nearly equal lengths, and the last
     programs of a launch are the short ones. Made once and kept; the index itself where it is in that order already.
     """
-    return index.cached("long first", lambda: _sorted(index))
+    return index.cached("long first", lambda: _sorted(index)) or index
 
 
-def _sorted(index: ScanIndex) -> ScanIndex:
+def _sorted(index: ScanIndex) -> ScanIndex | None:
+    """Return the sorted path, None where it is sorted already: an index that kept itself would never be freed."""
     start = index.cu_seqlens[:-1].long()
     length = index.cu_seqlens.diff().long()
     if not bool((length.diff() > 0).any()):
-        return index
+        return None
     order = torch.argsort(length, descending=True, stable=True)
     start, length = start[order], length[order]
     cu_seqlens = torch.nn.functional.pad(length.cumsum(0), (1, 0))
