@@ -1,18 +1,30 @@
 """From 4D fMRI files to brain-only shards, and back as clips."""
 
 from boldforge.data_shards.atlas import Atlas, AtlasError, atlas_on_grid, load_atlas
+from boldforge.data_shards.batch import ClipBatch, SkippedClip
 from boldforge.data_shards.build import BuildReport, build_shards
 from boldforge.data_shards.grid import Grid, GridError, brain_mask, get_grid, mask_centres, mask_hash
 from boldforge.data_shards.manifest import Manifest, load_manifest
+from boldforge.data_shards.mixture import Source
 from boldforge.data_shards.nifti import Bold, HeaderError, ReadError, open_bold
 from boldforge.data_shards.phenotype import LayoutError
 from boldforge.data_shards.prepare import PreparedRun, prepare_run
 from boldforge.data_shards.reader import QuantisedClip, ShardReader
 from boldforge.data_shards.recipe import DataRecipe
+from boldforge.data_shards.remote import RemoteError, open_remote
 from boldforge.data_shards.runs import Run, RunList, Skipped, check_headers, detect_layout, find_runs
 from boldforge.data_shards.simulate import SimulationConfig, SimulationError, simulate_cohort
-from boldforge.data_shards.splits import Holdout, Segment, split_segments, whole_runs
-from boldforge.data_shards.stream import ClipBatch, ClipStream
+from boldforge.data_shards.split_plan import SplitPlan
+from boldforge.data_shards.splits import (
+    Holdout,
+    Segment,
+    Segments,
+    split_runs,
+    split_segments,
+    store_splits,
+    whole_runs,
+)
+from boldforge.data_shards.stream import ClipStream
 from boldforge.data_shards.tables import RunEntry, ShardEntry, ShardError
 from boldforge.data_shards.work import BuildError
 
@@ -53,9 +65,17 @@ __all__ = [
     "ShardReader",
     "Holdout",
     "Segment",
+    "Segments",
+    "SplitPlan",
+    "split_runs",
+    "store_splits",
     "split_segments",
     "whole_runs",
     "ClipBatch",
+    "SkippedClip",
+    "Source",
+    "open_remote",
+    "RemoteError",
     "ClipStream",
     "SimulationConfig",
     "SimulationError",

@@ -12,6 +12,7 @@ from boldforge.data_shards.manifest import MANIFEST_FILE, MASK_FILE, REJECTED_FI
 from boldforge.data_shards.plan import plan_shards, software
 from boldforge.data_shards.recipe import DataRecipe
 from boldforge.data_shards.runs import Run, RunList, Skipped
+from boldforge.data_shards.split_plan import SplitPlan
 from boldforge.data_shards.staging import STAGING, ShardRecord, Staging
 from boldforge.data_shards.tables import RunEntry, ShardEntry, npy_bytes, sync_folder, write_atomic, write_tables
 from boldforge.data_shards.work import BuildError, Progress, fill_shards
@@ -141,8 +142,9 @@ def write_manifest(
     n_voxels: int,
     shards: Sequence[ShardEntry],
     runs: Sequence[RunEntry],
+    splits: SplitPlan | None = None,
 ) -> Manifest:
-    """Write a dataset's tables, then its manifest."""
+    """Write a dataset's tables, then its manifest; a plan of splits stays when runs are added."""
     manifest = Manifest(
         recipe=recipe,
         grid=get_grid(recipe.grid),
@@ -152,6 +154,7 @@ def write_manifest(
         n_frames=sum(run.n_frames for run in runs),
         simulated=any(run.simulated for run in runs),
         tables=write_tables(folder, runs, shards),
+        splits=splits,
         software=software(),
     )
     manifest = manifest.model_copy(update={"content_hash": manifest.computed_hash()})

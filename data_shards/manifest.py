@@ -13,6 +13,7 @@ from pydantic import ConfigDict, PlainSerializer, PlainValidator, PrivateAttr, V
 from boldforge.configs import StrictModel
 from boldforge.data_shards.grid import Grid, mask_hash
 from boldforge.data_shards.recipe import DataRecipe
+from boldforge.data_shards.split_plan import SplitPlan
 from boldforge.data_shards.tables import RunTable, ShardError, ShardTable, TableEntry, TableName, Tables
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -52,9 +53,12 @@ class Manifest(StrictModel):
     simulated: bool
     """Whether any run is of a simulated subject."""
     tables: dict[TableName, TableEntry]
+    splits: SplitPlan | None = None
+    """Which subjects are for training; see `store_splits`."""
     software: dict[str, str]
     content_hash: str = ""
     _folder: Path | None = PrivateAttr(default=None)
+    _remote: Any = PrivateAttr(default=None)
 
     @property
     def folder(self) -> Path:
@@ -62,6 +66,17 @@ class Manifest(StrictModel):
         if self._folder is None:
             raise ShardError("This manifest was never saved, so it has no shards to read; load it with load_manifest.")
         return self._folder
+
+    @property
+    def remote(self) -> Any:
+        """The `boldforge.data_shards.remote.RemoteShards` that the shards are read from; None where they are local."""
+        return self._remote
+
+    def read_from(self, remote: Any) -> "Manifest":
+        """Return this manifest with its shards at an address."""
+        placed = self.placed_in(self.folder)
+        placed._remote = remote
+        return placed
 
     @property
     def dtype(self) -> np.dtype[Any]:

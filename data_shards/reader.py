@@ -38,6 +38,13 @@ class ShardReader:
     A dataset's shards are looked at when the reader is made, each for its size; beyond `LOOK_AT` shards, where that
     would take longer than all else, each when it is first opened.
 
+    Parameters
+    ----------
+    manifest
+        The dataset.
+    look
+        Whether to look at the shards at once; False where another reader has, or where damage is to be skipped.
+
     Raises
     ------
     ShardError
@@ -45,11 +52,12 @@ class ShardReader:
         is asked for is damaged.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, look: bool = True) -> None:
         self.manifest = manifest
         self._files: OrderedDict[int, int] = OrderedDict()
         self._runs: OrderedDict[int, _RunTail] = OrderedDict()
-        if len(manifest.shards) <= LOOK_AT:
+        self._remote = manifest.remote
+        if look and self._remote is None and len(manifest.shards) <= LOOK_AT:
             for shard in manifest.shards:
                 path = manifest.folder / shard.file
                 self._check_size(path, path.stat().st_size if path.is_file() else None, shard.n_bytes)
@@ -69,13 +77,32 @@ class ShardReader:
         if start < 0 or length < 1 or start + length > n_frames:
             key = self.manifest.runs[run_index].key
             raise IndexError(f"{key}: frames {start} to {start + length} are outside its {n_frames} frames")
-        tail = self._tail(run_index)
         q = np.empty((length, self.manifest.n_voxels), dtype=self.manifest.dtype) if out is None else out
-        self._fill(run_index, q.data.cast("B"), offset + start * self.manifest.frame_bytes)
-        damaged = np.flatnonzero(frame_hashes(q) != tail.hashes[start : start + length])
+        first = offset + start * self.manifest.frame_bytes
+        try:
+            tail = self._read(run_index, start, q, first)
+        except ShardError:
+            if self._remote is None:
+                raise
+            # It may be the cache that is damaged: what lies at the address decides.
+            shard = self.manifest.shards[int(row["shard"])]
+            for position, n_bytes in (
+                (first, q.nbytes),
+                (int(row["scale_offset"]), 8 * q.shape[1]),
+                (int(row["hashes_offset"]), 8 * n_frames),
+            ):
+                self._remote.forget(shard, position, n_bytes)
+            tail = self._read(run_index, start, q, first)
+        return QuantisedClip(q, tail.scale[1], tail.scale[0])
+
+    def _read(self, run_index: int, start: int, q: npt.NDArray[Any], first: int) -> "_RunTail":
+        """Read frames into `q` and check them; `first` is where they lie in the shard."""
+        tail = self._tail(run_index)
+        self._fill(run_index, q.data.cast("B"), first)
+        damaged = np.flatnonzero(frame_hashes(q) != tail.hashes[start : start + len(q)])
         if len(damaged):
             raise self._damaged(run_index, f"frame {start + int(damaged[0])}")
-        return QuantisedClip(q, tail.scale[1], tail.scale[0])
+        return tail
 
     def close(self) -> None:
         """Close the files that are open."""
@@ -111,6 +138,9 @@ class ShardReader:
         return self._runs[run_index]
 
     def _fill(self, run_index: int, buffer: memoryview, offset: int) -> None:
+        if self._remote is not None:
+            self._remote.fill(self.manifest.shards[int(self.manifest.index[run_index]["shard"])], offset, buffer)
+            return
         file = self._file(int(self.manifest.index[run_index]["shard"]))
         done = 0
         while done < len(buffer):
@@ -130,8 +160,12 @@ class ShardReader:
                 raise
             except OSError as error:
                 raise ShardError(f"{path}: the shard cannot be opened ({error.strerror}).") from None
+            try:
+                self._check_size(path, os.fstat(number).st_size, entry.n_bytes)
+            except ShardError:
+                os.close(number)  # or the next clip would be read from what is left of the shard
+                raise
             self._files[shard] = number
-            self._check_size(path, os.fstat(number).st_size, entry.n_bytes)
             if len(self._files) > _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(shard)
@@ -144,7 +178,8 @@ class ShardReader:
 
     def _damaged(self, run_index: int, what: str) -> ShardError:
         run = self.manifest.runs[run_index]
-        path = self.manifest.folder / self.manifest.shards[run.shard].file
+        file = self.manifest.shards[run.shard].file
+        path = self.manifest.folder / file if self._remote is None else f"{self._remote.url}/{file}"
         return ShardError(
             f"{path}: run {run.key} does not match its checksum (its {what}), the shard is damaged; "
             "copy it again or build the shards again."

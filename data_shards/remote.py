@@ -1,0 +1,178 @@
+"""Datasets at an address (s3://, gs://, hf://, http://): what is read is fetched, and kept in a bounded local cache.
+
+Without a connection, everything that the cache holds can still be read.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import xxhash
+from pydantic import ValidationError
+
+from boldforge.configs import BoldForgeError
+from boldforge.data_shards.block_cache import BLOCK_BYTES, BlockCache
+from boldforge.data_shards.manifest import MANIFEST_FILE, MASK_FILE, Manifest, load_manifest
+from boldforge.data_shards.tables import ShardEntry, ShardError, write_atomic
+
+logger = logging.getLogger(__name__)
+
+PROTOCOLS = ("s3", "gs", "gcs", "hf", "http", "https", "abfs", "az", "file", "memory")
+CACHE_VARIABLE = "BOLDFORGE_CACHE"
+CACHE_BYTES = 32 * 2**30
+_WAITS = (0.2, 1.0, 3.0)  # seconds before another try
+
+Result = TypeVar("Result")
+
+
+class RemoteError(BoldForgeError):
+    """A remote file cannot be fetched now; never skipped, because the next attempt may give the sample after all."""
+
+
+def open_remote(
+    url: str, cache: str | Path | None = None, max_bytes: int = CACHE_BYTES, block_bytes: int = BLOCK_BYTES
+) -> Manifest:
+    """Open the dataset at an address; its shards are fetched block by block as clips are read.
+
+    Parameters
+    ----------
+    url
+        The folder of shards, such as ``s3://bucket/shards``; credentials come from where fsspec's backend looks.
+    cache
+        Local folder for what was fetched; by default ``$BOLDFORGE_CACHE`` or ``~/.cache/boldforge``.
+    max_bytes
+        Bound on the cached blocks (not on manifests, tables and masks, which stay).
+    block_bytes
+        See `BlockCache`.
+
+    Raises
+    ------
+    RemoteError
+        If the address cannot be reached and the cache does not hold the manifest, or the protocol is not known.
+    ShardError
+        If what lies there is not a dataset.
+    """
+    folder = Path(cache or os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "boldforge")
+    remote = RemoteShards(url.rstrip("/"), BlockCache(folder, max_bytes, block_bytes))
+    return remote.manifest()
+
+
+class RemoteShards:
+    """The shards at an address, read through a cache; pickles without its connection.
+
+    Raises
+    ------
+    RemoteError
+        If the protocol is not one of `PROTOCOLS`.
+    """
+
+    def __init__(self, url: str, cache: BlockCache) -> None:
+        self.url = url
+        self.cache = cache
+        self._connection: tuple[int, Any] | None = None
+        protocol = url.partition("://")[0]
+        if protocol not in PROTOCOLS or "::" in url:
+            raise RemoteError(f"{url}: expected an address that starts with one of {', '.join(PROTOCOLS)} and ://")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_connection": None}
+
+    def manifest(self) -> Manifest:
+        """Return the manifest, its tables and mask on the local disk; the cached one where there is no connection."""
+        folder = self.cache.folder / "datasets" / xxhash.xxh3_64_hexdigest(self.url.encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / MANIFEST_FILE
+        try:
+            data = self._fetch(MANIFEST_FILE)
+            if not path.exists() or path.read_bytes() != data:
+                # Another dataset at the same address: its mask has the same name.
+                (folder / MASK_FILE).unlink(missing_ok=True)
+                write_atomic(path, data)
+        except RemoteError as error:
+            if not path.exists():
+                raise
+            logger.warning("%s Going on with the manifest in the cache.", error)
+
+        for name in (MASK_FILE, *_tables_of(path)):
+            if not (folder / name).exists():
+                write_atomic(folder / name, self._fetch(name))
+        return load_manifest(path).read_from(self)
+
+    def fill(self, shard: ShardEntry, offset: int, buffer: memoryview) -> None:
+        """Copy bytes of a shard into a buffer.
+
+        Raises
+        ------
+        ShardError
+            If the shard is missing or cut.
+        RemoteError
+            If the bytes are not in the cache and cannot be fetched.
+        """
+
+        def fetch(start: int, stop: int) -> bytes:
+            data = self._fetch(shard.file, start, stop)
+            if len(data) == shard.n_bytes > stop - start:
+                data = data[start:stop]  # a server that does not know ranges sends the whole file
+            if len(data) != stop - start:
+                raise ShardError(
+                    f"{self.url}/{shard.file}: gave {len(data)} bytes from {start}, expected {stop - start}: the shard "
+                    "is cut; copy it there again."
+                )
+            return data
+
+        if offset + len(buffer) > shard.n_bytes:
+            raise ShardError(f"{self.url}/{shard.file}: ends at {shard.n_bytes}, expected data beyond; build it again.")
+        self.cache.fill(shard.sha256, shard.n_bytes, offset, buffer, fetch)
+
+    def forget(self, shard: ShardEntry, offset: int, length: int) -> None:
+        """Drop a stretch from the cache, so that it is fetched again."""
+        self.cache.forget(shard.sha256, offset, length)
+
+    def _fetch(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        url = f"{self.url}/{name}"
+        try:
+            return _patiently(lambda: self._filesystem().cat_file(url, start=start, end=stop))
+        except FileNotFoundError:
+            raise ShardError(f"{url}: is missing; copy the dataset there again.") from None
+        except ImportError as error:
+            raise RemoteError(f"{url}: needs a package that is not installed ({error}).") from None
+        # Every backend raises its own kinds: OSError, aiohttp's, botocore's, Google's.
+        except Exception as error:
+            raise RemoteError(
+                f"{url}: cannot be fetched ({type(error).__name__}: {error}); check the address and the connection."
+            ) from None
+
+    def _filesystem(self) -> Any:
+        """Return this process's connection: fsspec's event loop does not survive a fork."""
+        import fsspec
+        import fsspec.asyn
+
+        if self._connection is None or self._connection[0] != os.getpid():
+            if self._connection is not None:
+                fsspec.asyn.reset_lock()
+            protocol = self.url.partition("://")[0]
+            self._connection = (os.getpid(), fsspec.filesystem(protocol, skip_instance_cache=True))
+        return self._connection[1]
+
+
+def _tables_of(path: Path) -> list[str]:
+    """Return the names of a manifest's tables, none if it is not valid: `load_manifest` then says what is wrong."""
+    try:
+        return [entry.file for entry in Manifest.model_validate_json(path.read_bytes()).tables.values()]
+    except ValidationError:
+        return []
+
+
+def _patiently(work: Callable[[], Result]) -> Result:
+    for wait in _WAITS:
+        try:
+            return work()
+        except (FileNotFoundError, ImportError, PermissionError):
+            raise
+        except Exception as error:
+            logger.info("fetching again in %g s: %s", wait, error)
+            time.sleep(wait)
+    return work()
