@@ -107,7 +107,7 @@ def still_frames(columns: Columns, threshold_mm: float, keep: int) -> npt.NDArra
     for name, values in columns.items():
         if fnmatchcase(name, _NOT_STEADY):
             still &= values == 0
-    for start, stop in stretches(still):
+    for start, stop in consecutive(still):
         if stop - start < keep:
             still[start:stop] = False
     if not still.any():
@@ -118,7 +118,7 @@ def still_frames(columns: Columns, threshold_mm: float, keep: int) -> npt.NDArra
     return still
 
 
-def stretches(kept: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+def consecutive(kept: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Return where each row of kept frames starts and stops."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], kept, [False]]).astype(np.int8)))
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]

@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
+from boldforge.data_shards.dataset_files import files_named, why_refused
 from boldforge.data_shards.nifti import HeaderError, open_bold
 from boldforge.data_shards.phenotype import LayoutError, Phenotype, parse_diagnosis, parse_number, read_table
-from boldforge.data_shards.runs import Run, RunList, Skipped
+from boldforge.data_shards.runs import Run, RunList, Skipped, links_not_entered
 
 # fmt: off
 PHENOTYPE_COLUMNS = (
@@ -33,7 +34,7 @@ _SCORES = {
 }
 
 
-def find_adhd200(folder: Path, band_passed: bool = True) -> RunList:
+def find_adhd200(folder: Path, root: Path, band_passed: bool = True) -> RunList:
     """Find Athena volumes below a folder and join them with the phenotype table.
 
     DX 1, 2 and 3 are all ADHD. Rows whose DX is ``pending`` are left out; a run without a row is skipped with the mend.
@@ -43,11 +44,15 @@ def find_adhd200(folder: Path, band_passed: bool = True) -> RunList:
     LayoutError
         If there is no phenotype table or it has no ``ScanDir ID`` column.
     """
-    table, rows = _read_phenotypes(folder)
+    table, rows = _read_phenotypes(folder, root)
     simulated = (folder / SIMULATION_FILE).is_file()
     wanted, skipped = _one_kind(folder, "sfnwmrda" if band_passed else "snwmrda")
+    skipped += links_not_entered(folder)
     runs = []
     for path, name in wanted:
+        if (reason := why_refused(path, root)) is not None:  # before its header is read
+            skipped.append(Skipped(path, reason))
+            continue
         row = rows.get(int(name["id"]))
         if row is None:
             reason = (
@@ -60,12 +65,14 @@ def find_adhd200(folder: Path, band_passed: bool = True) -> RunList:
             )
         else:
             runs.append(_run(path, name, row, simulated))
-    return RunList(tuple(runs), tuple(skipped), "adhd200")
+    pending = sum(row.get("DX", "").lower() == "pending" for row in rows.values())
+    notes = [f"{pending} of {len(rows)} people in {table.name} have a pending DX and are left out."] if pending else []
+    return RunList(tuple(runs), tuple(skipped), "adhd200", tuple(notes))
 
 
 def _one_kind(folder: Path, kind: str) -> tuple[list[tuple[Path, re.Match[str]]], list[Skipped]]:
     """Choose between band-passed and plain files: one kind for the whole dataset."""
-    named = [(path, match) for path in sorted(folder.rglob("*nwmrda*.nii*")) if (match := _NAME.match(path.name))]
+    named = [(path, match) for path in sorted(files_named(folder, _NAME)) if (match := _NAME.match(path.name))]
     if named and not any(match["kind"] == kind for _, match in named):
         kind = named[0][1]["kind"]
     taken = {(match["id"], match["session"], match["rest"]) for _, match in named if match["kind"] == kind}
@@ -116,17 +123,15 @@ def _header_or_site_tr(path: Path, site: str) -> float | None:
         return SITE_TRS.get(site)
 
 
-def _read_phenotypes(folder: Path) -> tuple[Path, dict[int, dict[str, str]]]:
-    tables = sorted(
-        path for path in folder.rglob("*henotyp*") if path.suffix in {".tsv", ".csv", ".txt"} and path.is_file()
-    )
+def _read_phenotypes(folder: Path, root: Path) -> tuple[Path, dict[int, dict[str, str]]]:
+    tables = sorted(files_named(folder, re.compile(r".*henotyp.*\.(tsv|csv|txt)$")))
     if not tables:
         raise LayoutError(
             f"{folder}: has ADHD-200 volumes but no phenotype table; put ADHD200_preprocessed_phenotypics.tsv into it."
         )
     rows: dict[int, dict[str, str]] = {}
     for table in tables:
-        for row in read_table(table):
+        for row in read_table(table, root):
             if "ScanDir ID" not in row:
                 raise LayoutError(f"{table}: has no column 'ScanDir ID'; its columns are {', '.join(row)}.")
             if row["ScanDir ID"].isdigit():

@@ -5,8 +5,9 @@ import logging
 import re
 from pathlib import Path
 
+from boldforge.data_shards.dataset_files import files_named, is_outside
 from boldforge.data_shards.phenotype import LayoutError, Phenotype, canonical, read_table
-from boldforge.data_shards.runs import Run, RunList, Skipped
+from boldforge.data_shards.runs import Run, RunList, Skipped, links_not_entered
 
 log = logging.getLogger(__name__)
 
@@ -14,7 +15,7 @@ log = logging.getLogger(__name__)
 _VERSION_ENTITIES = ("space", "res", "desc", "cohort")
 
 
-def find_bids(folder: Path) -> RunList:
+def find_bids(folder: Path, root: Path) -> RunList:
     """Find ``sub-*_bold.nii[.gz]`` below a folder; of several versions of a recording, the best MNI one is taken.
 
     Raises
@@ -22,13 +23,12 @@ def find_bids(folder: Path) -> RunList:
     LayoutError
         If ``participants.tsv`` has no ``participant_id`` column.
     """
-    participants = _read_participants(folder / "participants.tsv")
+    participants = _read_participants(folder / "participants.tsv", root)
     versions: dict[tuple[tuple[str, str], ...], list[Path]] = {}
-    for path in sorted(folder.rglob("sub-*_bold.nii*")):
-        if path.name.endswith((".nii", ".nii.gz")):
-            recording = tuple(item for item in _entities(path).items() if item[0] not in _VERSION_ENTITIES)
-            versions.setdefault(recording, []).append(path)
-    runs, skipped = [], []
+    for path in files_named(folder, re.compile(r"sub-.*_bold\.nii(\.gz)?$")):
+        recording = tuple(item for item in _entities(path).items() if item[0] not in _VERSION_ENTITIES)
+        versions.setdefault(recording, []).append(path)
+    runs, skipped = [], links_not_entered(folder)
     for recording, paths in versions.items():
         in_mni = sorted((path for path in paths if _is_mni(path)), key=_preference)
         for path in paths:
@@ -39,11 +39,11 @@ def find_bids(folder: Path) -> RunList:
             elif path != in_mni[0]:
                 skipped.append(Skipped(path, f"is another version of {in_mni[0].name}, which was taken."))
         if in_mni:
-            runs.append(_run(folder, in_mni[0], dict(recording), participants))
+            runs.append(_run(folder, root, in_mni[0], dict(recording), participants))
     return RunList(tuple(runs), tuple(skipped), "bids")
 
 
-def _run(folder: Path, path: Path, entities: dict[str, str], participants: dict[str, Phenotype]) -> Run:
+def _run(folder: Path, root: Path, path: Path, entities: dict[str, str], participants: dict[str, Phenotype]) -> Run:
     phenotype = dict(participants.get(entities["sub"], {}))
     site = phenotype.pop("site", None)
     # Entities such as acq, dir and echo also tell recordings apart, so they must reach the run's key.
@@ -52,12 +52,13 @@ def _run(folder: Path, path: Path, entities: dict[str, str], participants: dict[
         subject=entities["sub"],
         session=entities.get("ses"),
         site=None if site is None else str(site),
-        tr=_sidecar_tr(folder, path, entities),
+        tr=_sidecar_tr(folder, root, path, entities),
         path=path,
         mask_path=_mask_beside(path),
         phenotype=phenotype,
         task=entities.get("task"),
         number="".join([entities.get("run", ""), *others]) or None,
+        confounds_path=_confounds_beside(path),
     )
 
 
@@ -85,18 +86,31 @@ def _preference(path: Path) -> tuple[bool, bool, float, str]:
 def _mask_beside(path: Path) -> Path | None:
     prefix = re.sub(r"(_desc-[^_]+)?_bold\.nii(\.gz)?$", "", path.name)
     for ending in ("_desc-brain_mask.nii.gz", "_desc-brain_mask.nii", "_brainmask.nii.gz"):
-        if (path.parent / (prefix + ending)).is_file():
+        if (path.parent / (prefix + ending)).is_file() or (path.parent / (prefix + ending)).is_symlink():
             return path.parent / (prefix + ending)
     return None
 
 
-def _sidecar_tr(folder: Path, path: Path, entities: dict[str, str]) -> float | None:
+def _confounds_beside(path: Path) -> Path | None:
+    """Find the table of confounds, which is the same for every space and resolution of a recording."""
+    kept = [part for part in path.name.split("_")[:-1] if part.split("-")[0] not in _VERSION_ENTITIES]
+    for ending in ("desc-confounds_timeseries.tsv", "desc-confounds_regressors.tsv"):  # the second until fMRIPrep 1.5
+        found = path.parent / "_".join([*kept, ending])
+        if found.is_file() or found.is_symlink():
+            return found
+    return None
+
+
+def _sidecar_tr(folder: Path, root: Path, path: Path, entities: dict[str, str]) -> float | None:
     """Look for RepetitionTime beside the file, then in the dataset's shared sidecars (BIDS inheritance)."""
     stem = path.name.removesuffix(".gz").removesuffix(".nii")
     candidates = [path.parent / f"{stem}.json", path.parent / (stem.split("_space-")[0] + "_bold.json")]
     candidates += [folder / f"task-{entities.get('task')}_bold.json"]
     for sidecar in candidates:
         if sidecar.is_file():
+            if is_outside(sidecar, root):
+                log.warning("%s: leads out of %s, so it is not read.", sidecar, root)
+                continue
             try:
                 seconds = json.loads(sidecar.read_text()).get("RepetitionTime")
             except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
@@ -107,10 +121,10 @@ def _sidecar_tr(folder: Path, path: Path, entities: dict[str, str]) -> float | N
     return None
 
 
-def _read_participants(path: Path) -> dict[str, Phenotype]:
+def _read_participants(path: Path, root: Path) -> dict[str, Phenotype]:
     if not path.is_file():
         return {}
-    rows = read_table(path)
+    rows = read_table(path, root)
     if rows and "participant_id" not in rows[0]:
         raise LayoutError(f"{path}: has no column participant_id; its columns are {', '.join(rows[0])}.")
     known = frozenset({"participant_id"})

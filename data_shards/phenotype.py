@@ -6,11 +6,13 @@ from itertools import zip_longest
 from pathlib import Path
 
 from boldforge.configs import BoldForgeError
+from boldforge.data_shards.dataset_files import why_refused
 
 Phenotype = dict[str, float | str | None]
 
-# The codes that ADHD-200 and BIDS tables use for "not known"; -999 comes as an integer and as a float.
-MISSING = frozenset({"", "n/a", "na", "nan", "none", "null", "pending", "withheld", "-999", "-999.0"})
+# The codes that ADHD-200 and BIDS tables use for "not known".
+MISSING = frozenset({"", "n/a", "na", "nan", "none", "null", "pending", "withheld"})
+_NOT_MEASURED = -999  # comes as an integer and as a float
 _CONTROL = frozenset(
     {"0", "control", "controls", "hc", "healthy", "td", "tdc", "typically developing children", "none"}
 )
@@ -22,7 +24,7 @@ class LayoutError(BoldForgeError):
     """A folder or table of runs does not look like the layout asked for."""
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
+def read_table(path: Path, root: Path | None = None) -> list[dict[str, str]]:
     """Read a TSV or CSV table (by its first line) into one dict per row, names and values stripped.
 
     A row shorter than the header has empty cells at its end; what reaches beyond the header is left out.
@@ -30,8 +32,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
     Raises
     ------
     LayoutError
-        If the file is empty, has no header, repeats a column or is not UTF-8 text.
+        If the file is empty, has no header, repeats a column, is not UTF-8 text, or leads out of `root`.
     """
+    if root is not None and (reason := why_refused(path, root)):
+        raise LayoutError(f"{path}: {reason}")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -58,7 +62,7 @@ def parse_value(text: str | None) -> float | str | None:
     except ValueError:
         return text.strip()
     # JSON has no infinity: it would come back from the manifest as something else.
-    return number if math.isfinite(number) else None
+    return number if math.isfinite(number) and number != _NOT_MEASURED else None
 
 
 def parse_number(text: str | None) -> float | None:

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from boldforge.data_shards.confounds import ConfoundError, clean, read_confounds, regressors, still_frames, stretches
+from boldforge.data_shards.confounds import ConfoundError, clean, consecutive, read_confounds, regressors, still_frames
 from boldforge.data_shards.grid import Grid, brain_mask, get_grid, mask_centres
 from boldforge.data_shards.nifti import Bold, HeaderError, ReadError, open_bold, read_volume
 from boldforge.data_shards.normalise import (
@@ -45,16 +46,24 @@ Bools = npt.NDArray[np.bool_]
 Values = npt.NDArray[np.float32]
 
 
+class Stretch(NamedTuple):
+    """Stored frames [start, stop) that follow one another in time, and the source frame at which they start."""
+
+    start: int
+    stop: int
+    source_start: int
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Prepared:
-    """What was done to a run: covered bool [V]; stretches, the stored frames (start, stop) between removed ones."""
+    """What was done to a run: covered bool [V]; one stretch, or several where frames between them were removed."""
 
     covered: Bools
     normalisation: Normalisation
     source_tr: float
     source_frames: int
     simulated: bool
-    stretches: tuple[tuple[int, int], ...]
+    stretches: tuple[Stretch, ...]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -123,7 +132,7 @@ class _Series:
     covered: Bools
     moments: Moments
     normalisation: Normalisation
-    stretches: tuple[tuple[int, int], ...]
+    stretches: tuple[Stretch, ...]
     bold: Bold
     simulated: bool
 
@@ -137,7 +146,7 @@ class _Series:
             # Subtracting a large mean can round away what little a voxel varied.
             yield columns, values_TV, covered & (values_TV.max(axis=0) > values_TV.min(axis=0))
 
-    def about(self, covered: Bools) -> dict:  # type: ignore[type-arg]
+    def about(self, covered: Bools) -> dict[str, Any]:
         """Return the fields of `Prepared`."""
         return {
             "covered": covered,
@@ -181,14 +190,18 @@ class _TimePlan:
     kept: Bools
     source_stretches: tuple[tuple[int, int], ...]
 
-    def stored_stretches(self) -> tuple[tuple[int, int], ...]:
+    def stored_stretches(self) -> tuple[Stretch, ...]:
         """Return the same stretches in stored frames, one after the other."""
-        stops = np.cumsum([frames_at(stop - start, self.tr, self.recipe.tr) for start, stop in self.source_stretches])
-        return tuple(zip((0, *stops[:-1].tolist()), stops.tolist(), strict=True))
+        stretches, stored = [], 0
+        for start, stop in self.source_stretches:
+            length = frames_at(stop - start, self.tr, self.recipe.tr)
+            stretches.append(Stretch(stored, stored + length, start))
+            stored += length
+        return tuple(stretches)
 
     def apply(self, values: Spool, covered: Bools, scratch: Path | None) -> Spool:
         """Return a spool [T', V] and close the one given, unless nothing changes."""
-        n_frames = self.stored_stretches()[-1][1]
+        n_frames = self.stored_stretches()[-1].stop
         if not self.recipe.cleans and self.kept.all() and same_tr(self.tr, self.recipe.tr):
             return values
         with values:
@@ -219,7 +232,7 @@ def _plan_time(run: Run, bold: Bold, recipe: DataRecipe) -> _TimePlan:
             confounds = regressors(columns, recipe.confounds)
         if recipe.scrub_fd is not None:
             kept = still_frames(columns, recipe.scrub_fd, recipe.scrub_keep)
-    pieces = stretches(kept)
+    pieces = consecutive(kept)
     if len(pieces) > 1:
         pieces = [piece for piece in pieces if frames_at(piece[1] - piece[0], bold.tr, recipe.tr) >= 2]
         if not pieces:

@@ -1,15 +1,17 @@
 """Find the runs in a folder, whichever way it is laid out."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from boldforge.data_shards.dataset_files import files_named, is_outside, links_to_folders, why_refused
 from boldforge.data_shards.nifti import HeaderError, open_bold
 from boldforge.data_shards.phenotype import LayoutError, Phenotype
 
-Layout = Literal["auto", "bids", "adhd200", "table"]
+Layout = Literal["auto", "bids", "adhd200", "hcp", "table"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,25 @@ class Run:
     simulated: bool = False
     confounds_path: Path | None = None
 
+    def __post_init__(self) -> None:
+        # A manifest is JSON, which has no infinity and no NaN: what is not finite is not known.
+        known = {name: _finite(value) for name, value in self.phenotype.items()}
+        object.__setattr__(self, "phenotype", known)
+
     @property
     def key(self) -> str:
         """The run's name inside a dataset; without dots, because WebDataset splits names at the first one."""
         entities = (("sub", self.subject), ("ses", self.session), ("task", self.task), ("run", self.number))
         return "_".join(f"{name}-{re.sub('[^A-Za-z0-9]+', '', value)}" for name, value in entities if value)
+
+
+def _finite(value: float | str | None) -> float | str | None:
+    if isinstance(value, str) or value is None:
+        return value
+    try:
+        return float(value) if math.isfinite(value) else None
+    except TypeError:
+        raise LayoutError(f"A phenotype is {value!r}, expected a number, a text or None.") from None
 
 
 class Skipped(NamedTuple):
@@ -48,51 +64,65 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True)
 class RunList:
-    """What `find_runs` found: runs sorted by key, what was skipped, and the layout that was read."""
+    """What `find_runs` found: runs sorted by key, what was skipped, the layout that was read, and what else to know."""
 
     runs: tuple[Run, ...]
     skipped: tuple[Skipped, ...]
     layout: str
+    notes: tuple[str, ...] = ()
 
 
 def find_runs(
-    folder: str | Path, layout: Layout = "auto", tr: float | None = None, band_passed: bool = True
+    folder: str | Path,
+    layout: Layout = "auto",
+    tr: float | None = None,
+    band_passed: bool = True,
+    root: str | Path | None = None,
 ) -> RunList:
     """Find runs without decoding any of them.
 
     Parameters
     ----------
     folder
-        A BIDS derivatives folder as fMRIPrep writes it (``bids``), an ADHD-200 Athena folder (``adhd200``), or a table
-        (``table``: a TSV or CSV file, or a folder with ``runs.tsv``).
+        A BIDS derivatives folder as fMRIPrep writes it (``bids``), an ADHD-200 Athena folder (``adhd200``), subject
+        folders of the Human Connectome Project (``hcp``), or a table (``table``: a TSV or CSV file, or a folder with
+        ``runs.tsv``).
     layout
-        One of the three, or ``auto`` to look at the names.
+        One of the four, or ``auto`` to look at the names.
     tr
         Seconds between frames for every run, in place of what sidecars and headers say.
     band_passed
         For ``adhd200``: take ``sfnwmrda`` files (band-passed) or ``snwmrda`` files (not); never both.
+    root
+        Nothing outside this folder is read, however links and tables name it; by default `folder`, or the table's own.
 
     Raises
     ------
     LayoutError
-        If the folder does not exist, its layout cannot be told, or its table is malformed.
+        If the folder does not exist, its layout cannot be told, or its table is malformed or lies outside `root`.
     """
     from boldforge.data_shards.layout_adhd200 import find_adhd200
     from boldforge.data_shards.layout_bids import find_bids
+    from boldforge.data_shards.layout_hcp import find_hcp
     from boldforge.data_shards.layout_table import find_table
 
     folder = Path(folder)
     if not folder.exists():
         raise LayoutError(f"{folder}: no such folder or table of runs.")
+    top = folder if folder.is_dir() else folder.parent
+    root = top if root is None else Path(root)
+    if is_outside(top, root):
+        raise LayoutError(f"{folder}: does not lie in {root}, outside of which nothing is read; give another --root.")
     chosen = detect_layout(folder) if layout == "auto" else layout
     finders: dict[str, Callable[[], RunList]] = {
-        "bids": lambda: find_bids(folder),
-        "adhd200": lambda: find_adhd200(folder, band_passed),
-        "table": lambda: find_table(folder),
+        "bids": lambda: find_bids(folder, root),
+        "adhd200": lambda: find_adhd200(folder, root, band_passed),
+        "hcp": lambda: find_hcp(folder, root),
+        "table": lambda: find_table(folder, root),
     }
     if chosen not in finders:
         raise LayoutError(f"Unknown layout {layout!r}; valid layouts are auto, {', '.join(finders)}.")
-    found = _without_repeats(finders[chosen]())
+    found = _without_repeats(_inside(finders[chosen](), root))
     if tr is not None:
         found = replace(found, runs=tuple(replace(run, tr=tr) for run in found.runs))
     return found
@@ -108,14 +138,19 @@ def detect_layout(folder: Path) -> str:
     """
     if folder.is_file() or (folder / "runs.tsv").is_file():
         return "table"
-    for path in folder.rglob("*.nii*"):
+    from boldforge.data_shards.layout_hcp import is_hcp
+
+    for path in files_named(folder, re.compile(r".*\.nii(\.gz)?$")):
         if re.match(r"s?f?nwmrda\d+", path.name):
             return "adhd200"
+        if is_hcp(path):
+            return "hcp"
         if re.match(r"sub-[^_]+_.*bold\.nii(\.gz)?$", path.name):
             return "bids"
     raise LayoutError(
         f"{folder}: no runs found; expected fMRIPrep names (sub-*_bold.nii.gz), ADHD-200 Athena names "
-        "(sfnwmrda*.nii.gz), or a table runs.tsv with the columns path and subject."
+        "(sfnwmrda*.nii.gz), HCP folders (<subject>/MNINonLinear/Results/rfMRI_*), or a table runs.tsv with the "
+        "columns path and subject."
     )
 
 
@@ -128,6 +163,25 @@ def check_headers(found: RunList) -> RunList:
             runs.append(replace(run, tr=bold.tr, simulated=run.simulated or bold.simulated))
         except HeaderError as error:
             skipped.append(Skipped(run.path, str(error)))
+    return replace(found, runs=tuple(runs), skipped=tuple(skipped))
+
+
+def links_not_entered(folder: Path) -> list[Skipped]:
+    """Return the links to folders outside a folder, which no layout follows."""
+    reason = "is a link to a folder outside the dataset, which is not entered; give that folder itself."
+    return [Skipped(path, reason) for path in links_to_folders(folder)]
+
+
+def _inside(found: RunList, root: Path) -> RunList:
+    """Skip every run of which a file leads out of the root or to nothing, and say which folders were not entered."""
+    runs, skipped = [], list(found.skipped)
+    for run in found.runs:
+        for path in (run.path, run.mask_path, run.confounds_path):
+            if path is not None and (reason := why_refused(path, root)) is not None:
+                skipped.append(Skipped(run.path, reason if path == run.path else f"its {path.name} {reason}"))
+                break
+        else:
+            runs.append(run)
     return replace(found, runs=tuple(runs), skipped=tuple(skipped))
 
 

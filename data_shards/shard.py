@@ -29,12 +29,12 @@ _COPY = 8 * 2**20
 
 @dataclass(frozen=True)
 class Fragment:
-    """A run's part of a tar in a file of its own; offsets of `entry` count from its start, ``xxh3`` is over all."""
+    """A run's part of a tar in a file of its own; offsets in `entries` count from its start, ``xxh3`` is over all."""
 
     path: Path
     n_bytes: int
     xxh3: str
-    entry: RunEntry
+    entries: tuple[RunEntry, ...]
 
 
 class _HashedFile:
@@ -55,7 +55,9 @@ def write_fragment(path: Path, run: Run, result: StoredRun) -> Fragment:
     """Write a run's part of a tar, under a temporary name until it is complete.
 
     Members: ``<key>.bold.npy`` [T, V], ``<key>.json``, ``<key>.scale.npy`` float32 [2, V] (means, scales) and
-    ``<key>.xxh3.npy`` uint64 [T] (the xxh3-64 of each frame's integers).
+    ``<key>.xxh3.npy`` uint64 [T] (the xxh3-64 of each frame's integers). A run from which frames were removed is
+    stored as several, one per stretch between them, so that no reader can take a gap for a step of one TR; the second
+    has the key ``<key>_part-2``.
 
     Raises
     ------
@@ -63,6 +65,25 @@ def write_fragment(path: Path, run: Run, result: StoredRun) -> Fragment:
         If the file cannot be written; the temporary file is removed first.
     """
     q = np.ascontiguousarray(result.stored.q)
+    entries: list[RunEntry] = []
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            out = _HashedFile(file)
+            for number, stretch in enumerate(result.prepared.stretches, start=1):
+                key = run.key if number == 1 else f"{run.key}_part-{number}"
+                entry = _add_run(out, key, run, result, q[stretch.start : stretch.stop], stretch.source_start)
+                entries.append(entry)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return Fragment(path, out.n_bytes, out.digest.hexdigest(), tuple(entries))
+
+
+def _add_run(
+    out: _HashedFile, key: str, run: Run, result: StoredRun, q: npt.NDArray[Any], source_start: int
+) -> RunEntry:
     scale = np.stack([result.stored.mean, result.stored.scale]).astype("<f4")
     hashes = frame_hashes(q)
     about = {
@@ -73,21 +94,13 @@ def write_fragment(path: Path, run: Run, result: StoredRun) -> Fragment:
         "simulated": run.simulated,
         "value": "mean + q * scale, float32; scale.npy holds the means, then the scales",
     }
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            out = _HashedFile(file)
-            offset = _add_array(out, f"{run.key}.bold.npy", q)
-            _add_text(out, f"{run.key}.json", json.dumps(about, sort_keys=True).encode())
-            scale_offset = _add_array(out, f"{run.key}.scale.npy", scale)
-            hashes_offset = _add_array(out, f"{run.key}.xxh3.npy", hashes, fill_page=True)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    offset = _add_array(out, f"{key}.bold.npy", q)
+    _add_text(out, f"{key}.json", json.dumps(about, sort_keys=True).encode())
+    scale_offset = _add_array(out, f"{key}.scale.npy", scale)
+    hashes_offset = _add_array(out, f"{key}.xxh3.npy", hashes, fill_page=True)
     prepared = result.prepared
-    entry = RunEntry(
-        key=run.key,
+    return RunEntry(
+        key=key,
         subject=run.subject,
         session=run.session,
         site=run.site,
@@ -99,6 +112,7 @@ def write_fragment(path: Path, run: Run, result: StoredRun) -> Fragment:
         source_sha256=result.source_sha256,
         source_tr=prepared.source_tr,
         source_frames=prepared.source_frames,
+        source_start=source_start,
         normalisation=prepared.normalisation,
         coverage=round(float((result.stored.scale > 0).mean()), 4),
         tsnr_db=result.tsnr_db,
@@ -109,7 +123,6 @@ def write_fragment(path: Path, run: Run, result: StoredRun) -> Fragment:
         hashes_offset=hashes_offset,
         hashes_xxh3=xxhash.xxh3_64_hexdigest(hashes.data),
     )
-    return Fragment(path, out.n_bytes, out.digest.hexdigest(), entry)
 
 
 class DamagedFragmentError(Exception):
@@ -135,7 +148,7 @@ def join_fragments(path: Path, fragments: Sequence[Fragment]) -> tuple[ShardEntr
     """
     partial = path.with_name(f".{path.name}.partial")
     sha256 = hashlib.sha256()
-    entries = []
+    entries: list[RunEntry] = []
     position = 0
     try:
         with partial.open("wb") as file:
@@ -147,7 +160,7 @@ def join_fragments(path: Path, fragments: Sequence[Fragment]) -> tuple[ShardEntr
                     digest.update(data)
                 if digest.hexdigest() != fragment.xxh3:
                     raise DamagedFragmentError(fragment)
-                entries.append(_moved(fragment.entry, position))
+                entries.extend(_moved(entry, position) for entry in fragment.entries)
                 position += fragment.n_bytes
             file.write(_END_OF_TAR)
             sha256.update(_END_OF_TAR)

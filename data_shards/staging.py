@@ -28,7 +28,7 @@ Record = TypeVar("Record", bound=StrictModel)
 class _RunRecord(StrictModel):
     n_bytes: int
     xxh3: str
-    entry: RunEntry
+    entries: tuple[RunEntry, ...]
 
 
 class ShardRecord(StrictModel):
@@ -97,11 +97,11 @@ class Staging:
         record = _read(path.with_suffix(".json"), _RunRecord)
         if record is None or not path.is_file() or path.stat().st_size != record.n_bytes:
             return None
-        return Fragment(path, record.n_bytes, record.xxh3, record.entry)
+        return Fragment(path, record.n_bytes, record.xxh3, record.entries)
 
     def record_run(self, fragment: Fragment) -> None:
         """Note that a run's part is complete."""
-        record = _RunRecord(n_bytes=fragment.n_bytes, xxh3=fragment.xxh3, entry=fragment.entry)
+        record = _RunRecord(n_bytes=fragment.n_bytes, xxh3=fragment.xxh3, entries=fragment.entries)
         # Not brought to the disk: the hash tells, when the shard is written, whether both files got there.
         partial = fragment.path.with_suffix(".partial")
         partial.write_bytes(record.model_dump_json().encode())

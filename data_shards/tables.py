@@ -78,6 +78,9 @@ class RunEntry(StrictModel):
     source_sha256: str
     source_tr: float
     source_frames: int
+    """Frames of the whole source file."""
+    source_start: int = 0
+    """Source frame at which this run starts: 0, but for a later stretch of a scrubbed run."""
     normalisation: Normalisation
     coverage: float
     """Share of the grid's brain voxels that carry signal."""

@@ -43,7 +43,7 @@ def test_a_run_in_pieces_is_bit_for_bit_the_run_in_one(real_runs, small_pieces, 
     np.testing.assert_array_equal(prepared.covered, covered)
     np.testing.assert_array_equal(prepared.values_TV, whole)
     assert prepared.normalisation == how
-    assert prepared.stretches == ((0, len(whole)),)
+    assert prepared.stretches == ((0, len(whole), 0),)
 
     wanted = quantise(whole, covered, dtype)
     result = store_run(run, recipe, small_pieces)

@@ -212,5 +212,5 @@ def test_unknown_folders_say_what_was_expected(tmp_path):
         find_runs(tmp_path)
     with pytest.raises(LayoutError, match="no such folder"):
         find_runs(tmp_path / "gone")
-    with pytest.raises(LayoutError, match="valid layouts are auto, bids, adhd200, table"):
-        find_runs(tmp_path, "hcp")
+    with pytest.raises(LayoutError, match="valid layouts are auto, bids, adhd200, hcp, table"):
+        find_runs(tmp_path, "freesurfer")
