@@ -41,6 +41,16 @@ class DataRecipe(StrictModel):
     scrub_keep: int = Field(default=5, ge=2)
     """Frames; shorter stretches between removed frames are removed too."""
 
+    def as_options(self) -> str:
+        """Return the recipe as options of ``boldforge shard``, less what the command has anyway and the precision."""
+        words = [f"--grid {self.grid} --tr {self.tr:g} --normalisation {self.normalisation}"]
+        for name, value in self.model_dump(mode="json").items():
+            if name in _OPTIONS:
+                option = f"--{name.replace('_', '-')}"
+                words += [f"{option} {item}" for item in value] if name == "confounds" else []
+                words += [option if value is True else f"{option} {value}"] if name != "confounds" else []
+        return " ".join(words)
+
     @property
     def cleans(self) -> bool:
         """Whether values change before they are resampled in time."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from boldforge.data_shards import Manifest, ShardReader
+from boldforge.data_shards import DataRecipe, Manifest, ShardReader
 from boldforge.finetune.backbone import Backbone, Partway
 from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.tasks import Task
@@ -96,22 +96,24 @@ def find_cohort(manifest: Manifest, task: Task, clip_length: int) -> Cohort:
 
 
 def check_recipe(backbone: Backbone, manifest: Manifest) -> None:
-    """Make sure that the shards are what the encoder reads: same grid, TR, normalisation and brain mask.
+    """Make sure that the shards are what the encoder reads: same recipe but for the precision, and same brain mask.
 
     Raises
     ------
     FinetuneError
         Naming what differs and how to shard again.
     """
-    recipe, wanted = manifest.recipe, backbone.data
-    found = {"grid": recipe.grid, "tr": float(recipe.tr), "normalisation": recipe.normalisation}
-    expected = {"grid": wanted["grid"], "tr": float(wanted["tr"]), "normalisation": wanted["normalisation"]}
-    differing = [f"{key} {found[key]} instead of {expected[key]}" for key in found if found[key] != expected[key]]
+    wanted = backbone.data
+    same = [name for name in DataRecipe.model_fields if name != "dtype"]
+    asked = {name: wanted[name] for name in same if name in wanted}
+    # Not validated: an encoder from elsewhere may name a grid or a TR that no recipe of ours can have.
+    pretrained = DataRecipe.model_construct(**asked | {"confounds": tuple(wanted.get("confounds", ()))})
+    found, expected = ({name: getattr(recipe, name) for name in same} for recipe in (manifest.recipe, pretrained))
+    differing = [f"{key} {found[key]} instead of {expected[key]}" for key in same if found[key] != expected[key]]
     if differing:
         raise FinetuneError(
             f"the shards have {', '.join(differing)}, which the encoder was pretrained on; make shards that fit it: "
-            f"boldforge shard FOLDER --out OTHER --grid {expected['grid']} --tr {expected['tr']:g} "
-            f"--normalisation {expected['normalisation']}."
+            f"boldforge shard FOLDER --out OTHER {pretrained.as_options()}."
         )
     if manifest.mask_sha256 != wanted.get("mask_sha256", manifest.mask_sha256):
         # Voxels go in by their position in the mask: another mask puts them elsewhere in the brain, often unnoticed.

@@ -6,7 +6,7 @@ Everything heavy (torch, ray, deepspeed, nibabel) is imported inside the verbs, 
 import errno
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -28,8 +28,11 @@ Overrides = Annotated[
 ]
 Recipe = Annotated[str, typer.Option("--config", help="Recipe (YAML): your own file, or one that comes with BoldForge")]
 LayoutOption = Annotated[
-    Literal["auto", "bids", "adhd200", "table"],
+    Literal["auto", "bids", "adhd200", "hcp", "table"],
     typer.Option(help="How the folder is laid out; auto looks at the names"),
+]
+RootOption = Annotated[
+    Path | None, typer.Option(help="Nothing outside this folder is read, links included; by default FOLDER itself")
 ]
 TrOption = Annotated[
     float | None, typer.Option(help="Seconds between frames, where the files do not say or say it wrong")
@@ -93,11 +96,12 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of 4D NIfTI files, or a table of runs")],
     layout: LayoutOption = "auto",
     tr: TrOption = None,
+    root: RootOption = None,
 ) -> None:
     """Show which runs a folder holds, and which would be skipped and why; nothing is written."""
     from boldforge.launch.sharding import print_inspection
 
-    print_inspection(folder, layout, tr, Console())
+    print_inspection(folder, layout, tr, Console(), root)
 
 
 @app.command(epilog="Example: boldforge shard /data/fmriprep --out shards/study --grid mni4mm --tr 2.0 --workers 4")
@@ -108,19 +112,40 @@ def shard(
     tr: Annotated[float, typer.Option(help="Seconds between frames to resample every run to")] = 2.0,
     source_tr: TrOption = None,
     normalisation: Annotated[
-        Literal["residual-z", "voxel-z", "global-z"], typer.Option(help="How each run is normalised")
+        Literal["residual-z", "voxel-z", "global-z", "min-max", "percent-signal-change"],
+        typer.Option(help="How each run is normalised"),
     ] = "residual-z",
     dtype: Annotated[Literal["int16", "int8"], typer.Option(help="Stored type; int8 halves the size")] = "int16",
+    antialias: Annotated[bool, typer.Option("--antialias", help="Smooth finer runs before sampling them")] = False,
+    confounds: Annotated[
+        list[str] | None,
+        typer.Option(help="Regress these out: motion-6, motion-24, wm-csf, global-signal, cosine, or a column; repeat"),
+    ] = None,
+    detrend: Annotated[bool, typer.Option("--detrend", help="Remove a straight line from every voxel")] = False,
+    high_pass: Annotated[float | None, typer.Option(help="Hz; filter slower drifts out")] = None,
+    low_pass: Annotated[float | None, typer.Option(help="Hz; filter faster fluctuations out")] = None,
+    scrub_fd: Annotated[float | None, typer.Option(help="mm; remove frames in which the head moved more")] = None,
+    scrub_keep: Annotated[int, typer.Option(help="Frames; remove shorter stretches between removed ones")] = 5,
     layout: LayoutOption = "auto",
+    root: RootOption = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes")] = 1,
     overwrite: Annotated[bool, typer.Option(help="Replace the dataset that is there")] = False,
 ) -> None:
     """Turn a folder of runs into brain-only shards; a bad run is listed in rejected.tsv and the rest goes on."""
+    from boldforge.configs import load_config
     from boldforge.data_shards import DataRecipe, find_runs
     from boldforge.launch.sharding import shard_runs
 
-    recipe = DataRecipe(grid=grid, tr=tr, normalisation=normalisation, dtype=dtype)
-    found = find_runs(folder, layout, source_tr)
+    settings: dict[str, Any] = {
+        "grid": grid,
+        "tr": tr,
+        "normalisation": normalisation,
+        "dtype": dtype,
+        "antialias": antialias,
+    }
+    settings |= {"confounds": confounds or [], "detrend": detrend, "high_pass": high_pass, "low_pass": low_pass}
+    recipe = load_config(DataRecipe, settings | {"scrub_fd": scrub_fd, "scrub_keep": scrub_keep})
+    found = find_runs(folder, layout, source_tr, root=root)
     shard_runs(found, out, recipe, Console(), workers=workers, overwrite=overwrite)
 
 

@@ -11,18 +11,22 @@ from boldforge.data_shards.runs import Layout
 from boldforge.launch.progress import progress
 
 
-def print_inspection(folder: Path, layout: Layout, source_tr: float | None, console: Console) -> None:
+def print_inspection(
+    folder: Path, layout: Layout, source_tr: float | None, console: Console, root: Path | None = None
+) -> None:
     """Print a table of the runs in a folder, opened but not decoded, and of what would be skipped and why."""
-    found = check_headers(find_runs(folder, layout, source_tr))
+    found = check_headers(find_runs(folder, layout, source_tr, root=root))
     counts = f"{len(found.runs)} usable runs, {len(found.skipped)} skipped"
     console.print(f"{folder}: layout {found.layout}, {counts}.", highlight=False, soft_wrap=True)
     if found.runs:
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for title in ("run", "site", "frames", "TR (s)", "shape", "diagnosis"):
+        for title in ("run", "site", "frames", "TR (s)", "shape", "mask", "confounds", "diagnosis"):
             table.add_column(title, overflow="fold", justify="right" if title in ("frames", "TR (s)") else "left")
         for run in found.runs:
             table.add_row(*_cells(run))
         console.print(table)
+    for note in found.notes:
+        console.print(note, highlight=False, soft_wrap=True)
     for path, reason in found.skipped:
         console.print(Text(f"skipped {_below(path, folder)}: {reason.removeprefix(f'{path}: ')}"), soft_wrap=True)
 
@@ -47,8 +51,9 @@ def _cells(run: Run) -> tuple[str, ...]:
     bold = open_bold(run.path, run.tr)
     diagnosis = run.phenotype.get("diagnosis")
     shape = "×".join(map(str, bold.shape))
+    beside = ("yes" if path is not None else "" for path in (run.mask_path, run.confounds_path))
     known = "" if diagnosis is None else {0: "control", 1: "ADHD"}.get(diagnosis, str(diagnosis))  # type: ignore[call-overload]
-    return (run.key, run.site or "", str(bold.n_frames), f"{bold.tr:g}", shape, known)
+    return (run.key, run.site or "", str(bold.n_frames), f"{bold.tr:g}", shape, *beside, known)
 
 
 def _below(path: Path, folder: Path) -> Path:
