@@ -39,6 +39,7 @@ class Cohort:
     subjects: tuple[Subject, ...]
     n_unlabelled: int
     n_too_short: int
+    n_duplicates: int
     simulated: bool
 
 
@@ -57,7 +58,8 @@ def find_cohort(manifest: Manifest, task: Task, clip_length: int) -> Cohort:
     Returns
     -------
     Cohort
-        Subjects without a label, or with short runs only, are counted and left out.
+        Subjects without a label, or with short runs only, are counted and left out; so are subjects who share a scan
+        with another one, byte for byte: one person under two names would be trained on and tested.
 
     Raises
     ------
@@ -65,10 +67,14 @@ def find_cohort(manifest: Manifest, task: Task, clip_length: int) -> Cohort:
         If no subject has a label, or two runs of one subject disagree.
     """
     runs: dict[str, list[int]] = {}
+    owners: dict[str, set[str]] = {}
     for position, run in enumerate(manifest.runs):
         runs.setdefault(run.subject, []).append(position)
+        owners.setdefault(run.source_sha256, set()).add(run.subject)
+    # Of those who share a scan the first by name stays; which of them the scan belongs to nobody here can tell.
+    duplicates = {name for names in owners.values() for name in sorted(names)[1:]}
     subjects, n_unlabelled, n_too_short = [], 0, 0
-    for name in sorted(runs):
+    for name in sorted(runs.keys() - duplicates):
         entries = [manifest.runs[position] for position in runs[name]]
         labels = {label for entry in entries if (label := task.label(entry.phenotype)) is not None}
         long_enough = tuple(p for p in runs[name] if manifest.runs[p].n_frames >= clip_length)
@@ -89,10 +95,16 @@ def find_cohort(manifest: Manifest, task: Task, clip_length: int) -> Cohort:
             f"no label and {n_too_short} have no run of {clip_length} frames; shard a folder with a phenotype table, "
             "or use an encoder with shorter clips."
         )
+    if duplicates:
+        logger.warning(
+            "left out: %d subjects whose scan is also another subject's, byte for byte; check the dataset for people "
+            "listed twice.",
+            len(duplicates),
+        )
     if n_unlabelled or n_too_short:
         logger.info("left out: %d subjects without a label, %d with short runs only", n_unlabelled, n_too_short)
     simulated = any(manifest.runs[position].simulated for subject in subjects for position in subject.runs)
-    return Cohort(tuple(subjects), n_unlabelled, n_too_short, simulated)
+    return Cohort(tuple(subjects), n_unlabelled, n_too_short, len(duplicates), simulated)
 
 
 def check_recipe(backbone: Backbone, manifest: Manifest) -> None:

@@ -3,29 +3,58 @@
 import logging
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+from pydantic import Field, field_validator
+
+from boldforge.data_shards import ShardReader
+from boldforge.finetune.baselines import BASELINES, baseline_scores, subject_features
 from boldforge.finetune.classifier import Classifier, save_adapter
 from boldforge.finetune.cohort import ClipSet, OnProgress
+from boldforge.finetune.evaluation import best_threshold
 from boldforge.finetune.fit import fit, predict_subjects
-from boldforge.finetune.folds import Fold
+from boldforge.finetune.folds import Fold, site_folds
 from boldforge.finetune.metrics import roc_points
 from boldforge.finetune.results import Prediction, count_classes, write_json, write_predictions
 from boldforge.finetune.study import Study, StudyConfig, open_study
+from boldforge.finetune.summary import Scores, summarise
 
 logger = logging.getLogger(__name__)
+_BASELINES_SAY = "; ".join(f"{name}: {baseline.says}" for name, baseline in BASELINES.items())
 
 
 class FinetuneConfig(StudyConfig):
-    """A cross-validated fine-tuning: ``folds`` outer folds, every subject tested once."""
+    """A cross-validated fine-tuning: ``folds`` outer folds, every subject tested once per repetition."""
+
+    protocol: Literal["folds", "leave-one-site-out"] = Field(
+        "folds",
+        description="How test subjects are chosen: dealt over the folds by diagnosis × site, or a site at a time.",
+    )
+    repeats: int = Field(
+        1, ge=1, le=100, description="Repetitions with other folds, first values and orders; figures are their mean."
+    )
+    baselines: tuple[str, ...] = Field(
+        ("site", "demographics", "connectivity", "image"),
+        description=f"Plain models measured in the same folds ({_BASELINES_SAY}).",
+    )
+
+    @field_validator("baselines")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in names if name not in BASELINES]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is not a baseline; expected some of {', '.join(BASELINES)}")
+        return names
 
 
 def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> dict[str, Any]:
-    """Cross-validate an adapter, then train it on all subjects.
+    """Cross-validate an adapter beside plain baselines, then train it on all subjects.
 
-    In every outer fold the validation subjects choose the epoch and the test subjects are scored once, by the mean over
-    their clips. The adapter that is written is trained on all labelled subjects for the median of the epochs that
-    the folds chose; the figures are those of the folds, which estimate how the same procedure does on new subjects.
+    In every outer fold the validation subjects choose the epoch and the threshold, and the test subjects are scored
+    once, by the mean over their clips. The adapter that is written is trained on all labelled subjects for the median
+    of the epochs that the folds chose; the figures are those of the folds, which estimate how the same procedure does
+    on new subjects.
 
     Parameters
     ----------
@@ -37,7 +66,8 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
     Returns
     -------
     dict
-        The content of ``metrics.json``. ``figures`` pools all test subjects; ``folds`` has each fold's own.
+        The content of ``metrics.json``. ``figures`` pools all test subjects (mean over repetitions), with
+        ``intervals``, ``baselines`` and a ``verdict`` beside them; ``folds`` has each fold's own.
 
     Raises
     ------
@@ -46,24 +76,46 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
     """
     study = open_study(config)
     subjects = study.cohort.subjects
-    passes = sum(len(fold.train) for fold in study.folds) + len(subjects)
-    bar = _Progress(on_progress, config.clips * (len(subjects) + config.training.epochs * passes))
-    predictions: list[Prediction] = []
+    dealt = [_deal(study, repeat) for repeat in range(config.repeats)]
+    passes = sum(len(fold.train) for folds in dealt for fold in folds) + len(subjects)
+    reading = config.clips * len(subjects) + len(subjects)
+    bar = _Progress(on_progress, reading + config.clips * config.training.epochs * passes)
+    model = Scores.empty(config.repeats, len(subjects))
+    others = {name: Scores.empty(config.repeats, len(subjects)) for name in config.baselines}
     per_fold: list[dict[str, Any]] = []
+    kinds = sorted({BASELINES[name].features for name in config.baselines})
+    labels = [subject.label for subject in subjects]
     with study.claim_out("fine-tuning") as scratch:
         clips = study.gather(subjects, scratch, lambda done, total: bar.add(1))
-        for number, fold in enumerate(study.folds, start=1):
-            classifier = study.classifier(config.adapter)
-            scores, described = _run_fold(study, classifier, clips, fold, bar.add)
-            predictions += [Prediction(subjects[i], score, number) for i, score in scores]
-            per_fold.append({"fold": number, **described})
-            logger.info("fold %d of %d: %s", number, len(study.folds), described["figures"])
+        features = subject_features(ShardReader(study.manifest), subjects, kinds, lambda done, total: bar.add(1))
+        for repeat, folds in enumerate(dealt):
+            for number, fold in enumerate(folds, start=1):
+                classifier = study.classifier(config.adapter, config.seed + repeat)
+                scores, described = _run_fold(study, classifier, clips, fold, config.seed + repeat, bar.add)
+                train, validation, test = (study.positions(part) for part in (fold.train, fold.validation, fold.test))
+                model.put(repeat, test, scores, described["threshold"])
+                for name, kept in others.items():
+                    rows = features[BASELINES[name].features]
+                    checked, tested = baseline_scores(name, rows, labels, train, validation, test)
+                    kept.put(repeat, test, tested, best_threshold(np.asarray(labels)[validation], checked))
+                per_fold.append({"repeat": repeat + 1, "fold": number, **described})
+                logger.info("fold %d of %d: %s", number, len(folds), described["figures"])
         epochs = round(statistics.median(fold["best_epoch"] for fold in per_fold))
-        final = study.classifier(config.adapter)
+        final = study.classifier(config.adapter, config.seed)
         for _ in fit(final, clips, None, config.training, epochs, config.seed):
             bar.add(len(clips))
         bar.finish()
-        return _write(study, predictions, per_fold, final, epochs)
+        return _write(study, dealt[0], model, others, per_fold, final, epochs)
+
+
+def _deal(study: Study, repeat: int) -> list[Fold]:
+    """Return a repetition's folds; leave-one-site-out tests the same sites in all, with other validation subjects."""
+    config, subjects = study.config, study.cohort.subjects
+    assert isinstance(config, FinetuneConfig)
+    if config.protocol == "folds":
+        return study.deal(config.seed + repeat)
+    rows = [subject.name for subject in subjects], [subject.label for subject in subjects]
+    return site_folds(*rows, [subject.site for subject in subjects], config.folds, config.seed + repeat)
 
 
 class _Progress:
@@ -84,14 +136,14 @@ class _Progress:
 
 
 def _run_fold(
-    study: Study, classifier: Classifier, clips: ClipSet, fold: Fold, advance: Callable[[int], None]
-) -> tuple[list[tuple[int, float]], dict[str, Any]]:
+    study: Study, classifier: Classifier, clips: ClipSet, fold: Fold, seed: int, advance: Callable[[int], None]
+) -> tuple[list[float], dict[str, Any]]:
     """Train on the fold's training subjects, keep the validation's best epoch, score the test subjects once."""
     train, validation, test = (study.positions(part) for part in (fold.train, fold.validation, fold.test))
-    train_clips, training, seed = clips.select(train), study.config.training, study.config.seed
+    train_clips, validation_clips, training = clips.select(train), clips.select(validation), study.config.training
     best, best_state = None, classifier.state()
     last = 0
-    for epoch in fit(classifier, train_clips, clips.select(validation), training, training.epochs, seed):
+    for epoch in fit(classifier, train_clips, validation_clips, training, training.epochs, seed):
         advance(len(train_clips))
         last = epoch.number
         if epoch.improved:
@@ -101,46 +153,65 @@ def _run_fold(
     advance((training.epochs - last) * len(train_clips))
     assert best is not None, "the first epoch always improves"
     classifier.load_state(best_state)
+    checked = predict_subjects(classifier, validation_clips, training.batch_size)
+    threshold = best_threshold(validation_clips.labels.tolist(), checked)
     test_clips = clips.select(test)
     scores = predict_subjects(classifier, test_clips, training.batch_size)
     described = {
-        "figures": classifier.task.metrics(test_clips.labels.tolist(), scores),
+        "figures": classifier.task.metrics(test_clips.labels.tolist(), scores, threshold),
         "validation": best.figures,
+        "threshold": threshold,
         "best_epoch": best.number,
         "epochs": last,
         "n_train": len(train),
         "n_validation": len(validation),
         "n_test": len(test),
     }
-    return list(zip(test, scores, strict=True)), described
+    return scores, described
 
 
 def _write(
-    study: Study, predictions: list[Prediction], per_fold: list[dict[str, Any]], final: Classifier, epochs: int
+    study: Study,
+    folds: list[Fold],
+    model: Scores,
+    baselines: dict[str, Scores],
+    per_fold: list[dict[str, Any]],
+    final: Classifier,
+    epochs: int,
 ) -> dict[str, Any]:
     config, cohort = study.config, study.cohort
-    labels = [prediction.subject.label for prediction in predictions]
-    scores = [prediction.score for prediction in predictions]
-    figures = study.task.metrics(labels, scores)
+    assert isinstance(config, FinetuneConfig)
+    labels = [subject.label for subject in cohort.subjects]
+    scores = model.mean().tolist()
+    number = {name: fold for fold, dealt in enumerate(folds, start=1) for name in dealt.test}
+    predictions = [
+        Prediction(subject, score, line, number[subject.name])
+        for subject, score, line in zip(cohort.subjects, scores, model.threshold_RN.mean(axis=0), strict=True)
+    ]
+    deal = "leave-one-site-out" if config.protocol != "folds" else f"{config.folds}-fold cross-validation over subjects"
+    times = f", {config.repeats} repetitions" if config.repeats > 1 else ""
+    threshold = float(np.median([fold["threshold"] for fold in per_fold]))
     results = {
         "task": study.task.name,
         "simulated": cohort.simulated,
         "pretrained_on_these_shards": study.pretrained_on_these_shards,
-        "measured_by": f"{config.folds}-fold cross-validation over subjects",
-        "figures": figures,
+        "measured_by": deal + times,
+        **summarise(model, baselines, labels, [subject.site for subject in cohort.subjects], config.seed),
         "roc": roc_points(labels, scores),
         "folds": per_fold,
         "subjects": count_classes(cohort.subjects),
         "n_unlabelled": cohort.n_unlabelled,
         "n_too_short": cohort.n_too_short,
+        "n_duplicates": cohort.n_duplicates,
         "trainable_parameters": final.trainable,
         "total_parameters": final.total,
         "epochs_of_adapter": epochs,
+        "threshold_of_adapter": threshold,
         "settings": config.model_dump(mode="json"),
     }
-    kept = ("figures", "measured_by", "simulated", "pretrained_on_these_shards", "subjects")
+    kept = ("figures", "intervals", "verdict", "measured_by", "simulated", "pretrained_on_these_shards", "subjects")
     shared = {key: results[key] for key in kept}
-    save_adapter(final, config.out / "adapter", {**shared, "clips_per_subject": config.clips})
+    save_adapter(final, config.out / "adapter", {**shared, "clips_per_subject": config.clips, "threshold": threshold})
     write_predictions(config.out / "predictions.tsv", predictions, config.seed)
     write_json(config.out / "metrics.json", results)
     return results

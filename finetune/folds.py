@@ -69,6 +69,60 @@ def subject_folds(
     ]
 
 
+def site_folds(
+    subjects: Sequence[str], labels: Sequence[int], sites: Sequence[str | None], n_folds: int, seed: int
+) -> list[Fold]:
+    """Leave one site out at a time: every site is the test set once, and no model has seen a subject of it.
+
+    Parameters
+    ----------
+    subjects, labels, sites
+        As in `subject_folds`; every site must be known.
+    n_folds
+        The validation subjects are one part of this many of the subjects of the other sites.
+    seed
+        Decides which.
+
+    Returns
+    -------
+    list of Fold
+        Sites by name. Train and validation hold both classes; a test set holds what its site has.
+
+    Raises
+    ------
+    FoldError
+        If a subject has no site, or two; if there are fewer than two sites; or if the other sites have too few
+        subjects of a class.
+    """
+    strata = _stratum_of_each(subjects, labels, sites)
+    homes = {(subject, site) for subject, site in zip(subjects, sites, strict=True)}
+    unknown = sum(site is None for _, site in homes)
+    names = sorted({site for _, site in homes if site is not None})
+    if unknown or len(names) < 2 or len(homes) != len(strata):
+        found = (
+            f"{unknown} subjects have none"
+            if unknown
+            else f"there is only {', '.join(names)}"
+            if len(names) < 2
+            else "a subject was scanned at two"
+        )
+        raise FoldError(
+            f"leave-one-site-out needs every subject's site, and two sites at least, but {found}; set protocol to "
+            "folds, or complete the phenotype table and shard again."
+        )
+    folds = []
+    for number, name in enumerate(names):
+        test = {subject for subject, (_, site) in strata.items() if site == name}
+        others = Counter(label for subject, (label, _) in strata.items() if subject not in test)
+        if min(others[0], others[1]) < 2:
+            raise FoldError(
+                f"without site {name} there are {others[0]} subjects with label 0 and {others[1]} with label 1, too "
+                "few to train and to validate; set protocol to folds."
+            )
+        folds.append(_fold(strata, test, max(n_folds, 2), np.random.default_rng([seed, n_folds, number, 1])))
+    return folds
+
+
 def _stratum_of_each(
     subjects: Sequence[str], labels: Sequence[int], sites: Sequence[str | None]
 ) -> dict[str, tuple[int, str]]:

@@ -1,13 +1,16 @@
 """Figures of a two-class decision, computed per subject."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score, roc_curve
+import numpy.typing as npt
+from scipy.stats import rankdata
+from sklearn.metrics import roc_curve
 
 
-def binary_metrics(labels: Sequence[int], scores: Sequence[float], threshold: float = 0.5) -> dict[str, Any]:
+def binary_metrics(
+    labels: npt.ArrayLike, scores: npt.ArrayLike, threshold: float | npt.ArrayLike = 0.5
+) -> dict[str, Any]:
     """Summarise how well scores tell class 1 from class 0.
 
     Parameters
@@ -17,15 +20,16 @@ def binary_metrics(labels: Sequence[int], scores: Sequence[float], threshold: fl
     scores
         Probability of class 1, one per subject.
     threshold
-        A score at or above it is called class 1. With a class-weighted loss 0.5 is the balanced point.
+        A score at or above it is called class 1; one for all, or one per subject, where folds have their own. With a
+        class-weighted loss 0.5 is the balanced point.
 
     Returns
     -------
     dict
         ``accuracy``, ``balanced_accuracy`` (mean of the next two), ``sensitivity`` (called 1 among class 1),
         ``specificity`` (called 0 among class 0), ``auc`` (probability that a random class 1 subject scores above a
-        random class 0 subject, ties counting half), ``n``, ``n_positive``. A figure that is undefined because a class
-        is absent is None.
+        random class 0 subject, ties counting half), ``brier`` (mean squared distance of score and label), ``n``,
+        ``n_positive``. A figure that is undefined because a class is absent is None.
 
     Raises
     ------
@@ -33,22 +37,32 @@ def binary_metrics(labels: Sequence[int], scores: Sequence[float], threshold: fl
         If the lengths differ, there are no subjects, a label is not 0 or 1, or a score is not finite.
     """
     truth, score = _checked(labels, scores)
-    called = score >= threshold
+    called = score >= np.asarray(threshold)
     sensitivity = _share(called[truth == 1])
     specificity = _share(~called[truth == 0])
     both = sensitivity is not None and specificity is not None
     return {
         "accuracy": float((called == (truth == 1)).mean()),
         "balanced_accuracy": (sensitivity + specificity) / 2 if both else None,  # type: ignore[operator]
-        "auc": float(roc_auc_score(truth, score)) if both else None,
+        "auc": auc(truth, score) if both else None,
         "sensitivity": sensitivity,
         "specificity": specificity,
+        "brier": float(((score - truth) ** 2).mean()),
         "n": len(truth),
         "n_positive": int(truth.sum()),
     }
 
 
-def roc_points(labels: Sequence[int], scores: Sequence[float]) -> dict[str, list[float]]:
+def auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
+    """Return the probability that a subject of class 1 scores above one of class 0, ties counting half."""
+    truth, score = np.asarray(labels) == 1, np.asarray(scores, dtype=np.float64)
+    positive, negative = int(truth.sum()), int((~truth).sum())
+    if not positive or not negative:
+        raise ValueError("an AUC needs subjects of both classes")
+    return float((rankdata(score)[truth].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def roc_points(labels: npt.ArrayLike, scores: npt.ArrayLike) -> dict[str, list[float]]:
     """Return the corners of the ROC curve, from (0, 0) to (1, 1).
 
     Parameters
@@ -73,7 +87,7 @@ def roc_points(labels: Sequence[int], scores: Sequence[float]) -> dict[str, list
     return {"fpr": fpr.tolist(), "tpr": tpr.tolist()}
 
 
-def _checked(labels: Sequence[int], scores: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def _checked(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     truth, score = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if truth.shape != score.shape or truth.ndim != 1 or not len(truth):
         raise ValueError(f"labels {truth.shape} and scores {score.shape} must be two equally long, non-empty rows")

@@ -10,7 +10,8 @@ from pydantic import Field, field_validator
 
 from boldforge.finetune.adapters import AdapterConfig
 from boldforge.finetune.classifier import Classifier, save_adapter
-from boldforge.finetune.cohort import OnProgress, Subject
+from boldforge.finetune.cohort import ClipSet, OnProgress, Subject
+from boldforge.finetune.evaluation import best_threshold, bootstrap_intervals
 from boldforge.finetune.fit import TrainingConfig, predict_subjects
 from boldforge.finetune.metrics import roc_points
 from boldforge.finetune.ray_driver import AshaConfig, TrialResult, run_on_ray
@@ -111,11 +112,14 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
         best = _choose(trials, study.task.selects_by)
         classifier = study.classifier(config.adapter.model_copy(update={"rank": best.rank}))
         classifier.load_state(best.state)
+        validation = ClipSet.load(folder / "seen").select(range(len(parts["train"]), len(seen)))
+        checked = predict_subjects(classifier, validation, config.training.batch_size)
+        threshold = best_threshold(validation.labels, checked)
         clips = study.gather(parts["test"], folder / "unseen")
         scores = predict_subjects(classifier, clips, config.training.batch_size)
         if on_progress:
             on_progress(total, total)
-        return _write(study, config, parts, trials, best, classifier, scores)
+        return _write(study, config, parts, trials, best, classifier, scores, threshold)
 
 
 def _trial_spec(config: SweepConfig, clips: Path, n_train: int, n_seen: int) -> TrialSpec:
@@ -150,34 +154,42 @@ def _write(
     best: TrialResult,
     classifier: Classifier,
     scores: list[float],
+    threshold: float,
 ) -> dict[str, Any]:
     figure = study.task.selects_by
     labels = [subject.label for subject in parts["test"]]
-    figures = study.task.metrics(labels, scores)
+    figures = study.task.metrics(labels, scores, threshold)
     rows = [_row(trial, figure, config.training.epochs) for trial in trials]
-    shared = {
+    shared: dict[str, Any] = {
         "task": study.task.name,
         "simulated": study.cohort.simulated,
         "pretrained_on_these_shards": study.pretrained_on_these_shards,
         "measured_by": "test subjects held out of a sweep, scored once",
         "figures": figures,
+        "intervals": bootstrap_intervals(
+            labels, scores, lambda truth, score: study.task.metrics(truth, score, threshold), config.seed
+        ),
+        "threshold": threshold,
         "subjects": {name: count_classes(subjects) for name, subjects in parts.items()},
     }
     chosen = next(row for row in rows if row["rank"] == best.rank)
     results = {
         **shared,
-        "sentence": _sentence(rows, chosen, figures, parts, study),
+        "sentence": _sentence(rows, chosen, figures, shared["intervals"], parts, study),
         "best": chosen,
         "trials": rows,
         "roc": roc_points(labels, scores),
         "n_unlabelled": study.cohort.n_unlabelled,
         "n_too_short": study.cohort.n_too_short,
+        "n_duplicates": study.cohort.n_duplicates,
         "selected_by": f"validation {figure}, ties to the lower rank",
         "settings": config.model_dump(mode="json", exclude={"adapter": {"rank"}, "training": {"patience"}}),
     }
     folder = config.out / "best"
     save_adapter(classifier, folder / "adapter", {**shared, "clips_per_subject": config.clips})
-    predictions = [Prediction(subject, score, 1) for subject, score in zip(parts["test"], scores, strict=True)]
+    predictions = [
+        Prediction(subject, score, threshold, 1) for subject, score in zip(parts["test"], scores, strict=True)
+    ]
     write_predictions(folder / "predictions.tsv", predictions, config.seed)
     own = {"roc": results["roc"], "adapter_rank": best.rank, "trainable_parameters": classifier.trainable}
     write_json(folder / "metrics.json", {**shared, **own, "total_parameters": classifier.total})
@@ -207,14 +219,17 @@ def _sentence(
     rows: list[dict[str, Any]],
     chosen: dict[str, Any],
     figures: dict[str, Any],
+    intervals: dict[str, list[float]],
     parts: dict[str, list[Subject]],
     study: Study,
 ) -> str:
+    low, high = intervals["auc"]
+    interval = f" (95 % interval {low:.2f} to {high:.2f})"
     ranks = ", ".join(str(row["rank"]) for row in rows)
     sentence = (
         f"Of the LoRA ranks {ranks}, rank {chosen['rank']} had the highest validation AUC "
         f"({chosen['validation_auc']:.2f}, {len(parts['validation'])} subjects); tested once on {len(parts['test'])} "
-        f"subjects that no trial has seen, its AUC is {figures['auc']:.2f} and its balanced accuracy "
+        f"subjects that no trial has seen, its AUC is {figures['auc']:.2f}{interval} and its balanced accuracy "
         f"{figures['balanced_accuracy']:.2f}."
     )
     if study.pretrained_on_these_shards:

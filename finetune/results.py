@@ -14,10 +14,11 @@ from boldforge.finetune.cohort import Subject
 
 @dataclass(frozen=True)
 class Prediction:
-    """One test subject's score, given by a model that has not seen the subject."""
+    """One test subject's score, by a model that has not seen the subject, and the score from which it says class 1."""
 
     subject: Subject
     score: float
+    threshold: float
     fold: int
 
 
@@ -35,11 +36,11 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction], seed: int) -> None:
-    """Write ``subject site fold label score``; subjects are sub-0001 onwards, in an order drawn from the seed."""
+    """Write ``subject site fold label score threshold``; sub-0001 onwards, in an order drawn from the seed."""
     order = np.random.default_rng([seed, len(predictions)]).permutation(len(predictions))
-    columns = ("subject", "site", "fold", "label", "score")
+    columns = ("subject", "site", "fold", "label", "score", "threshold")
     rows = [
-        (f"sub-{number:04d}", p.subject.site, p.fold, p.subject.label, f"{p.score:.6f}")
+        (f"sub-{number:04d}", p.subject.site, p.fold, p.subject.label, f"{p.score:.6f}", f"{p.threshold:.6f}")
         for number, p in enumerate((predictions[i] for i in order), start=1)
     ]
     write_table(path, columns, rows)

@@ -83,10 +83,14 @@ class Study:
         position = {subject.name: i for i, subject in enumerate(self.cohort.subjects)}
         return [position[name] for name in names]
 
-    def classifier(self, adapter: AdapterConfig) -> Classifier:
-        """Load the encoder afresh, with a new adapter and head, on the device that is there."""
+    def deal(self, seed: int) -> list[Fold]:
+        """Deal the subjects into folds, by diagnosis × site."""
+        return _deal(self.cohort, self.config.folds, seed)
+
+    def classifier(self, adapter: AdapterConfig, seed: int | None = None) -> Classifier:
+        """Load the encoder afresh, with a new adapter and head (of the study's seed), on the device that is there."""
         backbone = load_backbone(self.config.backbone, self.config.pool)
-        return Classifier(backbone, self.task, adapter, self.config.seed).to(_device())
+        return Classifier(backbone, self.task, adapter, self.config.seed if seed is None else seed).to(_device())
 
     def gather(self, subjects: Sequence[Subject], folder: Path, on_progress: OnProgress | None = None) -> ClipSet:
         """Read these subjects' clips, up to the first adapted stage, into a new folder."""
@@ -112,13 +116,7 @@ def open_study(config: StudyConfig) -> Study:
     # An adapter that does not fit should be known before the clips are read, which may take hours.
     Classifier(backbone, task, config.adapter)
     cohort = find_cohort(manifest, task, int(backbone.data["clip_length"]))
-    folds = subject_folds(
-        [subject.name for subject in cohort.subjects],
-        [subject.label for subject in cohort.subjects],
-        [subject.site for subject in cohort.subjects],
-        config.folds,
-        config.seed,
-    )
+    folds = _deal(cohort, config.folds, config.seed)
     pretrained_on_these_shards = backbone.data.get("manifest_hash") == manifest.content_hash
     if pretrained_on_these_shards:
         logger.warning(
@@ -127,6 +125,12 @@ def open_study(config: StudyConfig) -> Study:
         )
     config.out.mkdir(parents=True, exist_ok=True)
     return Study(config, task, manifest, cohort, folds, pretrained_on_these_shards)
+
+
+def _deal(cohort: Cohort, folds: int, seed: int) -> list[Fold]:
+    subjects = cohort.subjects
+    names, labels = [subject.name for subject in subjects], [subject.label for subject in subjects]
+    return subject_folds(names, labels, [subject.site for subject in subjects], folds, seed)
 
 
 def _device() -> torch.device:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -34,7 +35,7 @@ class Task(Protocol):
     def scores(self, logits_BK: Tensor) -> Tensor:
         """Return what is averaged over a subject's clips and reported, [B]."""
 
-    def metrics(self, labels: Sequence[int], scores: Sequence[float]) -> dict[str, Any]:
+    def metrics(self, labels: npt.ArrayLike, scores: npt.ArrayLike, threshold: float = 0.5) -> dict[str, Any]:
         """Return the figures, per subject."""
 
 
@@ -80,9 +81,9 @@ class AdhdDiagnosis:
         """Return the probability of ADHD, [B]."""
         return logits_BK[:, 0].sigmoid()
 
-    def metrics(self, labels: Sequence[int], scores: Sequence[float]) -> dict[str, Any]:
+    def metrics(self, labels: npt.ArrayLike, scores: npt.ArrayLike, threshold: float = 0.5) -> dict[str, Any]:
         """Return `binary_metrics`."""
-        return binary_metrics(labels, scores)
+        return binary_metrics(labels, scores, threshold)
 
 
 _TASKS: dict[str, type[AdhdDiagnosis]] = {AdhdDiagnosis.name: AdhdDiagnosis}

@@ -202,8 +202,25 @@ def _adapted(results: Mapping[str, Any]) -> dict[str, Any]:
         "n": tested["n"],
         "n_positive": tested["n_positive"],
         "overlap": describe_overlap(results),
+        "beside": _beside(results),
         "roc": _inline(figures.roc_figure(roc["fpr"], roc["tpr"], tested["auc"], tested["n"])) if roc else None,
     }
+
+
+def _beside(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table that puts the model beside the baselines; empty where none were measured."""
+    if not results.get("baselines"):
+        return []
+    entries = [("this model", results), *((entry["says"], entry) for entry in results["baselines"].values())]
+    rows = []
+    for name, entry in entries:
+        against = entry.get("model_minus_baseline")
+        low, high = entry["intervals"]["auc"]
+        row = {"name": name, "interval": f"{low:.2f} – {high:.2f}", "difference": "", "p": ""}
+        if against:
+            row |= {"difference": f"{against['difference']:+.2f}", "p": f"{against['p']:.3f}"}
+        rows.append(row | {figure: entry["figures"][figure] for figure in ("auc", "balanced_accuracy")})
+    return rows
 
 
 def _read_release(folder: Path) -> Section:

@@ -81,6 +81,7 @@ def finetune_and_print(recipe: str, overrides: Sequence[str], console: Console) 
     with progress("finetune", "clips") as on_progress:
         results = finetune(config, on_progress)
     _print_figures(results, console)
+    console.print(results["verdict"], highlight=False, soft_wrap=True)
     console.print(f"Adapter: {config.out / 'adapter'}", highlight=False, soft_wrap=True)
     return config.out
 

@@ -50,12 +50,41 @@ def test_a_planted_effect_is_found_and_every_subject_is_tested_once(finished, co
     assert json.loads((out / "metrics.json").read_text()) == results
 
 
+def test_the_result_stands_beside_plain_models_with_intervals_and_a_verdict(finished):
+    _, results, _ = finished
+    low, high = results["intervals"]["auc"]
+    assert low <= results["figures"]["auc"] <= high
+    assert set(results["baselines"]) == {"site", "demographics", "connectivity", "image"}
+    site, image = results["baselines"]["site"], results["baselines"]["image"]
+    assert abs(site["figures"]["auc"] - 0.5) < 0.25, "diagnosis was dealt evenly over the sites"
+    assert image["figures"]["auc"] > 0.8, "the planted effect is one of amplitude"
+    assert results["permutation"]["p"] < 0.05 and results["permutation"]["p_within_sites"] < 0.05
+    assert sum(row["n"] for row in results["calibration"]) == sum(row["n"] for row in results["sites"]) == 22
+    assert (
+        results["verdict"].startswith(f"AUC {results['figures']['auc']:.2f}")
+        and "better than chance" in results["verdict"]
+    )
+
+
+def test_leave_one_site_out_with_repetitions(cohort, encoder, tmp_path):
+    changes = {"protocol": "leave-one-site-out", "repeats": 2, "baselines": ["connectivity-svm"]}
+    results = finetune(_config(cohort, encoder, tmp_path, adapter={"rank": 0}, training={"epochs": 4}, **changes))
+    assert [(fold["repeat"], fold["fold"]) for fold in results["folds"]] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert results["measured_by"] == "leave-one-site-out, 2 repetitions"
+    assert results["figures"]["n"] == 22 and set(results["baselines"]) == {"connectivity-svm"}
+
+
+def test_a_baseline_that_does_not_exist_is_named(cohort, encoder, tmp_path):
+    with pytest.raises(BoldForgeError, match="'lda' is not a baseline; expected some of site"):
+        _config(cohort, encoder, tmp_path, baselines=["lda"])
+
+
 def test_predictions_carry_pseudonyms_and_no_real_name_is_written_anywhere(finished, cohort):
     out, results, _ = finished
     with (out / "predictions.tsv").open() as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
     assert [row["subject"] for row in rows] == [f"sub-{i:04d}" for i in range(1, 23)]
-    hits = sum((float(row["score"]) >= 0.5) == (row["label"] == "1") for row in rows)
+    hits = sum((float(row["score"]) >= float(row["threshold"])) == (row["label"] == "1") for row in rows)
     assert hits / 22 == pytest.approx(results["figures"]["accuracy"])
     names = {run.subject for run in load_manifest(cohort).runs}
     for path in out.rglob("*"):
@@ -102,7 +131,9 @@ def test_the_same_seed_gives_the_same_bits(finished, cohort, encoder, tmp_path):
 def test_freezing_the_first_stage_gives_the_same_probe(finished, cohort, encoder, tmp_path):
     """What lies below the first adapted stage is computed once; for a probe it must not matter where that is."""
     probes = [
-        finetune(_config(cohort, encoder, tmp_path / str(stage), adapter={"rank": 0, "first_stage": stage}))
+        finetune(
+            _config(cohort, encoder, tmp_path / str(stage), adapter={"rank": 0, "first_stage": stage}, baselines=[])
+        )
         for stage in (0, 1)
     ]
     assert probes[0]["folds"] == probes[1]["folds"]

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from boldforge.finetune.errors import FoldError
-from boldforge.finetune.folds import subject_folds
+from boldforge.finetune.folds import site_folds, subject_folds
 
 
 @st.composite
@@ -69,3 +69,36 @@ def test_too_few_subjects_of_a_class_says_which():
 def test_contradicting_labels_name_the_subject():
     with pytest.raises(FoldError, match="subject b is labelled both 0 and 1"):
         subject_folds(["a", "b", "b"], [0, 0, 1], ["A"] * 3, 2, seed=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 5), st.integers(3, 6), st.integers(2, 4))
+def test_leaving_one_site_out_tests_every_site_once(seed, per_stratum, n_sites):
+    rows = [
+        (f"{site}{label}{i}", label, f"site{site}")
+        for site in range(n_sites)
+        for label in (0, 1)
+        for i in range(per_stratum)
+    ]
+    folds = site_folds(*zip(*rows, strict=True), 5, seed)
+    home = {name: site for name, _, site in rows}
+    label = {name: number for name, number, _ in rows}
+    assert [{home[name] for name in fold.test} for fold in folds] == [{f"site{i}"} for i in range(n_sites)]
+    for fold in folds:
+        assert not {home[name] for name in fold.test} & {home[name] for name in fold.train + fold.validation}
+        assert sorted(fold.train + fold.validation + fold.test) == sorted(home)
+        for part in (fold.train, fold.validation):
+            assert {label[name] for name in part} == {0, 1}
+
+
+def test_sites_that_cannot_be_left_out_are_named():
+    names, labels = [f"s{i}" for i in range(8)], [0, 1] * 4
+    for sites, message in [
+        (["a"] * 8, "there is only a"),
+        ([None, *["a"] * 4, *["b"] * 3], "1 subjects have none"),
+        (["a"] * 5 + ["b"] * 3, "without site a there are 1 subjects with label 0 and 2 with label 1"),
+    ]:
+        with pytest.raises(FoldError, match=message):
+            site_folds(names, labels, sites, 5, 0)
+    with pytest.raises(FoldError, match="scanned at two"):
+        site_folds(["s", "s", "t"], [0, 0, 1], ["a", "b", "a"], 5, 0)

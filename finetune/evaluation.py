@@ -1,0 +1,177 @@
+"""How sure a figure is: intervals, chance, calibration, sites, and whether one model beats another.
+
+Everything here resamples or permutes subjects, never clips or runs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import rankdata
+
+from boldforge.finetune.metrics import auc
+
+DRAWS = 2000
+Figures = Callable[[npt.ArrayLike, npt.ArrayLike], Mapping[str, Any]]
+
+
+def bootstrap_intervals(
+    labels: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    figures: Callable[[Any, Any], Mapping[str, Any]],
+    seed: int,
+    draws: int = 1000,
+) -> dict[str, list[float]]:
+    """Return the 95 % percentile interval of every numeric figure over resampled subjects.
+
+    Parameters
+    ----------
+    labels, scores
+        One per subject.
+    figures
+        Computes the figures of some subjects; a figure that is None in a draw (a class is absent) sits that draw out.
+    seed
+        Of the draws.
+    draws
+        Number of resamplings, with replacement.
+
+    Returns
+    -------
+    dict
+        Figure to [low, high]. Counts (``n``, ``n_positive``) have none.
+    """
+    truth, score = np.asarray(labels), np.asarray(scores)
+    generator = np.random.default_rng([seed, len(truth)])
+    found: dict[str, list[float]] = {}
+    for _ in range(draws):
+        drawn = generator.integers(len(truth), size=len(truth))
+        for name, value in figures(truth[drawn], score[drawn]).items():
+            if isinstance(value, float) and not name.startswith("n_"):
+                found.setdefault(name, []).append(value)
+    return {name: [float(q) for q in np.quantile(values, [0.025, 0.975])] for name, values in found.items()}
+
+
+def permutation_test(
+    labels: npt.ArrayLike, scores: npt.ArrayLike, sites: Sequence[str | None], seed: int, draws: int = DRAWS
+) -> dict[str, float]:
+    """Ask how often labels that mean nothing give so high an AUC.
+
+    Parameters
+    ----------
+    labels, scores, sites
+        One per subject.
+    seed, draws
+        Of the permutations.
+
+    Returns
+    -------
+    dict
+        ``p``: labels permuted among all subjects. ``p_within_sites``: permuted inside each site only, so that a model
+        that has learned sites and nothing else is at chance here however well it scores. Both are (1 + draws as high) /
+        (1 + draws).
+    """
+    truth, score = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    site = np.array([s or "" for s in sites])
+    groups = [np.flatnonzero(site == name) for name in np.unique(site)]
+    generator = np.random.default_rng([seed, len(truth), 1])
+    observed = auc(truth, score)
+    hits = {"p": 0, "p_within_sites": 0}
+    for _ in range(draws):
+        hits["p"] += auc(generator.permutation(truth), score) >= observed - 1e-12
+        within = truth.copy()
+        for group in groups:
+            within[group] = generator.permutation(truth[group])
+        hits["p_within_sites"] += auc(within, score) >= observed - 1e-12
+    return {name: (1 + count) / (1 + draws) for name, count in hits.items()}
+
+
+def calibration(labels: npt.ArrayLike, scores: npt.ArrayLike, bins: int = 5) -> list[dict[str, float]]:
+    """Compare what was predicted with what was so, in groups of about equally many subjects by score.
+
+    Returns
+    -------
+    list of dict
+        ``predicted`` (mean score), ``observed`` (share of class 1) and ``n``, lowest scores first.
+    """
+    truth, score = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    order = np.argsort(score, kind="stable")
+    return [
+        {"predicted": float(score[part].mean()), "observed": float(truth[part].mean()), "n": len(part)}
+        for part in np.array_split(order, min(bins, len(order)))
+    ]
+
+
+def per_site(
+    labels: npt.ArrayLike, scores: npt.ArrayLike, sites: Sequence[str | None], figures: Figures
+) -> list[dict[str, Any]]:
+    """Return the figures of every site's subjects, sites by name; the unknown site is None and comes last."""
+    truth, score = np.asarray(labels), np.asarray(scores)
+    names = sorted({site for site in sites if site is not None}) + ([None] if None in sites else [])
+    rows = []
+    for name in names:
+        inside = np.array([site == name for site in sites])
+        rows.append({"site": name, **figures(truth[inside], score[inside])})
+    return rows
+
+
+def compare(
+    labels: npt.ArrayLike, scores: npt.ArrayLike, others: npt.ArrayLike, seed: int, draws: int = DRAWS
+) -> dict[str, Any]:
+    """Compare two models on the same subjects by AUC, paired.
+
+    Parameters
+    ----------
+    labels
+        0 or 1.
+    scores, others
+        The model's and the baseline's, in the same order of subjects.
+    seed, draws
+        Of the resamplings.
+
+    Returns
+    -------
+    dict
+        ``difference``: model minus baseline. ``interval``: 95 %, over resampled subjects. ``p``: two-sided, from
+        exchanging the two models' ranks subject by subject, which is what they would allow if they were equally good.
+    """
+    truth = np.asarray(labels)
+    # Ranks, because the two models' scores may live on different scales.
+    one, two = rankdata(np.asarray(scores, dtype=np.float64)), rankdata(np.asarray(others, dtype=np.float64))
+    observed = auc(truth, one) - auc(truth, two)
+    generator = np.random.default_rng([seed, len(truth), 2])
+    resampled, as_far = [], 0
+    for _ in range(draws):
+        drawn = generator.integers(len(truth), size=len(truth))
+        if 0 < truth[drawn].sum() < len(drawn):
+            resampled.append(auc(truth[drawn], one[drawn]) - auc(truth[drawn], two[drawn]))
+        swap = generator.random(len(truth)) < 0.5
+        difference = auc(truth, np.where(swap, two, one)) - auc(truth, np.where(swap, one, two))
+        as_far += abs(difference) >= abs(observed) - 1e-12
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return {"difference": observed, "interval": [float(low), float(high)], "p": (1 + as_far) / (1 + draws)}
+
+
+def best_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
+    """Return the score from which on to say class 1, by the balanced accuracy of validation subjects.
+
+    Parameters
+    ----------
+    labels, scores
+        Of validation subjects, never of those that are tested.
+
+    Returns
+    -------
+    float
+        Halfway between two neighbouring scores, or the lowest; of equally good places the one nearest to 0.5, which is
+        what the class-weighted loss aims at. 0.5 if a class is absent.
+    """
+    truth, score = np.asarray(labels) == 1, np.asarray(scores, dtype=np.float64)
+    if truth.all() or not truth.any():
+        return 0.5
+    levels = np.unique(score)
+    places = np.concatenate([[0.5, levels[0]], (levels[1:] + levels[:-1]) / 2])
+    called = score[None, :] >= places[:, None]
+    balanced = (called[:, truth].mean(axis=1) + (~called[:, ~truth]).mean(axis=1)) / 2
+    good = places[balanced >= balanced.max() - 1e-12]
+    return float(good[np.argmin(np.abs(good - 0.5))])

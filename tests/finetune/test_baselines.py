@@ -1,0 +1,80 @@
+import nibabel as nib
+import numpy as np
+import pytest
+from nilearn.connectome import ConnectivityMeasure
+from nilearn.maskers import NiftiLabelsMasker
+
+from boldforge.data_shards import ShardReader, atlas_on_grid, load_atlas, load_manifest
+from boldforge.finetune.baselines import BASELINES, baseline_scores, subject_features
+from boldforge.finetune.cohort import find_cohort
+from boldforge.finetune.metrics import auc
+from boldforge.finetune.tasks import AdhdDiagnosis
+
+
+@pytest.fixture(scope="module")
+def read(cohort):
+    manifest = load_manifest(cohort)
+    subjects = find_cohort(manifest, AdhdDiagnosis(), 4).subjects
+    kinds = ("site", "demographics", "connectivity", "image")
+    return manifest, subjects, subject_features(ShardReader(manifest), subjects, kinds)
+
+
+def test_connectivity_is_nilearn_s(read):
+    manifest, subjects, features = read
+    run = manifest.runs[subjects[0].runs[0]]
+    clip = ShardReader(manifest).read(subjects[0].runs[0], 0, run.n_frames)
+    volume = np.zeros((*manifest.grid.shape, run.n_frames), dtype=np.float32)
+    volume[manifest.brain_mask()] = (clip.mean + clip.q * clip.scale).T
+    labels = atlas_on_grid(load_atlas(), manifest.grid) * manifest.brain_mask()
+    masker = NiftiLabelsMasker(
+        nib.Nifti1Image(labels.astype(np.int16), manifest.grid.affine), standardize=None, resampling_target=None
+    )
+    courses = masker.fit_transform(nib.Nifti1Image(volume, manifest.grid.affine))
+    measure = ConnectivityMeasure(kind="correlation", standardize=False, cov_estimator=_plain_covariance())
+    correlation = measure.fit_transform([courses])[0]
+    expected = np.arctanh(np.clip(correlation[np.triu_indices(len(correlation), k=1)], -0.999999, 0.999999))
+    np.testing.assert_allclose(features["connectivity"][0], expected, atol=1e-3)
+
+
+def _plain_covariance():
+    from sklearn.covariance import EmpiricalCovariance
+
+    return EmpiricalCovariance()
+
+
+def test_the_image_is_mean_and_deviation_whatever_the_length_of_a_block(read, monkeypatch):
+    manifest, subjects, features = read
+    monkeypatch.setattr("boldforge.finetune.baselines._FRAMES_AT_ONCE", 5)
+    again = subject_features(ShardReader(manifest), subjects[:2], ("image", "connectivity"))
+    np.testing.assert_allclose(again["image"], features["image"][:2], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(again["connectivity"], features["connectivity"][:2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(BASELINES))
+def test_every_baseline_gives_scores_and_test_labels_do_not_matter(read, name):
+    _, subjects, features = read
+    labels = np.array([subject.label for subject in subjects])
+    parts = np.arange(0, 12), np.arange(12, 17), np.arange(17, 22)
+    checked, tested = baseline_scores(name, features[BASELINES[name].features], labels, *parts)
+    assert checked.shape == tested.shape == (5,)
+    assert ((tested >= 0) & (tested <= 1)).all()
+    other = labels.copy()
+    other[17:] = 1 - other[17:]
+    np.testing.assert_array_equal(baseline_scores(name, features[BASELINES[name].features], other, *parts)[1], tested)
+
+
+def test_the_planted_effect_is_in_the_image_and_not_in_the_site(read):
+    _, subjects, features = read
+    labels = np.array([subject.label for subject in subjects])
+    parts = np.arange(0, 11), np.arange(11, 16), np.arange(16, 22)
+    _, image = baseline_scores("image", features["image"], labels, *parts)
+    assert auc(labels[16:], image) == 1.0
+
+
+def test_missing_ages_and_unseen_sites_are_no_obstacle():
+    rows = np.array(
+        [["a", "F", 9.0], ["a", "M", np.nan], ["b", "F", 12.0], ["b", "", 8.0], ["new", "M", np.nan], ["a", "F", 10.0]],
+        dtype=object,
+    )
+    checked, tested = baseline_scores("demographics", rows, [0, 1, 0, 1, 1, 0], [0, 1, 2, 3], [1, 2], [4, 5])
+    assert np.isfinite(checked).all() and np.isfinite(tested).all()
