@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, silu, softplus
+from torch.nn.functional import pad
 
 from boldforge.kernels.index import ScanIndex
 from boldforge.kernels.packing import Block, packs
@@ -72,7 +72,7 @@ def scan_forward(
             if D is not None:
                 y_RD.addcmul_(u_RD, D.to(work))
             if z is not None:
-                y_RD.mul_(silu(_take(z, block, work)))
+                y_RD.mul_(_silu(_take(z, block, work)))
             out.index_copy_(0, block.rows, y_RD.to(out.dtype))
     return out.view(u.shape)
 
@@ -89,7 +89,8 @@ def _advance(
 ) -> Tensor:
     """Fill ``decay`` and ``states`` [R, N, D] of one block and return the last state; ``h`` is the one before it."""
     decay, states = decay[: len(u_RD)], states[: len(u_RD)]
-    torch.mul(delta_RD.unsqueeze(1), log2_A_ND, out=decay).exp2_()
+    torch.mul(delta_RD.unsqueeze(1), log2_A_ND, out=decay)
+    _exp2_(decay)
     torch.mul(B_RN.unsqueeze(2), (delta_RD * u_RD).unsqueeze(1), out=states)
     for step_decay, state in zip(decay.split(sizes), states.split(sizes), strict=True):
         h = state.addcmul_(step_decay, h if len(h) == len(state) else h[: len(state)])
@@ -131,7 +132,7 @@ def scan_backward(
             delta_RD = _softplus(step_RD) if delta_softplus else step_RD
             if z is not None and dz is not None:
                 z_RD = _take(z, block, work)
-                gate_RD = torch.sigmoid(z_RD)
+                gate_RD = _sigmoid(z_RD)
                 dgate_RD = dy_RD * gate_RD * (1 + z_RD * (1 - gate_RD))
                 dy_RD *= z_RD * gate_RD
             h = entering.pop()
@@ -142,7 +143,7 @@ def scan_backward(
                 dz.index_copy_(0, block.rows, dgate_RD.mul_(sums.y_RD.addcmul_(u_RD, skip)).to(dz.dtype))
             ddt_RD = (sums.gB_RD * u_RD).add_(sums.pA_RD)
             if delta_softplus:
-                ddt_RD.mul_(torch.sigmoid(step_RD))
+                ddt_RD.mul_(_sigmoid(step_RD))
             dD += (dy_RD * u_RD).sum(0)
             dbias += ddt_RD.sum(0)
             du.index_copy_(0, block.rows, sums.gB_RD.mul_(delta_RD).addcmul_(dy_RD, skip).to(du.dtype))
@@ -231,7 +232,7 @@ def _reverse(
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: ScanIndex) -> Tensor:
     """Return the causal depthwise convolution along ``index``, then SiLU; shapes as in ``conv_oracle``."""
-    return silu(_convolve(x, weight, bias, index)).to(x.dtype)
+    return _silu(_convolve(x, weight, bias, index)).to(x.dtype)
 
 
 def conv_backward(
@@ -240,7 +241,7 @@ def conv_backward(
     """Return the gradients of ``x``, ``weight`` and ``bias`` (None where there is none), each in its type."""
     work = _work_dtype(x)
     total = _convolve(x, weight, bias, index)
-    gate = torch.sigmoid(total)
+    gate = _sigmoid(total)
     dtotal = dout.to(work) * gate * (1 + total * (1 - gate))
     taps, reach = weight.to(work), weight.shape[1] - 1
     dx = dtotal * taps[:, reach]
@@ -287,7 +288,8 @@ def _plan(index: ScanIndex, batch: int, A_ND: Tensor) -> tuple[list[list[Block]]
     rows = max(1, _BLOCK_ELEMENTS.get(kind, _DEVICE_BLOCK_ELEMENTS) // A_ND.numel())
     found = packs(index, batch, lanes, rows)
     most = max(len(block.rows) for blocks in found for block in blocks)
-    decay, states = A_ND.new_empty(2, most, *A_ND.shape)
+    room = A_ND.new_empty(2, most * A_ND.numel() + _EXP2_SLACK)
+    decay, states = room[:, : most * A_ND.numel()].unflatten(1, (most, *A_ND.shape))
     return found, decay, states
 
 
@@ -306,5 +308,34 @@ def _step_size(dt: Tensor, dt_bias: Tensor | None, block: Block, dtype: torch.dt
 
 
 def _softplus(step: Tensor) -> Tensor:
-    """log1p(e^x), which keeps its digits where the step is tiny; beyond 40 it equals x even in float64."""
-    return softplus(step, threshold=40)
+    """max(x, 0) + log1p(e^-|x|), which keeps its digits where the step is tiny."""
+    return step.abs().neg_().exp_().log1p_().add_(step.clamp_min(0))
+
+
+# torch's own softplus, sigmoid and exp2 round the last few numbers of every thread's share in another way than the
+# rest, so their bits would depend on the number of threads; exp and log1p do not.
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    return x.neg().exp_().add_(1).reciprocal_()
+
+
+def _silu(x: Tensor) -> Tensor:
+    return _sigmoid(x).mul_(x)
+
+
+_EXP2_SHARE, _EXP2_VECTOR, _EXP2_SLACK = 1 << 15, 64, 1 << 14
+
+
+def _exp2_(decay: Tensor) -> None:
+    """Take two to the power of every element in place, and of some of the room after them.
+
+    torch cuts the elements evenly among threads, at most one for every 2^15. Here every share is a multiple of the
+    vector length; exp2 takes a quarter of the time of exp, so going without it would be dear.
+    """
+    size = decay.numel()
+    if decay.device.type == "cpu":
+        for _ in range(2):  # once more where the first time made room for another share
+            shares = min(torch.get_num_threads(), -(-size // _EXP2_SHARE), _EXP2_SLACK // _EXP2_VECTOR // 2)
+            size += -size % (_EXP2_VECTOR * shares)
+    decay.as_strided((size,), (1,)).exp2_()

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from boldforge.kernels import scan_oracle, shifted_scan, torch_backend, window_index
-from tests.kernels.conftest import SCAN_ARGUMENTS, ragged_index, relative_error, scan_inputs
+from boldforge.kernels import scan_oracle, shifted_conv, shifted_scan, torch_backend, window_index
+from tests.kernels.conftest import SCAN_ARGUMENTS, ragged_index, relative_error, scan_inputs, values_and_gradients
 
 INDEXES = {
     "ragged": ragged_index(),
@@ -15,14 +15,6 @@ INDEXES = {
     "one sequence": window_index((37,), (37,), (0,)),
     "single tokens": window_index((3, 2), (1, 1), (0, 0)),
 }
-
-
-def values_and_gradients(scan, inputs, index):
-    tensors = {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
-    y = scan(**dict.fromkeys(SCAN_ARGUMENTS) | tensors, index=index)
-    dout = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    y.backward(dout.to(y.dtype))
-    return {"y": y.detach()} | {f"d{name}": value.grad for name, value in tensors.items()}
 
 
 @pytest.fixture
@@ -110,19 +102,20 @@ def test_two_runs_give_the_same_bits(scan):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_nothing_is_read_from_uninitialised_memory(scan):
-    index = ragged_index()
-    inputs = scan_inputs(index, dtype=torch.float32)
-    plain = values_and_gradients(scan, inputs, index)
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    assert fill  # with deterministic algorithms on, torch fills every empty tensor with NaN
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        poisoned = values_and_gradients(scan, inputs, index)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(plain[name], poisoned[name]) for name in plain)
+@pytest.mark.parametrize("sizes", [(3, 200, 16), (2, 71, 7), (1, 257, 16)])
+def test_one_and_two_threads_give_the_same_bits(scan, backend, sizes):
+    index = window_index((13, 5, 6), (4, 2, 3), (1, 0, 2))
+    inputs = scan_inputs(index, *sizes, torch.float32)
+    x, weight = inputs["u"], inputs["A"][:, :3].contiguous()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found = values_and_gradients(scan, inputs, index)
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        conv = shifted_conv(*leaves, None, index, backend=backend)
+        conv.square().sum().backward()
+        results.append([*found.values(), conv.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
 def test_clips_and_windows_do_not_see_each_other(scan):
