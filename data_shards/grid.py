@@ -45,12 +45,22 @@ def _isotropic(name: str, shape: tuple[int, int, int], size: float, origin: tupl
     return Grid(name, shape, affine)
 
 
-# Both span the same cube, so a 12 mm patch covers the same tissue on either.
+def _neurostorm() -> Grid:
+    # NeuroSTORM takes arrays as stored and centres them in 96³. Its data are MNI files of 91×109×91 voxels at 2 mm, x
+    # from right to left (LAS), first centre (90, -126, -72) mm: x fills 3…93, y 6…101 is kept, z fills 3…93.
+    affine = np.diag([-2.0, 2.0, 2.0, 1.0])
+    affine[:3, 3] = (90 + 3 * 2, -126 + 6 * 2, -72 - 3 * 2)
+    affine.setflags(write=False)
+    return Grid("neurostorm", (96, 96, 96), affine)
+
+
+# The first two span the same cube, so a 12 mm patch covers the same tissue on either.
 _GRIDS = {
     grid.name: grid
     for grid in (
         _isotropic("mni2mm", (96, 96, 96), 2.0, (-96.0, -112.0, -90.0)),
         _isotropic("mni4mm", (48, 48, 48), 4.0, (-95.0, -111.0, -89.0)),
+        _neurostorm(),
     )
 }
 
@@ -71,11 +81,16 @@ def get_grid(name: str) -> Grid:
 
 @lru_cache(maxsize=8)
 def brain_mask(grid: Grid) -> npt.NDArray[np.bool_]:
-    """Return which voxels of a grid are brain, bool [X, Y, Z], read-only.
+    """Return which voxels of a grid are stored: its brain, bool [X, Y, Z], read-only.
 
     The source is nilearn's MNI152 brain mask at 2 mm. A voxel is brain when at least half of the 2 mm lattice points
-    that lie inside it are, so on the 2 mm grid this is the template's mask itself (235,375 voxels).
+    that lie inside it are, so on the 2 mm grid this is the template's mask itself (235,375 voxels). The grid
+    ``neurostorm`` stores the whole cube, as that model reads background too; what is brain there, each run says itself.
     """
+    if grid.name == "neurostorm":
+        whole = np.ones(grid.shape, dtype=bool)
+        whole.setflags(write=False)
+        return whole
     from nilearn.datasets import load_mni152_brain_mask  # takes seconds to import: only when a mask is asked for
 
     template = load_mni152_brain_mask(resolution=2)

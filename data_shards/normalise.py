@@ -59,8 +59,9 @@ class Quantised(NamedTuple):
     scale: Values
 
 
-def measure(values_TV: Values) -> Moments:
+def measure(values_TV: Values, method: NormalisationName) -> Moments:
     """Return what `normalisation_of` needs; a voxel's figures do not depend on which others are measured with it."""
+    values_TV = _without_negatives(values_TV, method)
     mean = values_TV.mean(axis=0, dtype=np.float64)
     square = np.square(values_TV - mean.astype(np.float32), dtype=np.float64).mean(axis=0)
     return Moments(mean, square, values_TV.min(axis=0), values_TV.max(axis=0))
@@ -85,7 +86,7 @@ def normalisation_of(
         if square.min() <= 0:
             raise NormaliseError(_FLAT)
         return Normalisation(method=method, mean=None, std=None), covered
-    if method == "global-z":
+    if method in ("global-z", "neurostorm"):
         centre = float(mean.mean())
         variance = square - np.square(mean - mean.astype(np.float32)) + np.square(mean - centre)
         return Normalisation(method=method, mean=centre, std=float(np.sqrt(variance.mean()))), covered
@@ -106,10 +107,22 @@ def _has_baseline(moments: Moments, covered: npt.NDArray[np.bool_]) -> npt.NDArr
     return enough
 
 
+def background_of(moments: Moments, covered: npt.NDArray[np.bool_], how: Normalisation) -> float:
+    """Return what a run's voxels without signal hold: 0, or for ``neurostorm`` its lowest normalised value."""
+    if how.method != "neurostorm" or how.mean is None or how.std is None:
+        return 0.0
+    return float((moments.low[covered].min() - np.float32(how.mean)) / np.float32(how.std))
+
+
 def apply_normalisation(
-    values_TV: Values, covered: npt.NDArray[np.bool_], moments: Moments, how: Normalisation
+    values_TV: Values,
+    covered: npt.NDArray[np.bool_],
+    moments: Moments,
+    how: Normalisation,
+    background: float = 0.0,
 ) -> Values:
-    """Normalise some voxels of a run, float32 [T, V], by their own moments and the run's; the others become 0."""
+    """Normalise some voxels, float32 [T, V], by their own moments and the run's; the others get `background`."""
+    values_TV = _without_negatives(values_TV, how.method)
     own_mean = moments.mean.astype(np.float32)
     centre: Any = own_mean if how.mean is None else np.float32(how.mean)
     divisor: Any = how.std
@@ -117,8 +130,12 @@ def apply_normalisation(
         own = moments.mean / 100 if how.method == "percent-signal-change" else np.sqrt(moments.square)
         divisor = np.where(covered, own, 1)
     result: Values = (values_TV - centre) / np.asarray(divisor, dtype=np.float32)
-    result[:, ~covered] = 0
+    result[:, ~covered] = background
     return result
+
+
+def _without_negatives(values_TV: Values, method: NormalisationName) -> Values:
+    return np.maximum(values_TV, 0) if method == "neurostorm" else values_TV
 
 
 def normalise(
@@ -130,22 +147,25 @@ def normalise(
     and frames; ``voxel-z`` divides by each voxel's own; ``global-z`` uses one mean and one standard deviation;
     ``min-max`` maps the lowest value to 0 and the highest to 1; ``percent-signal-change`` is 100 times the change
     from the voxel's mean over that mean. Nothing is clipped, so in all but min-max a value below the mean is negative.
+    ``neurostorm`` is that model's: negative values become 0, then ``global-z``, and what carries no signal (background,
+    padding) gets the brain's lowest value.
 
     Parameters
     ----------
     values_TV
         float32 [T, V].
     covered
-        bool [V]: voxels that carry signal; the others become 0 and do not count in the statistics.
+        bool [V]: voxels that carry signal; the others become 0 (see ``neurostorm``) and do not count in the statistics.
 
     Raises
     ------
     NormaliseError
         As `normalisation_of` does.
     """
-    moments = measure(values_TV.astype(np.float32, copy=False))
+    moments = measure(values_TV.astype(np.float32, copy=False), method)
     how, covered = normalisation_of(moments, covered, method)
-    return apply_normalisation(values_TV, covered, moments, how), how
+    background = background_of(moments, covered, how)
+    return apply_normalisation(values_TV, covered, moments, how, background), how
 
 
 def quantise(values_TV: Values, covered: npt.NDArray[np.bool_], dtype: str) -> Quantised:
@@ -159,7 +179,7 @@ def quantise(values_TV: Values, covered: npt.NDArray[np.bool_], dtype: str) -> Q
     values_TV
         float32 [T, V].
     covered
-        bool [V].
+        bool [V]. The others hold one value, which is stored as their mean.
     dtype
         ``int16`` or ``int8``.
     """
@@ -167,7 +187,7 @@ def quantise(values_TV: Values, covered: npt.NDArray[np.bool_], dtype: str) -> Q
     smallest, largest = np.iinfo(kind).min, np.iinfo(kind).max
     low, high = values_TV.min(axis=0), values_TV.max(axis=0)
     scale = np.where(covered, (high - low) / (largest - smallest), 0).astype(np.float32)
-    mean = np.where(scale > 0, low - smallest * scale, 0).astype(np.float32)
+    mean = np.where(scale > 0, low - smallest * scale, values_TV[0]).astype(np.float32)
     steps = np.divide(values_TV - mean, scale, out=np.zeros_like(values_TV), where=scale > 0)
     q = np.clip(np.rint(steps, out=steps), smallest, largest).astype(kind)
     return Quantised(q, mean, scale)

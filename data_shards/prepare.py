@@ -26,13 +26,14 @@ from boldforge.data_shards.normalise import (
     NormaliseError,
     Quantised,
     apply_normalisation,
+    background_of,
     decibels,
     fidelity,
     measure,
     normalisation_of,
     quantise,
 )
-from boldforge.data_shards.recipe import DataRecipe
+from boldforge.data_shards.recipe import DataRecipe, NormalisationName
 from boldforge.data_shards.resample import ResampleError, frames_at, same_tr, to_grid, to_tr
 from boldforge.data_shards.runs import Run
 from boldforge.data_shards.spool import Spool
@@ -132,6 +133,7 @@ class _Series:
     covered: Bools
     moments: Moments
     normalisation: Normalisation
+    background: float
     stretches: tuple[Stretch, ...]
     bold: Bold
     simulated: bool
@@ -142,7 +144,7 @@ class _Series:
             moments = self.moments.of(columns)
             covered = self.covered[columns]
             values_TV = self.values.read_columns(columns.start, columns.stop)
-            values_TV = apply_normalisation(values_TV, covered, moments, self.normalisation)
+            values_TV = apply_normalisation(values_TV, covered, moments, self.normalisation, self.background)
             # Subtracting a large mean can round away what little a voxel varied.
             yield columns, values_TV, covered & (values_TV.max(axis=0) > values_TV.min(axis=0))
 
@@ -170,12 +172,13 @@ def _placed(run: Run, recipe: DataRecipe, scratch: Path | None) -> Iterator[_Ser
             covered = covered & _inside_mask(run.mask_path, points)
         values = plan.apply(values, covered, scratch)
         with values:
-            moments = _measure(values)
+            moments = _measure(values, recipe.normalisation)
             # Resampling in time can flatten a voxel that flickered between two frames: nothing is left to divide by.
             covered = covered & (moments.high > moments.low)
             how, covered = normalisation_of(moments, covered, recipe.normalisation)
             simulated = run.simulated or bold.simulated
-            yield _Series(values, covered, moments, how, plan.stored_stretches(), bold, simulated)
+            background = background_of(moments, covered, how)
+            yield _Series(values, covered, moments, how, background, plan.stored_stretches(), bold, simulated)
     except (ResampleError, NormaliseError, ConfoundError) as error:
         raise type(error)(f"{run.path}: {error}") from None
 
@@ -243,8 +246,9 @@ def _plan_time(run: Run, bold: Bold, recipe: DataRecipe) -> _TimePlan:
     return _TimePlan(recipe, bold.tr, confounds, kept, tuple(pieces))
 
 
-def _measure(values: Spool) -> Moments:
-    parts = [measure(values.read_columns(block.start, block.stop)) for block in _voxel_blocks(values.shape[1])]
+def _measure(values: Spool, method: NormalisationName) -> Moments:
+    blocks = _voxel_blocks(values.shape[1])
+    parts = [measure(values.read_columns(block.start, block.stop), method) for block in blocks]
     return Moments(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 

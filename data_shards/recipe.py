@@ -7,7 +7,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from boldforge.configs import BoldForgeError, StrictModel
 from boldforge.data_shards.grid import get_grid
 
-NormalisationName = Literal["residual-z", "voxel-z", "global-z", "min-max", "percent-signal-change"]
+NormalisationName = Literal["residual-z", "voxel-z", "global-z", "min-max", "percent-signal-change", "neurostorm"]
 
 # Left out of a dump while they stand at their defaults: recipes, and the hashes over them, from before they existed
 # stay what they were.

@@ -13,6 +13,7 @@ from rich.console import Console
 
 import boldforge
 from boldforge.configs import BoldForgeError
+from boldforge.launch.importing import app as import_app
 
 app = typer.Typer(
     name="boldforge",
@@ -108,11 +109,11 @@ def inspect(
 def shard(
     folder: Annotated[Path, typer.Argument(help="Folder of 4D NIfTI files, or a table of runs")],
     out: Annotated[Path, typer.Option(help="Folder for the shards")],
-    grid: Annotated[Literal["mni4mm", "mni2mm"], typer.Option(help="Voxel grid")] = "mni4mm",
+    grid: Annotated[Literal["mni4mm", "mni2mm", "neurostorm"], typer.Option(help="Voxel grid")] = "mni4mm",
     tr: Annotated[float, typer.Option(help="Seconds between frames to resample every run to")] = 2.0,
     source_tr: TrOption = None,
     normalisation: Annotated[
-        Literal["residual-z", "voxel-z", "global-z", "min-max", "percent-signal-change"],
+        Literal["residual-z", "voxel-z", "global-z", "min-max", "percent-signal-change", "neurostorm"],
         typer.Option(help="How each run is normalised"),
     ] = "residual-z",
     dtype: Annotated[Literal["int16", "int8"], typer.Option(help="Stored type; int8 halves the size")] = "int16",
@@ -217,6 +218,9 @@ def release(
     from boldforge.launch.release import write_release
 
     print(f"Release written to {write_release(pretrained, out, adapter, replace=replace)}")
+
+
+app.add_typer(import_app, name="import")
 
 
 @app.command(epilog="Example: boldforge load releases/study-v1")

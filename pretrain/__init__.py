@@ -3,19 +3,21 @@
 The loop itself is imported from `boldforge.pretrain.train`, which imports DeepSpeed; everything here does not.
 """
 
-from boldforge.pretrain.config import OptimizerConfig, PretrainConfig
+from boldforge.pretrain.config import LossConfig, OptimizerConfig, PretrainConfig
 from boldforge.pretrain.evaluate import HeldoutClips, HeldoutError
 from boldforge.pretrain.export import ExportError, Pretrained, build_model, load_pretrained, write_export
 from boldforge.pretrain.loss import reconstruction_loss
 from boldforge.pretrain.masking import MaskConfig, MaskSampler, RegionTokens, region_tokens
 from boldforge.pretrain.metrics import read_metrics
-from boldforge.pretrain.model import ModelConfig, NeuroStorm
+from boldforge.pretrain.model import NeuroStorm
+from boldforge.pretrain.model_config import ModelConfig
 from boldforge.pretrain.tokens import TokenGrid, gather_patches, scatter_patches
 
 __all__ = [
     "ExportError",
     "HeldoutClips",
     "HeldoutError",
+    "LossConfig",
     "MaskConfig",
     "MaskSampler",
     "ModelConfig",

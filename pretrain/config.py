@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from boldforge.configs import StrictModel
 from boldforge.data_shards import Holdout
 from boldforge.pretrain.masking import MaskConfig
-from boldforge.pretrain.model import ModelConfig
+from boldforge.pretrain.model_config import ModelConfig
 
 BetaRate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -24,6 +24,16 @@ class OptimizerConfig(StrictModel):
     gradient_clipping: float = Field(1.0, ge=0, description="Largest gradient norm; 0 does not clip.")
 
 
+class LossConfig(StrictModel):
+    """What the reconstruction error counts."""
+
+    background: bool = Field(
+        False,
+        description="Also count hidden voxels without signal (background, outside the field of view), as NeuroSTORM "
+        "does; needs shards that store them, on the grid neurostorm.",
+    )
+
+
 class PretrainConfig(StrictModel):
     """One pretraining run."""
 
@@ -32,6 +42,7 @@ class PretrainConfig(StrictModel):
     holdout: Holdout = Field(default_factory=Holdout, description="What is kept away from training, to measure on.")
     model: ModelConfig = Field(default_factory=ModelConfig)
     mask: MaskConfig = Field(default_factory=MaskConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     steps: int = Field(1000, ge=1, description="Optimiser steps in all.")
     batch_size: int = Field(8, ge=1, description="Clips per optimiser step over all ranks.")
@@ -58,6 +69,18 @@ class PretrainConfig(StrictModel):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hidden_tokens_are_rebuilt_from_their_own_token(self) -> "PretrainConfig":
+        if not self.model.decoder:
+            raise ValueError("model.decoder is false, but pretraining reconstructs; set it to true")
+        wanted = {"window": "window", "atlas": "atlas", "region": "atlas"}.get(self.mask.strategy, "random")
+        first = self.model.mask_tokens[0]
+        if wanted in self.model.mask_tokens and first != wanted:
+            raise ValueError(
+                f"mask.strategy is {self.mask.strategy}, but model.mask_tokens begins with {first}; put {wanted} first"
             )
         return self
 

@@ -94,6 +94,8 @@ class HeldoutClips:
         T.
     limit
         Clips at most, spread evenly over all there are.
+    background
+        Measure voxels without signal too.
     """
 
     def __init__(
@@ -103,8 +105,10 @@ class HeldoutClips:
         sampler: MaskSampler,
         clip_length: int,
         limit: int,
+        background: bool = False,
     ) -> None:
         self._reader = reader
+        self._background = background
         self._sampler = sampler
         self._length = clip_length
         every = [
@@ -150,7 +154,8 @@ class HeldoutClips:
         """Hide and reconstruct a clip: mask [1, L], counted voxels [1, L, P], prediction [1, L, P]."""
         device = patch_voxels.device
         mask_BL = self._sampler.sample([(1, clip.run, clip.start)]).to(device)
-        counted_BLP = counted_voxels(mask_BL, clip.signal_V.unsqueeze(0).to(device), patch_voxels)
+        signal_BV = clip.signal_V.unsqueeze(0).to(device) | self._background
+        counted_BLP = counted_voxels(mask_BL, signal_BV, patch_voxels)
         with torch.no_grad():
             patches_BLP = forward(clip.values_TV.unsqueeze(0).to(device), mask_BL)
         return mask_BL, counted_BLP, patches_BLP

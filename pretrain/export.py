@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from boldforge.configs import BoldForgeError, load_config
 from boldforge.data_shards import get_grid
-from boldforge.pretrain.model import ModelConfig, NeuroStorm
+from boldforge.pretrain.model import NeuroStorm
+from boldforge.pretrain.model_config import ModelConfig
 from boldforge.pretrain.tokens import TokenGrid
 
 FORMAT_VERSION = 1

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from boldforge.kernels import ScanIndex, shifted_conv, shifted_scan
+from boldforge.kernels import ScanIndex, expand_prompts, shifted_conv, shifted_scan, strip_prompts
+from boldforge.pretrain.neurostorm_dropout import RedundancyDropout, WindowTable
 
 
 class ShiftedMamba(nn.Module):
@@ -85,20 +86,60 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """LayerNorm, shifted Mamba, LayerNorm, MLP, each on a residual branch with stochastic depth."""
+    """LayerNorm, shifted Mamba, LayerNorm, MLP, each on a residual branch with stochastic depth.
 
-    def __init__(self, dim: int, mixer: ShiftedMamba, mlp_ratio: float, drop_path: float) -> None:
+    Parameters
+    ----------
+    dim
+        C.
+    mixer, mlp_ratio, drop_path
+        See `ModelConfig`.
+    redundancy
+        Drops tokens of the Mamba branch while training; None drops nothing.
+    prompts
+        P, learned tokens that every window begins with.
+    """
+
+    prompt: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: ShiftedMamba,
+        mlp_ratio: float,
+        drop_path: float,
+        redundancy: RedundancyDropout | None = None,
+        prompts: int = 0,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.mamba = mixer
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio)
         self.drop_path = drop_path
+        self.redundancy = redundancy
+        self.register_parameter("prompt", None)
+        if prompts:
+            self.prompt = nn.Parameter(torch.empty(prompts, dim))
+            nn.init.trunc_normal_(self.prompt, std=0.02)
 
-    def forward(self, x_BLC: Tensor, index: ScanIndex) -> Tensor:
-        """Apply the block along a scan index; [B, L, C] to [B, L, C]."""
-        x_BLC = x_BLC + self._drop(self.mamba(self.norm1(x_BLC), index))
+    def forward(self, x_BLC: Tensor, index: ScanIndex, windows: WindowTable | None = None) -> Tensor:
+        """Apply the block along a scan index, which has the block's prompts; [B, L, C] to [B, L, C].
+
+        `windows` is for the redundancy dropout.
+        """
+        x_BLC = x_BLC + self._drop(self._mix(self.norm1(x_BLC), index, windows))
         return x_BLC + self._drop(self.mlp(self.norm2(x_BLC)))
+
+    def _mix(self, x_BLC: Tensor, index: ScanIndex, windows: WindowTable | None) -> Tensor:
+        if self.prompt is None:
+            x_BLC = self.mamba(x_BLC, index)
+        else:
+            x_BLC = strip_prompts(self.mamba(expand_prompts(x_BLC, self.prompt, index), index), index)
+        if self.redundancy is not None and self.training:
+            assert windows is not None, "the model lays the windows out when it trains with redundancy dropout"
+            x_BLC = self.redundancy(x_BLC, windows)
+        return x_BLC
 
     def _drop(self, branch_BLC: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:

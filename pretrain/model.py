@@ -8,76 +8,25 @@ patch.
 """
 
 from collections.abc import Iterable
-from typing import Annotated, Literal, cast
+from math import prod
+from typing import Any, cast
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from boldforge.configs import ConfigError, StrictModel
 from boldforge.kernels import ScanIndex, window_index
 from boldforge.pretrain.mamba import Block, ShiftedMamba
-from boldforge.pretrain.tokens import Stage, TokenGrid, gather_patches
+from boldforge.pretrain.model_config import MaskToken, ModelConfig, Window
+from boldforge.pretrain.neurostorm_dropout import RedundancyDropout, WindowTable, window_table
+from boldforge.pretrain.tokens import Stage, TokenGrid, gather_patches, window_places
 
-Edge = Annotated[int, Field(ge=1)]
-Window = tuple[Edge, Edge, Edge, Edge]
-
-
-class ModelConfig(StrictModel):
-    """Shape of the network; see the fields for units and reasons."""
-
-    patch_mm: float = Field(12.0, gt=0, description="Edge of a patch in mm; 12 mm is NeuroSTORM's 6 voxels at 2 mm.")
-    frames: int = Field(20, ge=1, description="T, frames per clip; one token per patch and frame.")
-    embed_dim: int = Field(
-        32, ge=2, description="C of the first stage; doubles at every merging. A multiple of 32 suits the kernels."
-    )
-    depths: tuple[Edge, ...] = Field((2, 2, 6, 2), description="Blocks per encoder stage.")
-    decoder_depths: tuple[Edge, ...] = Field(
-        (6, 2, 2), description="Blocks per decoder stage, coarse to fine; one fewer than the encoder's."
-    )
-    window: Window = Field((4, 4, 4, 4), description="Tokens per window along x, y, z, t; clipped to the grid.")
-    last_window: Window | None = Field(None, description="Window of the last encoder stage, if another.")
-    scan_mode: Literal["region", "wrap"] = Field(
-        "region",
-        description="At a shifted window's seam: restart the scan (region), or run on as NeuroSTORM does (wrap).",
-    )
-    d_state: int = Field(16, ge=1, le=64, description="N, states per inner channel.")
-    d_conv: int = Field(4, ge=1, le=8, description="Width of the causal convolution, in tokens.")
-    expand: int = Field(2, ge=1, description="Inner channels per channel.")
-    mlp_ratio: float = Field(4.0, gt=0, description="Hidden units of the MLP per channel.")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="Largest stochastic-depth rate; grows linearly with depth.")
-    backend: str = Field("auto", description="Scan backend; auto takes the fastest that runs here.")
-
-    @model_validator(mode="after")
-    def _decoder_mirrors_encoder(self) -> "ModelConfig":
-        if len(self.decoder_depths) != len(self.depths) - 1:
-            raise ValueError(
-                f"decoder_depths has {len(self.decoder_depths)} entries, expected one fewer than depths: "
-                f"{len(self.depths) - 1}"
-            )
-        return self
-
-    @property
-    def n_stages(self) -> int:
-        """Number of encoder stages."""
-        return len(self.depths)
-
-    def patch_size(self, voxel_mm: float) -> tuple[int, int, int]:
-        """Voxels per patch along x, y, z for voxels of this edge in mm.
-
-        Raises
-        ------
-        ConfigError
-            If a patch is not a whole number of voxels.
-        """
-        edge = round(self.patch_mm / voxel_mm)
-        if edge < 1 or abs(edge * voxel_mm - self.patch_mm) > 1e-3 * voxel_mm:
-            raise ConfigError(
-                f"model.patch_mm is {self.patch_mm:g}, no multiple of the grid's voxels of {voxel_mm:g} mm; use "
-                f"{max(1, edge) * voxel_mm:g}, or shard on another grid."
-            )
-        return edge, edge, edge
+MASK_TOKEN_NAMES: dict[MaskToken, str] = {
+    "random": "mask_token",
+    "window": "window_mask_token",
+    "atlas": "atlas_mask_token",
+}
+"""The parameter of each mask token."""
 
 
 class PatchMerging(nn.Module):
@@ -136,12 +85,14 @@ class NeuroStorm(nn.Module):
 
     patch_voxels: Tensor
     brain_mask_bits: Tensor
+    window_places: Tensor
 
     def __init__(self, config: ModelConfig, token_grid: TokenGrid) -> None:
         super().__init__()
         self.config = config
         self.token_grid = token_grid
-        self._indexes: dict[tuple[int, bool, torch.device], ScanIndex] = {}
+        self._indexes: dict[tuple[int, int, Window, Window, torch.device], ScanIndex] = {}
+        self._tables: dict[tuple[int, Window, Window, torch.device], WindowTable] = {}
         patch_voxels = torch.from_numpy(token_grid.patch_voxels)
         patch = patch_voxels.shape[1]
         dims = [config.embed_dim * 2**i for i in range(config.n_stages)]
@@ -156,22 +107,38 @@ class NeuroStorm(nn.Module):
             self.register_buffer(f"slot_{i}", torch.from_numpy(token_grid.slot[i]), persistent=False)
 
         self.patch_embed = nn.Linear(patch, dims[0])
-        self.mask_token = nn.Parameter(torch.zeros(dims[0]))
+        self._make_mask_tokens(dims[0])
         stages, used = [], 0
         for stage, dim, depth in zip(token_grid.stages, dims, config.depths, strict=True):
-            blocks = [self._block(dim, rate) for rate in rates[used : used + depth]]
+            blocks = [self._encoder_block(dim, rate) for rate in rates[used : used + depth]]
             stages.append(EncoderStage(stage, config.frames, dim, blocks))
             used += depth
         self.stages = nn.ModuleList(stages)
         self.merging = nn.ModuleList(PatchMerging(dim) for dim in dims[:-1])
+        if config.decoder:
+            self._make_decoder(dims, patch)
+        for name in config.mask_tokens:
+            nn.init.trunc_normal_(getattr(self, MASK_TOKEN_NAMES[name]), std=0.02)
+
+    def _make_mask_tokens(self, dim: int) -> None:
+        names = self.config.mask_tokens
+        if "random" in names:
+            self.mask_token = nn.Parameter(torch.empty(dim))
+        if "window" in names:
+            self.window_mask_token = nn.Parameter(torch.empty(prod(self.config.window), dim))
+            places = window_places(self.token_grid, self.config.window)
+            self.register_buffer("window_places", torch.from_numpy(places), persistent=False)
+        if "atlas" in names:
+            self.atlas_mask_token = nn.Parameter(torch.empty(dim))
+
+    def _make_decoder(self, dims: list[int], patch: int) -> None:
         self.expanding = nn.ModuleList(PatchExpanding(dim) for dim in dims[:0:-1])
         self.decoder = nn.ModuleList(
             nn.ModuleList(self._block(dim, 0.0) for _ in range(depth))
-            for dim, depth in zip(dims[-2::-1], config.decoder_depths, strict=True)
+            for dim, depth in zip(dims[-2::-1], self.config.decoder_depths, strict=True)
         )
         self.norm_up = nn.LayerNorm(dims[0])
         self.decoder_pred = nn.Linear(dims[0], patch)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     @property
     def dim(self) -> int:
@@ -203,54 +170,94 @@ class NeuroStorm(nn.Module):
         self._check(values_BTV)
         x_BLC = self.patch_embed(gather_patches(values_BTV, self.patch_voxels))
         if mask_BL is not None:
-            x_BLC = torch.where(mask_BL.unsqueeze(-1), self.mask_token.to(x_BLC.dtype), x_BLC)
+            x_BLC = torch.where(mask_BL.unsqueeze(-1), self._mask_token().to(x_BLC.dtype), x_BLC)
         return x_BLC
 
     def encode_stage(self, x_BLC: Tensor, i: int) -> Tensor:
         """Run stage i: its embeddings, its blocks, and (but for the last) the merging into the next stage's tokens."""
         stage, T = cast(EncoderStage, self.stages[i]), self.config.frames
         x_BLC = (x_BLC.unflatten(1, (-1, T)) + (stage.position + stage.time)).flatten(1, 2)
-        x_BLC = self._run_blocks(x_BLC, stage.blocks, i)
+        x_BLC = self._run_blocks(x_BLC, stage.blocks, i, self._encoder_window(i))
         if i < len(self.merging):
             children = self.get_buffer(f"children_{i}")
             x_BLC = self.merging[i](x_BLC.unflatten(1, (-1, T)), children).flatten(1, 2)
         return x_BLC
 
     def decode(self, x_BLC: Tensor) -> Tensor:
-        """Expand last-stage tokens [B, L', C'] to patches of voxels [B, L, P]."""
+        """Expand last-stage tokens [B, L', C'] to patches of voxels [B, L, P].
+
+        Raises
+        ------
+        ValueError
+            If the model is an encoder alone.
+        """
+        if not self.config.decoder:
+            raise ValueError("this model is an encoder alone (decoder: false): it embeds clips, it cannot rebuild them")
         T = self.config.frames
         for step, (expanding, blocks) in enumerate(zip(self.expanding, self.decoder, strict=True)):
             i = self.config.n_stages - 2 - step
             parent, slot = self.get_buffer(f"parent_{i}"), self.get_buffer(f"slot_{i}")
             x_BLC = expanding(x_BLC.unflatten(1, (-1, T)), parent, slot).flatten(1, 2)
-            x_BLC = self._run_blocks(x_BLC, cast(nn.ModuleList, blocks), i)
+            x_BLC = self._run_blocks(x_BLC, cast(nn.ModuleList, blocks), i, self.config.window)
         return self.decoder_pred(self.norm_up(x_BLC))
 
     def forward(self, values_BTV: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """Reconstruct clips from their visible tokens: [B, T, V] and bool [B, L] to patches [B, L, P]."""
         return self.decode(self.encode(values_BTV, mask_BL))
 
-    def _block(self, dim: int, drop_path: float) -> Block:
+    def _mask_token(self) -> Tensor:
+        """Return what replaces hidden tokens: [C], or [L, C] where it depends on the place in the window."""
+        if not self.config.mask_tokens:
+            raise ValueError("this model has no mask token (mask_tokens is empty): nothing can be hidden from it")
+        first = self.config.mask_tokens[0]
+        token: Tensor = getattr(self, MASK_TOKEN_NAMES[first])
+        return token[self.window_places] if first == "window" else token
+
+    def _block(self, dim: int, drop_path: float, **extras: Any) -> Block:
         config = self.config
         mixer = ShiftedMamba(dim, config.d_state, config.d_conv, config.expand, config.backend)
-        return Block(dim, mixer, config.mlp_ratio, drop_path)
+        return Block(dim, mixer, config.mlp_ratio, drop_path, **extras)
 
-    def _run_blocks(self, x_BLC: Tensor, blocks: Iterable[nn.Module], stage: int) -> Tensor:
+    def _encoder_block(self, dim: int, drop_path: float) -> Block:
+        redundancy = RedundancyDropout(self.config.redundancy_reach) if self.config.redundancy_dropout else None
+        return self._block(dim, drop_path, redundancy=redundancy, prompts=self.config.prompts)
+
+    def _encoder_window(self, stage: int) -> Window:
+        last = self.config.last_window if stage == self.config.n_stages - 1 else None
+        first = self.config.first_window if stage == 0 else None
+        return last or first or self.config.window
+
+    def _run_blocks(self, x_BLC: Tensor, blocks: Iterable[nn.Module], stage: int, window: Window) -> Tensor:
+        grid = (*self.token_grid.stages[stage].grid, self.config.frames)
+        fixed = stage == self.config.n_stages - 1 and not self.config.last_shifted
         for number, block in enumerate(blocks):
-            x_BLC = block(x_BLC, self._index(stage, shifted=number % 2 == 1, device=x_BLC.device))
+            shifted = number % 2 == 1 and not fixed
+            x, y, z, t = (w // 2 if shifted and g > w else 0 for w, g in zip(window, grid, strict=True))
+            place = (stage, window, (x, y, z, t), x_BLC.device)
+            redundancy = self.training and cast(Block, block).redundancy is not None
+            prompts = self.config.prompts if cast(Block, block).prompt is not None else 0
+            x_BLC = block(x_BLC, self._index(prompts, *place), self._table(*place) if redundancy else None)
         return x_BLC
 
-    def _index(self, stage: int, shifted: bool, device: torch.device) -> ScanIndex:
-        key = (stage, shifted, device)
+    def _index(self, prompts: int, stage: int, window: Window, shift: Window, device: torch.device) -> ScanIndex:
+        key = (prompts, stage, window, shift, device)
         if key not in self._indexes:
-            config, tokens = self.config, self.token_grid.stages[stage]
-            last = stage == config.n_stages - 1
-            window = config.last_window if last and config.last_window else config.window
-            grid = (*tokens.grid, config.frames)
-            keep = torch.from_numpy(tokens.keep).unsqueeze(-1).expand(grid)
-            shift = tuple(w // 2 if shifted and g > w else 0 for w, g in zip(window, grid, strict=True))
-            self._indexes[key] = window_index(grid, window, shift, mode=config.scan_mode, keep=keep).to(device)
+            keep = torch.from_numpy(self._keep(stage))
+            index = window_index(keep.shape, window, shift, mode=self.config.scan_mode, keep=keep, prompts=prompts)
+            self._indexes[key] = index.to(device)
         return self._indexes[key]
+
+    def _table(self, stage: int, window: Window, shift: Window, device: torch.device) -> WindowTable:
+        key = (stage, window, shift, device)
+        if key not in self._tables:
+            keep, restarts = self._keep(stage), self.config.scan_mode == "region"
+            self._tables[key] = window_table(keep.shape, window, shift, keep, restarts).to(device)
+        return self._tables[key]
+
+    def _keep(self, stage: int) -> np.ndarray:
+        """Bool [x, y, z, t]: the tokens of a stage that exist."""
+        keep = self.token_grid.stages[stage].keep
+        return np.repeat(keep[..., None], self.config.frames, axis=-1)
 
     def _check(self, values_BTV: Tensor) -> None:
         expected = (self.config.frames, self.token_grid.n_voxels)

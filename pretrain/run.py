@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
-from boldforge.configs import BoldForgeError, ConfigError
+from boldforge.configs import BoldForgeError, ConfigError, load_config
 from boldforge.data_shards import (
     Atlas,
     ClipStream,
@@ -71,7 +72,7 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
     check_batch(config, world_size)
     manifest = load_manifest(config.shards)
     train, held = split_segments(manifest, config.holdout)
-    _check_lengths(config, manifest, held)
+    check_lengths(config, manifest, held)
     if rank == 0:
         _claim_folder(config, manifest.content_hash)
     mask = manifest.brain_mask()
@@ -79,7 +80,7 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
     token_grid = TokenGrid(mask, patch_size, config.model.frames, config.model.n_stages)
     atlas = load_atlas(config.mask.atlas)
     regions = region_tokens(atlas, manifest.grid, token_grid)
-    sampler = MaskSampler(token_grid, config.mask, regions)
+    sampler = MaskSampler(token_grid, config.mask, regions, config.model.window)
     torch.manual_seed(config.seed)
     model = NeuroStorm(config.model, token_grid)
     engine, _, _, _ = deepspeed.initialize(
@@ -95,7 +96,8 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
         world_size=world_size,
         num_workers=config.num_workers,
     )
-    heldout = HeldoutClips(ShardReader(manifest), held, sampler, config.model.frames, config.evaluation_clips)
+    frames, limit = config.model.frames, config.evaluation_clips
+    heldout = HeldoutClips(ShardReader(manifest), held, sampler, frames, limit, config.loss.background)
     device = engine.device if isinstance(engine.device, torch.device) else torch.device(engine.device)
     return Run(
         config=config,
@@ -131,7 +133,14 @@ def check_batch(config: PretrainConfig, world_size: int) -> None:
         )
 
 
-def _check_lengths(config: PretrainConfig, manifest: Manifest, held: Sequence[Segment]) -> None:
+def check_lengths(config: PretrainConfig, manifest: Manifest, held: Sequence[Segment]) -> None:
+    """Refuse clips that no held-out stretch is long enough for.
+
+    Raises
+    ------
+    ConfigError
+        Naming both lengths.
+    """
     longest = max((segment.stop - segment.start for segment in held), default=0)
     if longest < config.model.frames:
         raise ConfigError(
@@ -145,7 +154,7 @@ def _claim_folder(config: PretrainConfig, manifest_hash: str) -> None:
     path = config.out / "config.yaml"
     content = {**config.model_dump(mode="json"), "manifest_hash": manifest_hash}
     if path.is_file() and newest_checkpoint(config.out / "checkpoints"):
-        before = yaml.safe_load(path.read_text())
+        before = _as_of_today(yaml.safe_load(path.read_text()))
         changed = [key for key in content if key not in _FREE_KEYS and before.get(key) != content[key]]
         if changed:
             raise ConfigError(
@@ -157,3 +166,10 @@ def _claim_folder(config: PretrainConfig, manifest_hash: str) -> None:
         path.write_text(yaml.safe_dump(content, sort_keys=False))
     except OSError as error:
         raise BoldForgeError(f"{config.out}: cannot write the run folder ({error.strerror}).") from None
+
+
+def _as_of_today(content: dict[str, Any]) -> dict[str, Any]:
+    """Fill an older run's recipe up with the defaults of keys that it did not have yet."""
+    recipe = {key: value for key, value in content.items() if key != "manifest_hash"}
+    filled = load_config(PretrainConfig, recipe).model_dump(mode="json")
+    return filled | {"manifest_hash": content.get("manifest_hash")}

@@ -124,6 +124,12 @@ def scatter_patches(patches_BLP: Tensor, patch_voxels: Tensor, n_voxels: int) ->
     return patches_BTSP.flatten(2).index_select(2, order)
 
 
+def window_places(token_grid: TokenGrid, window: tuple[int, int, int, int]) -> np.ndarray:
+    """Say at which place of its (unshifted) window each first-stage token stands: int64 [S·T], raster, t fastest."""
+    places = token_grid.stages[0].coordinates % window[:3] @ (window[1] * window[2], window[2], 1)
+    return (places[:, None] * window[3] + np.arange(token_grid.frames) % window[3]).reshape(-1)
+
+
 def _first_stage(mask: np.ndarray, patch_size: tuple[int, int, int]) -> Stage:
     blocks = _blocks(mask, patch_size, fill=False)
     return Stage(grid=blocks.shape[:3], keep=np.asarray(blocks.any(axis=-1)))

@@ -7,6 +7,7 @@ Run it as ``boldforge pretrain --config RECIPE``, or under DeepSpeed's launcher 
 import argparse
 import errno
 import logging
+import math
 import sys
 import time
 from contextlib import ExitStack
@@ -56,7 +57,10 @@ def train(config: PretrainConfig) -> Path:
         metrics = stack.enter_context(MetricsWriter(config.out, first)) if rank == 0 else None
         for step in range(first, config.steps):
             started = time.perf_counter()
-            row = training_step(run, next(batches), step)
+            batch = next(batches)
+            row = training_step(run, batch, step)
+            if not math.isfinite(row["loss"]):
+                raise lost(run, batch, step)
             row["frames_per_second"] = config.batch_size * config.model.frames / (time.perf_counter() - started)
             done = step + 1
             if done % config.evaluate_every == 0 or done == config.steps:
@@ -117,12 +121,26 @@ def training_step(run: Run, batch: ClipBatch, step: int) -> dict[str, float]:
     return figures if norm is None else {**figures, "grad_norm": float(norm)}
 
 
+def lost(run: Run, batch: ClipBatch, step: int) -> BoldForgeError:
+    """Say why a step's loss is not a number; the checkpoints before it are whole."""
+    start = f"step {step + 1}: the loss is not a finite number"
+    finite_B = batch.dequantise().isfinite().flatten(1).all(dim=1)
+    if not finite_B.all():
+        key = run.manifest.runs[int(batch.run[~finite_B][0])].key
+        return BoldForgeError(f"{start}, because run {key} holds NaN or infinity; mend the file and shard it again.")
+    return BoldForgeError(
+        f"{start}, though the data are; lower optimizer.lr (now {run.config.optimizer.lr:g}), set "
+        "optimizer.gradient_clipping, or use precision fp32, in a new out folder or from the last checkpoint."
+    )
+
+
 def hide(run: Run, batch: ClipBatch, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bring this rank's clips to the device: values_BTV float32, hidden tokens mask_BL, counted voxels_BLP bool."""
     clips = len(batch.run)
     places = range(run.rank * clips, (run.rank + 1) * clips)
     mask_BL = run.sampler.sample([(0, run.config.seed, step, place) for place in places]).to(run.device)
-    counted_BLP = counted_voxels(mask_BL, batch.signal().to(run.device), run.patch_voxels)
+    signal_BV = batch.signal().to(run.device) | run.config.loss.background
+    counted_BLP = counted_voxels(mask_BL, signal_BV, run.patch_voxels)
     return batch.dequantise(run.device, torch.float32), mask_BL, counted_BLP
 
 
