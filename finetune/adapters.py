@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import peft
 import torch
@@ -25,8 +25,12 @@ class AdapterError(FinetuneError):
 
 
 class AdapterConfig(StrictModel):
-    """Which layers learn a low-rank update W + (alpha / rank) · B·A (Hu et al. 2021, arXiv 2106.09685)."""
+    """What learns: low-rank updates W + (alpha / rank) · B·A (Hu et al. 2021, arXiv 2106.09685), or all weights."""
 
+    kind: Literal["lora", "full"] = Field(
+        "lora",
+        description="lora: low-rank updates of a frozen backbone. full: every weight from first_stage on.",
+    )
     rank: int = Field(4, ge=0, le=256, description="Rank of every update; 0 trains the head alone (a linear probe).")
     alpha: float | None = Field(
         None,
@@ -64,6 +68,11 @@ class AdapterConfig(StrictModel):
         "computed once per clip, so 1 saves most of the time: the first stage holds most of the tokens.",
     )
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the head alone is trained."""
+        return self.kind == "lora" and self.rank == 0
+
 
 @dataclass(frozen=True)
 class AdapterInfo:
@@ -75,16 +84,17 @@ class AdapterInfo:
 
 
 def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 0) -> AdapterInfo:
-    """Freeze a backbone and put LoRA on its linear layers, in place.
+    """Freeze a backbone and put LoRA on its layers, or unfreeze it from a stage on; in place.
 
-    The updates start at zero (B = 0), so the embedding does not change until something is learned.
+    Updates start at zero (B = 0), so the embedding does not change until something is learned.
 
     Parameters
     ----------
     backbone
         Its ``network`` must carry no adapter yet.
     config
-        Rank 0 freezes and adapts nothing.
+        Rank 0 freezes and adapts nothing. Of kind ``full``, every parameter that `first_stage` and what lies above it
+        use is trained.
     seed
         Decides A.
 
@@ -107,6 +117,12 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 0) -> 
             f"from 0; set it to {backbone.n_stages - 1} or less."
         )
     network.requires_grad_(False)
+    if config.kind == "full":
+        layers = backbone.stage_parameters(config.first_stage)
+        for name in layers:
+            network.get_parameter(name).requires_grad_(True)
+        count = sum(network.get_parameter(name).numel() for name in layers)
+        return AdapterInfo(count, _count(network), tuple(layers))
     if config.rank == 0:
         return AdapterInfo(0, _count(network), ())
     ranks = _layer_ranks(backbone, config)
@@ -143,9 +159,16 @@ def unmerge_adapter(backbone: Backbone) -> None:
 
 
 def adapter_state(backbone: Backbone) -> dict[str, Tensor]:
-    """Return the adapter's tensors on the CPU under peft's file names; empty where none is attached."""
+    """Return what training changes, on the CPU: the adapter's tensors under peft's file names, or the unfrozen weights.
+
+    Empty where the backbone is frozen and carries no adapter.
+    """
     if not hasattr(backbone.network, "peft_config"):
-        return {}
+        return {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in backbone.network.named_parameters()
+            if parameter.requires_grad
+        }
     state = peft.get_peft_model_state_dict(backbone.network)
     return {_PEFT_PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
 
@@ -167,7 +190,9 @@ def load_adapter_state(backbone: Backbone, state: Mapping[str, Tensor]) -> None:
             f"(found {_shape(found.get(differing[0]))}, expected {_shape(expected.get(differing[0]))}); give the "
             "encoder that the adapter was trained on."
         )
-    if state:
+    if state and not hasattr(backbone.network, "peft_config"):
+        backbone.network.load_state_dict(state, strict=False)
+    elif state:
         peft.set_peft_model_state_dict(
             backbone.network, {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in state.items()}
         )

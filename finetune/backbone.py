@@ -63,6 +63,14 @@ class Backbone(Protocol):
     def adaptable_layers(self, first_stage: int) -> list[str]:
         """Name the linear layers and 3D convolutions of ``network`` that `embed` calls in `first_stage` and above."""
 
+    def stage_parameters(self, first_stage: int) -> list[str]:
+        """Name the parameters of ``network`` that `embed` uses in `first_stage` and above."""
+
+
+def parameters_of(network: nn.Module, parts: list[str]) -> list[str]:
+    """Name the parameters of the modules or parameters called `parts`, in the network's order."""
+    return [name for name, _ in network.named_parameters() if any(f"{name}.".startswith(f"{part}.") for part in parts)]
+
 
 class NeuroStormBackbone:
     """A pretrained `NeuroStorm` encoder whose last-stage tokens are pooled over the clip.
@@ -108,13 +116,20 @@ class NeuroStormBackbone:
 
     def adaptable_layers(self, first_stage: int) -> list[str]:
         """Name the encoder's linear layers from `first_stage` on; the decoder is never called here, so never named."""
-        parts = ["patch_embed"] if first_stage == 0 else []
-        parts += [f"{kind}.{i}" for i in range(first_stage, self.n_stages) for kind in ("stages", "merging")]
+        parts = self._parts(first_stage)
         return [
             name
             for name, module in self.network.named_modules()
             if isinstance(module, nn.Linear) and any(f"{name}.".startswith(f"{part}.") for part in parts)
         ]
+
+    def stage_parameters(self, first_stage: int) -> list[str]:
+        """Name the encoder's parameters from `first_stage` on."""
+        return parameters_of(self.network, self._parts(first_stage))
+
+    def _parts(self, first_stage: int) -> list[str]:
+        parts = ["patch_embed"] if first_stage == 0 else []
+        return parts + [f"{kind}.{i}" for i in range(first_stage, self.n_stages) for kind in ("stages", "merging")]
 
     def _run(self, partway: Partway, start: int, stop: int) -> Partway:
         x, pooled_BP = partway

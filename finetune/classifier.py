@@ -19,11 +19,14 @@ from boldforge.finetune.adapters import (
     load_adapter_state,
     peft_description,
 )
-from boldforge.finetune.backbone import Backbone, load_backbone
+from boldforge.finetune.backbone import Backbone
+from boldforge.finetune.networks import make_backbone
+from boldforge.finetune.resnet_rnn import ResnetRnnBackbone, ResnetRnnConfig
 from boldforge.finetune.tasks import Task, get_task
 
 FORMAT_VERSION = 1
-ADAPTER_FILES = ("task.json", "head.safetensors", "adapter_model.safetensors", "adapter_config.json")
+_WEIGHTS = {"lora": "adapter_model.safetensors", "full": "tuned.safetensors"}
+ADAPTER_FILES = ("task.json", "head.safetensors", *_WEIGHTS.values(), "adapter_config.json")
 
 
 class Head(nn.Module):
@@ -149,8 +152,8 @@ def save_adapter(classifier: Classifier, folder: str | Path, figures: Mapping[st
         What was trained.
     folder
         Made if missing; an older adapter in it is removed first. Receives ``adapter_config.json`` and
-        ``adapter_model.safetensors`` (peft's format; absent for rank 0, which has no adapter), ``head.safetensors`` and
-        ``task.json``.
+        ``adapter_model.safetensors`` (peft's format; absent for rank 0, which has no adapter) or, of kind ``full``,
+        ``tuned.safetensors``; ``head.safetensors`` and ``task.json``.
     figures
         Whatever should stand beside the weights: metrics, number of subjects, whether they were simulated.
 
@@ -168,10 +171,12 @@ def save_adapter(classifier: Classifier, folder: str | Path, figures: Mapping[st
     state = classifier.state()
     head = {name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")}
     save_file(head, folder / "head.safetensors")
-    if classifier.adapter.rank:
+    kind = classifier.adapter.kind
+    if not classifier.adapter.frozen:
         adapter = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-        save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        _write_json(folder / "adapter_config.json", peft_description(backbone))
+        save_file(adapter, folder / _WEIGHTS[kind], metadata={"format": "pt"})
+        if kind == "lora":
+            _write_json(folder / "adapter_config.json", peft_description(backbone))
     content = {
         "format_version": FORMAT_VERSION,
         "task": classifier.task.name,
@@ -181,6 +186,7 @@ def save_adapter(classifier: Classifier, folder: str | Path, figures: Mapping[st
         "adapter": classifier.adapter.model_dump(mode="json"),
         "trainable_parameters": classifier.trainable,
         "base_weights_hash": backbone.weights_hash,
+        "network": backbone.config.model_dump() if isinstance(backbone, ResnetRnnBackbone) else None,
         "data": dict(backbone.data),
         "figures": dict(figures or {}),
     }
@@ -224,23 +230,37 @@ def load_adapter(folder: str | Path, backbone: Backbone) -> Classifier:
     adapter = AdapterConfig.model_validate(content["adapter"])
     head = _read_tensors(folder / "head.safetensors")
     state = {f"head.{name}": tensor for name, tensor in head.items()}
-    if adapter.rank:
-        state |= _read_tensors(folder / "adapter_model.safetensors")
+    if not adapter.frozen:
+        state |= _read_tensors(folder / _WEIGHTS[adapter.kind])
     classifier = Classifier(backbone, get_task(content["task"]), adapter)
     classifier.load_state(state)
     return classifier
 
 
-def load_classifier(backbone_folder: str | Path, adapter_folder: str | Path) -> Classifier:
+def load_classifier(backbone_folder: str | Path | None, adapter_folder: str | Path) -> Classifier:
     """Load an encoder and the adapter trained on it, with the pooling that the adapter records.
+
+    Parameters
+    ----------
+    backbone_folder
+        As for `load_backbone`; None for a network that was trained from nothing, which its own folder holds whole.
+    adapter_folder
+        Written by `save_adapter`.
 
     Raises
     ------
     BoldForgeError
         As `load_backbone` and `load_adapter`.
     """
-    pool = read_task(adapter_folder)["pool"]
-    return load_adapter(adapter_folder, load_backbone(backbone_folder, pool))
+    content = read_task(adapter_folder)
+    network = content.get("network")
+    if (network is None) == (backbone_folder is None):
+        raise AdapterError(
+            f"{adapter_folder}: was trained "
+            + ("on a pretrained encoder; give its folder." if network is None else "from nothing; give no encoder.")
+        )
+    spec = ResnetRnnConfig.model_validate(network) if network is not None else Path(str(backbone_folder))
+    return load_adapter(adapter_folder, make_backbone(spec, content["pool"], content["data"], 0))
 
 
 def read_task(folder: str | Path) -> dict[str, Any]:

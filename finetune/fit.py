@@ -101,7 +101,8 @@ def fit(
     criterion = task.criterion(train.labels[train.subject].tolist())
     training = _Embedder(classifier, train, config.batch_size)
     validating = _Embedder(classifier, validation, config.batch_size) if validation is not None else None
-    classifier.head.fit_scale(training.everything())
+    if classifier.adapter.kind == "lora":  # where all is trained, what a first embedding was says nothing
+        classifier.head.fit_scale(training.everything())
     adapter = [parameter for parameter in classifier.network.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": list(classifier.head.parameters()), "lr": config.head_lr}]
     groups += [{"params": adapter, "lr": config.lr}] if adapter else []
@@ -140,7 +141,7 @@ class _Embedder:
         self.batch_size = batch_size
         self.device = classifier.head.mean.device
         self._kept: Tensor | None = None
-        if classifier.adapter.rank == 0:
+        if classifier.adapter.frozen:
             self._kept = self.everything()
 
     def embed(self, positions: np.ndarray) -> Tensor:

@@ -14,7 +14,7 @@ import xxhash
 from monai.networks.nets import resnet50
 from torch import Tensor, nn
 
-from boldforge.finetune.backbone import Partway
+from boldforge.finetune.backbone import Partway, parameters_of
 from boldforge.finetune.errors import FinetuneError
 
 TRUNK = "trunk_state_dict"
@@ -71,12 +71,19 @@ class FmcibBackbone:
 
     def adaptable_layers(self, first_stage: int) -> list[str]:
         """Name the convolutions from `first_stage` on; all 53 for stage 0."""
-        parts = [*(["conv1"] if first_stage == 0 else []), *_LAYERS[max(first_stage - 1, 0) :]]
+        parts = self._parts(first_stage)
         return [
             name
             for name, module in self.network.named_modules()
             if isinstance(module, nn.Conv3d) and name.split(".")[0] in parts
         ]
+
+    def stage_parameters(self, first_stage: int) -> list[str]:
+        """Name the parameters from `first_stage` on."""
+        return parameters_of(self.network, [*self._parts(first_stage), *(["bn1"] if first_stage == 0 else [])])
+
+    def _parts(self, first_stage: int) -> list[str]:
+        return [*(["conv1"] if first_stage == 0 else []), *_LAYERS[max(first_stage - 1, 0) :]]
 
     def _run(self, partway: Partway, start: int, stop: int) -> Partway:
         x, network = partway.x, self.network

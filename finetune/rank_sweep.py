@@ -14,6 +14,7 @@ from boldforge.finetune.cohort import ClipSet, OnProgress, Subject
 from boldforge.finetune.evaluation import best_threshold, bootstrap_intervals
 from boldforge.finetune.fit import TrainingConfig, predict_subjects
 from boldforge.finetune.metrics import roc_points
+from boldforge.finetune.networks import BackboneSpec
 from boldforge.finetune.ray_driver import AshaConfig, TrialResult, run_on_ray
 from boldforge.finetune.results import Prediction, count_classes, write_json, write_predictions, write_table
 from boldforge.finetune.study import Study, StudyConfig, open_study
@@ -35,6 +36,13 @@ class SweepConfig(StudyConfig):
     gpus: float = Field(
         0.0, ge=0, description="GPUs per trial; a fraction lets trials share one, 0 trains them on CPU threads."
     )
+
+    @field_validator("backbone")
+    @classmethod
+    def _pretrained(cls, backbone: BackboneSpec) -> BackboneSpec:
+        if not isinstance(backbone, Path):
+            raise ValueError("a sweep over LoRA ranks adapts pretrained weights; give their folder")
+        return backbone
 
     @field_validator("adapter")
     @classmethod
@@ -123,6 +131,7 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
 
 
 def _trial_spec(config: SweepConfig, clips: Path, n_train: int, n_seen: int) -> TrialSpec:
+    assert isinstance(config.backbone, Path)
     return TrialSpec(
         backbone=config.backbone.resolve(),
         pool=config.pool,

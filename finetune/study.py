@@ -14,11 +14,13 @@ from pydantic import Field
 from boldforge.configs import StrictModel, folder_lock
 from boldforge.data_shards import Manifest, ShardReader, load_manifest
 from boldforge.finetune.adapters import AdapterConfig
-from boldforge.finetune.backbone import POOL_CHOICES, Pool, load_backbone
+from boldforge.finetune.backbone import POOL_CHOICES, Backbone, Pool
 from boldforge.finetune.classifier import Classifier
 from boldforge.finetune.cohort import ClipSet, Cohort, OnProgress, Subject, check_recipe, find_cohort, gather_clips
+from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.fit import TrainingConfig
 from boldforge.finetune.folds import Fold, subject_folds
+from boldforge.finetune.networks import BackboneSpec, make_backbone, shard_data
 from boldforge.finetune.tasks import Task, get_task
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,9 @@ class StudyConfig(StrictModel):
     shards: Path = Field(
         description="Shard folder with phenotypes, made with the encoder's grid, TR and normalisation."
     )
-    backbone: Path = Field(description="Pretraining run folder, its export/, or a release.")
+    backbone: BackboneSpec = Field(
+        description="Pretraining run folder, its export/, or a release; or the kind of a network to train from nothing."
+    )
     out: Path = Field(description="Folder for the results; made if missing.")
     task: str = Field("adhd", description="What to predict; adhd reads the phenotype column diagnosis.")
     pool: Pool = Field("multiscale", description=POOL_CHOICES)
@@ -89,16 +93,19 @@ class Study:
 
     def classifier(self, adapter: AdapterConfig, seed: int | None = None) -> Classifier:
         """Load the encoder afresh, with a new adapter and head (of the study's seed), on the device that is there."""
-        backbone = load_backbone(self.config.backbone, self.config.pool)
-        return Classifier(backbone, self.task, adapter, self.config.seed if seed is None else seed).to(_device())
+        seed = self.config.seed if seed is None else seed
+        return Classifier(self._backbone(seed), self.task, adapter, seed).to(_device())
 
     def gather(self, subjects: Sequence[Subject], folder: Path, on_progress: OnProgress | None = None) -> ClipSet:
         """Read these subjects' clips, up to the first adapted stage, into a new folder."""
         config = self.config
-        backbone = load_backbone(config.backbone, config.pool)
+        backbone = self._backbone(config.seed)
         backbone.network.to(_device())
         stage = config.adapter.first_stage
         return gather_clips(backbone, stage, ShardReader(self.manifest), subjects, config.clips, folder, on_progress)
+
+    def _backbone(self, seed: int) -> Backbone:
+        return make_backbone(self.config.backbone, self.config.pool, shard_data(self.manifest), seed)
 
 
 def open_study(config: StudyConfig) -> Study:
@@ -111,7 +118,12 @@ def open_study(config: StudyConfig) -> Study:
     """
     task = get_task(config.task)
     manifest = load_manifest(config.shards)
-    backbone = load_backbone(config.backbone, config.pool)
+    backbone = make_backbone(config.backbone, config.pool, shard_data(manifest), config.seed)
+    if not isinstance(config.backbone, Path) and (config.adapter.kind, config.adapter.first_stage) != ("full", 0):
+        raise FinetuneError(
+            f"backbone {config.backbone.kind} has no pretrained weights to adapt; set adapter.kind to full and "
+            "adapter.first_stage to 0."
+        )
     check_recipe(backbone, manifest)
     # An adapter that does not fit should be known before the clips are read, which may take hours.
     Classifier(backbone, task, config.adapter)
