@@ -27,6 +27,7 @@ from boldforge.kernels import (
     triton_scan_chunked,
     triton_scan_flat,
     triton_scan_parts,
+    triton_scan_states,
 )
 
 RECORD = Path(__file__).with_name("resources.json")
@@ -69,6 +70,8 @@ class Variant:
         Warps of a program.
     elements : int
         Tokens times channels that one program treats in one run of its longest loop, or in all where it has none.
+    aligned : tuple of str
+        Integers that are multiples of 16, which Triton sees for itself where it compiles at the launch.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Variant:
     constants: Mapping[str, Any]
     warps: int
     elements: int
+    aligned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,19 +97,24 @@ def variants(types: Sequence[str] = tuple(TYPES), states: Sequence[int] = STATES
     """Yield every kernel for these input types and numbers of states."""
     for dtype in types:
         for n in states:
-            channels = triton_scan.channels_per_program(n)
             packed = n * TYPES[dtype].itemsize % 8 == 0
-            constants = {"N": n, "CHANNELS": channels, "PACKED": packed, **_OPTIONAL, **_WHOLE}
-            forward = triton_scan.scan_forward_kernel
-            yield Variant(f"scan_forward {dtype} N={n}", forward, dtype, constants | {"KEEP": 0}, 1, channels)
+            constants = triton_scan.constants(n) | _OPTIONAL | _WHOLE | {"BIG": False}
+            channels = constants["CHANNELS"]
+            kernel = triton_scan.scan_forward_kernel
+            # It only sees widths that are multiples of its channels.
+            rows = ("n_channels", "u_row", "dt_row", "z_row")
+            yield Variant(f"scan_forward {dtype} N={n}", kernel, dtype, constants, 1, channels, rows)
+            lanes = triton_scan_flat.LANES
+            flat = {"N": n, "LANES": lanes, "PACKED": packed, **_OPTIONAL, **_WHOLE, "BIG": False}
+            kernel = triton_scan_flat.scan_forward_flat_kernel
+            yield Variant(f"scan_forward_flat {dtype} N={n}", kernel, dtype, flat, 1, lanes)
             yield from _passes_of_long_sequences(dtype, n, channels, packed)
             if n > triton_scan_backward.MAX_STATES:
                 continue
-            flat = {"N": n, "LANES": triton_scan_flat.LANES, "PACKED": packed, **_OPTIONAL, **_WHOLE}
-            kernel = triton_scan_flat.scan_forward_flat_kernel
-            yield Variant(f"scan_forward_flat {dtype} N={n}", kernel, dtype, flat, 1, triton_scan_flat.LANES)
             steps = triton_scan_backward.STEPS
-            yield Variant(f"scan_states {dtype} N={n}", forward, dtype, constants | {"KEEP": steps}, 1, channels)
+            kernel = triton_scan_states.scan_states_kernel
+            constants = {name: value for name, value in constants.items() if name in kernel.arg_names} | {"KEEP": steps}
+            yield Variant(f"scan_states {dtype} N={n}", kernel, dtype, constants, 1, channels)
             constants = triton_scan_backward.constants(n, TYPES[dtype]) | {"PACKED": packed} | _OPTIONAL | _WHOLE
             elements = triton_scan_backward.CHANNELS * steps
             backward = triton_scan_backward.scan_backward_kernel
@@ -133,11 +142,12 @@ def compile_variant(variant: Variant, capability: int) -> bytes:
     """Return the machine code (cubin) of a variant for an NVIDIA compute capability such as 90."""
     names = variant.kernel.arg_names
     kinds = {name: _FIXED_TYPES.get(name, f"*{variant.dtype}") if name.endswith("_ptr") else "i32" for name in names}
+    aligned = {name for name in names if name.endswith("_ptr")} | set(variant.aligned)
     source = ASTSource(
         fn=variant.kernel,
         signature={name: "constexpr" if name in variant.constants else kinds[name] for name in names},
         constexprs=dict(variant.constants),
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr")},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
     )
     options = {"num_warps": variant.warps, "num_stages": 1, **triton_scan_parts.compile_options()}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
@@ -163,16 +173,19 @@ def resources(variant: Variant, cubin: bytes) -> Resources:
 
 
 def longest_loop(code: str) -> int:
-    """Return the instructions of the longest loop in a listing of machine code, or all of them where none is."""
+    """Return the instructions of the longest loop without a loop inside in a listing of machine code, else of all."""
     line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9][\w.]*)(.*?);", re.MULTILINE)
     instructions = [(int(address, 16), name, rest) for address, name, rest in line.findall(code)]
-    longest = 0
+    loops = []
     for address, name, rest in instructions:
         target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
         # The endless loop after the end, where the processor may look ahead, branches to itself.
         if target and int(target[1], 16) < address:
-            longest = max(longest, sum(int(target[1], 16) <= other <= address for other, *_ in instructions))
-    return longest or len(instructions)
+            loops.append(range(int(target[1], 16), address + 1))
+    innermost = [
+        loop for loop in loops if not any(other != loop and other[0] in loop and other[-1] in loop for other in loops)
+    ]
+    return max((sum(address in loop for address, *_ in instructions) for loop in innermost), default=len(instructions))
 
 
 def main() -> None:

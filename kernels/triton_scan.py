@@ -8,7 +8,7 @@ Shape suffixes: b clips · L tokens · D inner channels · N states.
 
 # Triton reads a kernel's source: its arguments carry no types, and its tuples grow by addition only.
 # mypy: disable-error-code="no-untyped-def, assignment"
-# ruff: noqa: RUF005, SIM102
+# ruff: noqa: RUF005
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ from boldforge.kernels.triton_scan_flat import LANES, scan_forward_flat_kernel
 from boldforge.kernels.triton_scan_parts import (
     by_rows,
     compile_options,
-    load_state,
-    load_weights,
+    first_state,
+    gate,
+    load_decay,
     packed,
+    restart,
     softplus,
+    spread,
     store_state,
 )
+from boldforge.kernels.triton_scan_states import scan_states_kernel
 
-# Two channels per lane of one warp share the loads of B and C; with more than 16 states that would spill registers.
+# Two channels per lane of one warp share what is per token; with more than 16 states that would spill registers.
 WIDE_CHANNELS, NARROW_CHANNELS, WIDE_STATES = 64, 32, 16
 
 
@@ -46,7 +50,6 @@ def scan_forward_kernel(
     rows_ptr,
     cu_ptr,
     y_ptr,
-    states_ptr,
     initial_ptr,
     last_ptr,
     n_channels,
@@ -56,78 +59,69 @@ def scan_forward_kernel(
     B_row,
     C_row,
     z_row,
-    n_slots,
     N: tl.constexpr,
     CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    PACKED: tl.constexpr,
-    KEEP: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HAS_LAST: tl.constexpr,
+    BIG: tl.constexpr,
 ):
     """One program: one sequence (axis 0), CHANNELS channels (axis 1), one clip (axis 2); sequential in time.
 
-    With KEEP > 0 there is no output but the state before every KEEP-th token of the sequence, for the backward pass.
+    The inner loop runs to the next restart, so a restart costs nothing elsewhere. Weights are read GROUP states at a
+    time. Inside a clip 32 bits address every element unless it is BIG.
     """
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     exists = channel < n_channels
-    # Clips are told apart in 64 bits once; inside a clip 32 bits are enough and half the work.
     first_row = tl.program_id(2).to(tl.int64) * n_tokens
-    u_ptr += first_row * u_row
-    dt_ptr += first_row * dt_row
-    B_ptr += first_row * B_row
-    C_ptr += first_row * C_row
-    z_ptr += first_row * z_row
-    y_ptr += first_row * n_channels
-    start = tl.load(cu_ptr + tl.program_id(0))
-    stop = tl.load(cu_ptr + tl.program_id(0) + 1)
-    A = ()
-    h = ()
-    for n in tl.static_range(N):
-        # exp(delta A) as 2^(delta A log2 e): the hardware's exponential has base 2.
-        A = A + (tl.load(A_ptr + channel * N + n, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634,)
-        h = h + (tl.zeros([CHANNELS], tl.float32),)
+    u_ptr += first_row * u_row + channel
+    dt_ptr += first_row * dt_row + channel
+    z_ptr += first_row * z_row + channel
+    y_ptr += first_row * n_channels + channel
+    # One lane, one weight of B or C.
+    lane = tl.arange(0, 2 * GROUP)
+    weight_row = tl.where(lane < GROUP, B_row, C_row)
+    weight_ptr = tl.where(lane < GROUP, B_ptr, C_ptr) + first_row * weight_row + lane % GROUP
+    A = load_decay(A_ptr, channel, exists, N)
     end = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * N * n_channels + channel
-    if HAS_INITIAL:
-        h = load_state(initial_ptr + end, n_channels, exists, N)
-    if KEEP > 0:
-        slot = tl.program_id(2).to(tl.int64) * n_slots + start // KEEP + tl.program_id(0)
-    for place in range(start, stop):
-        if KEEP > 0:
-            if (place - start) % KEEP == 0:
-                for n in tl.static_range(N):
-                    tl.store(states_ptr + (slot * N + n) * n_channels + channel, h[n], mask=exists)
-                slot += 1
-        code = tl.load(rows_ptr + place)
-        row = code & 0x7FFFFFFF
-        # A restart as an exponent: 2^-1e30 is zero, and the addition fuses into the multiplication.
-        cut = tl.where(code < 0, -1.0e30, 0.0)
-        u = tl.load(u_ptr + row * u_row + channel, mask=exists, other=0.0).to(tl.float32)
-        delta = tl.load(dt_ptr + row * dt_row + channel, mask=exists, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            delta += tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
-        delta = softplus(delta)
-        x = delta * u
-        y = tl.zeros([CHANNELS], tl.float32)
-        h_next = ()
-        B = load_weights(B_ptr + row * B_row, True, N, PACKED)
-        if KEEP == 0:
-            C = load_weights(C_ptr + row * C_row, True, N, PACKED)
-        for n in tl.static_range(N):
-            h_n = tl.exp2(delta * A[n] + cut) * h[n] + x * B[n]
-            h_next = h_next + (h_n,)
-            if KEEP == 0:
-                y += h_n * C[n]
-        h = h_next
-        if KEEP == 0:
+    h = first_state(initial_ptr + end, n_channels, exists, N, HAS_INITIAL)
+    place = tl.load(cu_ptr + tl.program_id(0))
+    stop = tl.load(cu_ptr + tl.program_id(0) + 1)
+    code = tl.load(rows_ptr + place, mask=place < stop, other=0)
+    while place < stop:
+        h = restart(h, code)
+        go_on = True
+        while go_on:
+            row = code & 0x7FFFFFFF
+            if BIG:
+                row = row.to(tl.int64)
+            place += 1
+            code = tl.load(rows_ptr + place, mask=place < stop, other=-1)
+            go_on = code >= 0
+            u = tl.load(u_ptr + row * u_row).to(tl.float32)
+            delta = tl.load(dt_ptr + row * dt_row).to(tl.float32)
+            if HAS_BIAS:
+                delta += tl.load(bias_ptr + channel).to(tl.float32)
+            delta = softplus(delta)
+            x = delta * u
+            y = tl.zeros([CHANNELS], tl.float32)
             if HAS_D:
-                y += u * tl.load(D_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+                y = u * tl.load(D_ptr + channel).to(tl.float32)
+            h_next = ()
+            for first in tl.static_range(0, N, GROUP):
+                inside = first + lane % GROUP < N
+                weights = spread(tl.load(weight_ptr + row * weight_row + first, mask=inside, other=0.0).to(tl.float32))
+                for n in tl.static_range(first, min(first + GROUP, N)):
+                    h_n = tl.exp2(delta * A[n]) * h[n] + x * weights[n - first]
+                    h_next = h_next + (h_n,)
+                    y += h_n * weights[GROUP + n - first]
+            h = h_next
             if HAS_Z:
-                z = tl.load(z_ptr + row * z_row + channel, mask=exists, other=0.0).to(tl.float32)
-                y = y * z / (1.0 + tl.exp2(-z * 1.4426950408889634))
-            tl.store(y_ptr + row * n_channels + channel, y.to(y_ptr.dtype.element_ty), mask=exists)
+                y *= gate(tl.load(z_ptr + row * z_row).to(tl.float32))
+            tl.store(y_ptr + row * n_channels, y.to(y_ptr.dtype.element_ty))
     if HAS_LAST:
         store_state(last_ptr + end, h, n_channels, exists, N)
 
@@ -151,8 +145,33 @@ def scan_forward(
     starts from ``initial``, float32 [b, sequences, N, D] (zero where it is None); its last state is written into
     ``last``, of the same shape, where that is given.
     """
+    n_channels, n_states = A.shape
+    channels = channels_per_program(n_states)
+    flat = n_channels % channels != 0
+    u, dt, B, C = (by_rows(tensor) for tensor in (u, dt, B, C))
+    if B.dtype != C.dtype:
+        B, C = B.float(), C.float()
+    if flat and not packed(B, C):
+        # Every lane reads them; two copies cost less than reading them piece by piece.
+        B, C = B.clone(memory_format=torch.contiguous_format), C.clone(memory_format=torch.contiguous_format)
+    z_rows = u if z is None else by_rows(z)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    _launch(u, dt, A, B, C, D, z, dt_bias, index, y, None, 0, initial, last)
+    D_or_u, bias_or_u = (u if vector is None else vector.contiguous() for vector in (D, dt_bias))
+    strides = (u.stride(1), dt.stride(1), B.stride(1), C.stride(1), z_rows.stride(1))
+    arguments = (u, dt, A.contiguous(), B, C, D_or_u, z_rows, bias_or_u, index.rows, index.cu_seqlens, y)
+    ends = (u if initial is None else initial.contiguous(), u if last is None else last)
+    given = {"HAS_D": D is not None, "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None}
+    largest = max(u.shape[1] * max(*strides, n_channels), len(u) * index.n_sequences * n_channels)
+    options = given | _options(initial, last, largest)
+    if flat:
+        programs = triton.cdiv(len(u) * index.n_sequences * n_channels, LANES)
+        sizes = (index.n_sequences, len(u), n_channels, u.shape[1])
+        options |= {"N": n_states, "LANES": LANES, "PACKED": packed(B, C)}
+        scan_forward_flat_kernel[(programs,)](*arguments, *ends, *sizes, *strides, **options)
+    else:
+        grid = (index.n_sequences, n_channels // channels, len(u))
+        sizes = (n_channels, u.shape[1])
+        scan_forward_kernel[grid](*arguments, *ends, *sizes, *strides, **constants(n_states), **options)
     return y
 
 
@@ -172,69 +191,52 @@ def keep_states(
     Sequence ``i`` of a clip begins at slot ``cu_seqlens[i] // every + i``; slots between sequences stay unwritten.
     ``initial`` and ``last`` as in ``scan_forward``.
     """
+    n_channels, n_states = A.shape
     slots = index.n_tokens // every + index.n_sequences
-    states = torch.empty(len(u), slots, A.shape[1], len(A), dtype=torch.float32, device=u.device)
-    _launch(u, dt, A, B, B, None, None, dt_bias, index, None, states, every, initial, last)
+    states = torch.empty(len(u), slots, n_states, n_channels, dtype=torch.float32, device=u.device)
+    u, dt, B = (by_rows(tensor) for tensor in (u, dt, B))
+    strides = (u.stride(1), dt.stride(1), B.stride(1))
+    scan_states_kernel[(index.n_sequences, triton.cdiv(n_channels, channels_per_program(n_states)), len(u))](
+        u,
+        dt,
+        A.contiguous(),
+        B,
+        u if dt_bias is None else dt_bias.contiguous(),
+        index.rows,
+        index.cu_seqlens,
+        states,
+        u if initial is None else initial.contiguous(),
+        u if last is None else last,
+        n_channels,
+        u.shape[1],
+        slots,
+        *strides,
+        **constants(n_states),
+        KEEP=every,
+        HAS_BIAS=dt_bias is not None,
+        **_options(initial, last, u.shape[1] * max(strides)),
+    )
     return states
 
 
-def _launch(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    index: ScanIndex,
-    y: Tensor | None,
-    states: Tensor | None,
-    every: int,
-    initial: Tensor | None,
-    last: Tensor | None,
-) -> None:
-    """Run the kernel that fits, for its output or for its states; what is missing is stood in for and never touched."""
-    n_channels, n_states = A.shape
-    channels = channels_per_program(n_states)
-    u, dt, B, C = (by_rows(tensor) for tensor in (u, dt, B, C))
-    z_rows = u if z is None else by_rows(z)
-    D_or_u, bias_or_u = (u if vector is None else vector.contiguous() for vector in (D, dt_bias))
-    read = (u, dt, A.contiguous(), B, C, D_or_u, z_rows, bias_or_u, index.rows, index.cu_seqlens)
-    ends = (u if initial is None else initial.contiguous(), u if last is None else last)
-    strides = (u.stride(1), dt.stride(1), B.stride(1), C.stride(1), z_rows.stride(1))
-    options = {
-        "N": n_states,
-        "HAS_D": D is not None,
-        "HAS_Z": z is not None,
-        "HAS_BIAS": dt_bias is not None,
-        "PACKED": packed(B, C),
+def _options(initial: Tensor | None, last: Tensor | None, largest: int) -> dict[str, bool | int]:
+    """Return what all the forward kernels are told in the same way; ``largest`` bounds what they count."""
+    return {
         "HAS_INITIAL": initial is not None,
         "HAS_LAST": last is not None,
+        "BIG": largest >= 2**31,
         "num_warps": 1,
         "num_stages": 1,
         **compile_options(),
     }
-    if y is not None and n_states <= WIDE_STATES and n_channels % WIDE_CHANNELS:
-        programs = triton.cdiv(len(u) * index.n_sequences * n_channels, LANES)
-        sizes = (index.n_sequences, len(u), n_channels, u.shape[1])
-        scan_forward_flat_kernel[(programs,)](*read, y, *ends, *sizes, *strides, LANES=LANES, **options)
-        return
-    scan_forward_kernel[(index.n_sequences, triton.cdiv(n_channels, channels), len(u))](
-        *read,
-        u if y is None else y,
-        u if states is None else states,
-        *ends,
-        n_channels,
-        u.shape[1],
-        *strides,
-        0 if states is None else states.shape[1],
-        CHANNELS=channels,
-        KEEP=every,
-        **options,
-    )
 
 
 def channels_per_program(n_states: int) -> int:
     """Return how many channels one program holds, so that its states stay in registers."""
     return WIDE_CHANNELS if n_states <= WIDE_STATES else NARROW_CHANNELS
+
+
+def constants(n_states: int) -> dict[str, int]:
+    """Return the compile-time arguments of a program of channels that follow from the number of states."""
+    group = min(triton.next_power_of_2(n_states), WIDE_STATES)
+    return {"N": n_states, "CHANNELS": channels_per_program(n_states), "GROUP": group}

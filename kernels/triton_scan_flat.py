@@ -15,7 +15,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from boldforge.kernels.triton_scan_parts import load_state, load_weights, softplus, store_state
+from boldforge.kernels.triton_scan_parts import (
+    first_state,
+    gate,
+    load_decay,
+    load_weights,
+    restart,
+    softplus,
+    store_state,
+)
 
 LANES = 32
 """Sequences times channels of a program."""
@@ -53,15 +61,24 @@ def scan_forward_flat_kernel(
     PACKED: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HAS_LAST: tl.constexpr,
+    BIG: tl.constexpr,
 ):
-    """One program: LANES lanes of (clip, sequence, channel), the channel fastest; as long as its longest sequence."""
-    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    """One program: LANES lanes of (clip, sequence, channel), the channel fastest; as long as its longest sequence.
+
+    The inner loop runs until any lane restarts. A lane whose sequence is over goes on reading its clip's first token
+    and writes nothing.
+    """
+    program = tl.program_id(0)
+    if BIG:
+        program = program.to(tl.int64)
+    lane = program * LANES + tl.arange(0, LANES)
     channel = lane % n_channels
     number = lane // n_channels
-    clip = number // n_sequences
-    exists = clip < n_clips
+    exists = number < n_sequences * n_clips
+    clip = tl.minimum(number // n_sequences, n_clips - 1)
     start = tl.load(cu_ptr + number % n_sequences)
     length = tl.where(exists, tl.load(cu_ptr + number % n_sequences + 1) - start, 0)
+    longest = tl.max(length, axis=0)
     first_row = clip.to(tl.int64) * n_tokens
     u_ptr += first_row * u_row + channel
     dt_ptr += first_row * dt_row + channel
@@ -70,40 +87,43 @@ def scan_forward_flat_kernel(
     z_ptr += first_row * z_row + channel
     y_ptr += first_row * n_channels + channel
     rows_ptr += start
-    A = ()
-    h = ()
-    for n in tl.static_range(N):
-        A = A + (tl.load(A_ptr + channel * N + n).to(tl.float32) * 1.4426950408889634,)
-        h = h + (tl.zeros([LANES], tl.float32),)
+    A = load_decay(A_ptr, channel, exists, N)
     end = number.to(tl.int64) * N * n_channels + channel
-    if HAS_INITIAL:
-        h = load_state(initial_ptr + end, n_channels, exists, N)
-    for t in range(0, tl.max(length, axis=0)):
-        here = t < length
-        code = tl.load(rows_ptr + t, mask=here, other=0)
-        row = code & 0x7FFFFFFF
-        cut = tl.where(code < 0, -1.0e30, 0.0)
-        u = tl.load(u_ptr + row * u_row, mask=here, other=0.0).to(tl.float32)
-        # After the end of a lane's sequence the step is softplus(-inf) = 0, which leaves its state as it is.
-        delta = tl.load(dt_ptr + row * dt_row, mask=here, other=float("-inf")).to(tl.float32)
-        if HAS_BIAS:
-            delta += tl.load(bias_ptr + channel).to(tl.float32)
-        delta = softplus(delta)
-        x = delta * u
-        y = tl.zeros([LANES], tl.float32)
-        B = load_weights(B_ptr + row * B_row, here, N, PACKED)
-        C = load_weights(C_ptr + row * C_row, here, N, PACKED)
-        h_next = ()
-        for n in tl.static_range(N):
-            h_n = tl.exp2(delta * A[n] + cut) * h[n] + x * B[n]
-            h_next = h_next + (h_n,)
-            y += h_n * C[n]
-        h = h_next
-        if HAS_D:
-            y += u * tl.load(D_ptr + channel).to(tl.float32)
-        if HAS_Z:
-            z = tl.load(z_ptr + row * z_row, mask=here, other=0.0).to(tl.float32)
-            y = y * z / (1.0 + tl.exp2(-z * 1.4426950408889634))
-        tl.store(y_ptr + row * n_channels, y.to(y_ptr.dtype.element_ty), mask=here)
+    h = first_state(initial_ptr + end, n_channels, exists, N, HAS_INITIAL)
+    t = 0
+    code = tl.load(rows_ptr, mask=length > 0, other=0)
+    while t < longest:
+        h = restart(h, code)
+        go_on = True
+        while go_on:
+            row = code & 0x7FFFFFFF
+            if BIG:
+                row = row.to(tl.int64)
+            here = t < length
+            t += 1
+            code = tl.load(rows_ptr + t, mask=t < length, other=0)
+            go_on = tl.where(t < longest, tl.min(code, axis=0), -1) >= 0
+            u = tl.load(u_ptr + row * u_row).to(tl.float32)
+            delta = tl.load(dt_ptr + row * dt_row).to(tl.float32)
+            if HAS_BIAS:
+                delta += tl.load(bias_ptr + channel).to(tl.float32)
+            delta = softplus(delta)
+            x = delta * u
+            y = tl.zeros([LANES], tl.float32)
+            if HAS_D:
+                y = u * tl.load(D_ptr + channel).to(tl.float32)
+            B = load_weights(B_ptr + row * B_row, True, N, PACKED)
+            C = load_weights(C_ptr + row * C_row, True, N, PACKED)
+            h_next = ()
+            for n in tl.static_range(N):
+                h_n = tl.exp2(delta * A[n]) * h[n] + x * B[n]
+                if HAS_LAST:
+                    h_n = tl.where(here, h_n, h[n])
+                h_next = h_next + (h_n,)
+                y += h_n * C[n]
+            h = h_next
+            if HAS_Z:
+                y *= gate(tl.load(z_ptr + row * z_row).to(tl.float32))
+            tl.store(y_ptr + row * n_channels, y.to(y_ptr.dtype.element_ty), mask=here)
     if HAS_LAST:
         store_state(last_ptr + end, h, n_channels, exists, N)

@@ -43,6 +43,43 @@ def reciprocal(x):
 
 
 @triton.jit
+def gate(z):
+    """SiLU."""
+    return z * reciprocal(1.0 + tl.exp2(-z * 1.4426950408889634))
+
+
+@triton.jit
+def load_decay(A_ptr, channel, exists, N: tl.constexpr):
+    """Return A log2 e: exp(delta A) as 2^(delta A log2 e), because the hardware's exponential has base 2."""
+    out = ()
+    for n in tl.static_range(N):
+        out = out + (tl.load(A_ptr + channel * N + n, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634,)
+    return out
+
+
+@triton.jit
+def spread(v):
+    """Return the elements of a vector one by one, each known to every lane.
+
+    The compiler sends the vector through shared memory, where one instruction reads four elements; so a lane converts
+    one element of a token instead of all.
+    """
+    out = (v,)
+    for level in tl.static_range(8):
+        if (v.shape[0] >> level) > 1:
+            halves = ()
+            for i in tl.static_range(1 << level):
+                if (v.shape[0] >> level) > 2:
+                    pair = tl.permute(tl.reshape(out[i], [2, v.shape[0] >> (level + 1)]), [1, 0])
+                else:
+                    pair = out[i]
+                first, second = tl.split(pair)
+                halves = halves + (first, second)
+            out = halves
+    return out
+
+
+@triton.jit
 def load_weights(row_ptr, inside, N: tl.constexpr, PACKED: tl.constexpr):
     """Return the N weights of a token as float32; packed, one 64-bit load brings two or four of them."""
     out = ()
@@ -51,17 +88,42 @@ def load_weights(row_ptr, inside, N: tl.constexpr, PACKED: tl.constexpr):
         per_word: tl.constexpr = 64 // kind.primitive_bitwidth
         for j in tl.static_range(N // per_word):
             word = tl.load(row_ptr.to(tl.pointer_type(tl.int64)) + j, mask=inside, other=0)
-            for i in tl.static_range(per_word):
+            for i in tl.static_range(2):
+                half = (word >> (32 * i)).to(tl.int32)
                 if per_word == 2:
-                    out = out + ((word >> (32 * i)).to(tl.int32).to(tl.float32, bitcast=True),)
+                    out = out + (half.to(tl.float32, bitcast=True),)
                 elif kind == tl.bfloat16:
                     # A bfloat16 is the upper half of a float32.
-                    out = out + (((word >> (16 * i)).to(tl.int32) << 16).to(tl.float32, bitcast=True),)
+                    out = out + (
+                        (half << 16).to(tl.float32, bitcast=True),
+                        (half & -65536).to(tl.float32, bitcast=True),
+                    )
                 else:
-                    out = out + ((word >> (16 * i)).to(tl.int16).to(kind, bitcast=True).to(tl.float32),)
+                    for k in tl.static_range(2):
+                        out = out + ((half >> (16 * k)).to(tl.int16).to(kind, bitcast=True).to(tl.float32),)
     else:
         for n in tl.static_range(N):
             out = out + (tl.load(row_ptr + n, mask=inside, other=0.0).to(tl.float32),)
+    return out
+
+
+@triton.jit
+def first_state(first_ptr, n_channels, exists, N: tl.constexpr, GIVEN: tl.constexpr):
+    """Return the N states that every lane starts from: zero, or the GIVEN ones."""
+    if GIVEN:
+        return load_state(first_ptr, n_channels, exists, N)
+    out = ()
+    for _ in tl.static_range(N):
+        out = out + (tl.zeros(first_ptr.shape, tl.float32),)
+    return out
+
+
+@triton.jit
+def restart(h, code):
+    """Return the states, zero where the state restarts: chosen, not multiplied, so that no NaN crosses a restart."""
+    out = ()
+    for n in tl.static_range(len(h)):
+        out = out + (tl.where(code < 0, 0.0, h[n]),)
     return out
 
 

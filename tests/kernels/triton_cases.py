@@ -99,6 +99,46 @@ def test_the_last_state_of_a_short_sequence_beside_a_longer_one(channels):
         assert relative_error(last[0, sequence].T, h) < 1e-6
 
 
+# The interpreter computes with numpy, which warns where infinities meet.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("channels", [5, 64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_value_does_not_cross_a_restart(channels, bad):
+    inputs = scan_inputs(SMALL, 1, channels, 3, torch.float32)
+    wanted = shifted_scan(**inputs, index=SMALL, backend="triton")
+    first, length = (part.tolist() for part in SMALL.segments)
+    hit = next(i for i, place in enumerate(first[:-1]) if SMALL.rows[place + length[i]] < 0 and length[i] > 1)
+    struck = SMALL.rows[first[hit] : first[hit] + length[hit]].long() & 0x7FFFFFFF
+    inputs["u"][0, struck[0]] = bad
+    y = shifted_scan(**inputs, index=SMALL, backend="triton")
+    assert not y[0, struck].isfinite().any()
+    others = torch.ones(SMALL.n_tokens, dtype=torch.bool)
+    others[struck] = False
+    assert torch.equal(y[0, others], wanted[0, others])
+
+
+@pytest.mark.parametrize("channels", [3, 64])
+def test_offsets_beyond_32_bits(tmp_path, channels):
+    index = window_index((3,), (3,), (0,))
+    inputs = scan_inputs(index, 1, channels, 2, torch.float32)
+    wanted = scan_oracle(**inputs, index=index)
+    # A file with a hole in it: three rows, 2^30 elements apart.
+    storage = torch.from_file(str(tmp_path / "u"), shared=True, size=2**31 + channels, dtype=torch.float32)
+    u = storage.as_strided((1, 3, channels), (3 * 2**30, 2**30, 1))
+    u.copy_(inputs["u"])
+    y = shifted_scan(**(inputs | {"u": u}), index=index, backend="triton")
+    assert relative_error(y, wanted) < 1e-6
+
+
+def test_weights_of_two_types_and_rows_that_start_anywhere():
+    inputs = scan_inputs(SMALL, 1, 5, 4, torch.float32)
+    inputs["B"], inputs["C"] = inputs["B"].bfloat16(), torch.nn.functional.pad(inputs["C"], (3, 0))[..., 3:]
+    for channels in (5, 64):
+        some = inputs | scan_inputs(SMALL, 1, channels, 4, torch.float32) | {k: inputs[k] for k in "BC"}
+        y = shifted_scan(**some, index=SMALL, backend="triton")
+        assert relative_error(y, scan_oracle(**some, index=SMALL)) < 1e-6
+
+
 def gradients(inputs, backend, index=SMALL):
     tensors = [None if inputs[name] is None else inputs[name].clone().requires_grad_() for name in SCAN_ARGUMENTS]
     y = shifted_scan(*tensors, index, backend=backend)
