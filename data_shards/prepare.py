@@ -222,7 +222,7 @@ class _TimePlan:
             cleaned = values_TV[self.kept]
         position: npt.NDArray[np.int64] = np.cumsum(self.kept) - self.kept  # of a source frame among the kept ones
         parts = [cleaned[position[start] : position[start] + stop - start] for start, stop in self.source_stretches]
-        return np.concatenate([to_tr(part, self.tr, self.recipe.tr) for part in parts])
+        return np.concatenate([to_tr(part, self.tr, self.recipe.tr, self.recipe.time_filter) for part in parts])
 
 
 def _plan_time(run: Run, bold: Bold, recipe: DataRecipe) -> _TimePlan:

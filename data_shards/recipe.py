@@ -8,10 +8,13 @@ from boldforge.configs import BoldForgeError, StrictModel
 from boldforge.data_shards.grid import get_grid
 
 NormalisationName = Literal["residual-z", "voxel-z", "global-z", "min-max", "percent-signal-change", "neurostorm"]
+TimeFilterName = Literal["gaussian", "sinc"]
 
 # Left out of a dump while they stand at their defaults: recipes, and the hashes over them, from before they existed
 # stay what they were.
-_OPTIONS = frozenset({"antialias", "confounds", "detrend", "high_pass", "low_pass", "scrub_fd", "scrub_keep"})
+_OPTIONS = frozenset(
+    {"antialias", "confounds", "detrend", "high_pass", "low_pass", "scrub_fd", "scrub_keep", "time_filter"}
+)
 
 
 class DataRecipe(StrictModel):
@@ -50,6 +53,10 @@ class DataRecipe(StrictModel):
                 words += [f"{option} {item}" for item in value] if name == "confounds" else []
                 words += [option if value is True else f"{option} {value}"] if name != "confounds" else []
         return " ".join(words)
+
+    time_filter: TimeFilterName = "gaussian"
+    """How a run is brought to another TR: gaussian blurs a little in time and cuts softly, sinc keeps the band; see
+    `boldforge.data_shards.resample.to_tr`."""
 
     @property
     def cleans(self) -> bool:

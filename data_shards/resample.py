@@ -15,6 +15,7 @@ from scipy.sparse import csr_array
 
 from boldforge.configs import BoldForgeError
 from boldforge.data_shards.grid import Affine
+from boldforge.data_shards.recipe import TimeFilterName
 from boldforge.data_shards.spool import Spool
 
 Values = npt.NDArray[np.float32]
@@ -28,6 +29,9 @@ _FRAMES_AT_ONCE = 32
 _SAME_TR = 0.01
 # Gaussian whose gain at the Nyquist frequency is one half: exp(-2 π² σ² f²) = 1/2 at f = 1 / (2 step) gives σ / step.
 _SIGMA_PER_STEP = float(np.sqrt(2 * np.log(2)) / np.pi)
+# As scipy.signal.resample_poly: ten periods of the slower rate to either side, Kaiser window of β = 5.
+_SINC_PERIODS = 10
+_KAISER_BETA = 5.0
 _ELSEWHERE = (
     "no voxel with signal lies inside the MNI brain; check that the file is in MNI space and that its affine is right."
 )
@@ -255,11 +259,13 @@ def frames_at(n_frames: int, tr: float, target_tr: float) -> int:
     return n_frames if same_tr(tr, target_tr) else int(np.floor((n_frames - 1) * tr / target_tr + 1e-6)) + 1
 
 
-def to_tr(values_TV: Values, tr: float, target_tr: float) -> Values:
-    """Resample a run in time by linear interpolation.
+def to_tr(values_TV: Values, tr: float, target_tr: float, time_filter: TimeFilterName = "gaussian") -> Values:
+    """Resample a run in time. Repetition times within 1 % count as equal.
 
-    When the target is slower by more than a tenth, a Gaussian low-pass (gain one half at the new Nyquist frequency)
-    comes first, so that faster signals do not fold into slower ones. Repetition times within 1 % count as equal.
+    ``gaussian`` interpolates linearly; when the target is slower by more than a tenth, a Gaussian low-pass with a gain
+    of one half at the new Nyquist frequency comes first. ``sinc`` interpolates with a windowed sinc that is cut at the
+    lower of the two Nyquist frequencies: nearly flat below, nothing from a fifth above, but each value depends on ten
+    periods of the slower rate to either side.
 
     Parameters
     ----------
@@ -267,6 +273,8 @@ def to_tr(values_TV: Values, tr: float, target_tr: float) -> Values:
         float32 [T, V].
     tr, target_tr
         Seconds between frames, now and wanted.
+    time_filter
+        ``gaussian`` or ``sinc``.
 
     Returns
     -------
@@ -283,9 +291,46 @@ def to_tr(values_TV: Values, tr: float, target_tr: float) -> Values:
     if n_frames < 2:
         duration = (len(values_TV) - 1) * tr
         raise ResampleError(f"lasts {duration:.1f} s, too short for two frames at a repetition time of {target_tr} s.")
-    position = np.arange(n_frames) * target_tr / tr
+    position = np.arange(n_frames, dtype=np.float64) * target_tr / tr
+    if time_filter == "sinc":
+        resampled: Values = sinc_matrix(len(values_TV), position, max(target_tr / tr, 1.0)) @ values_TV
+        return resampled
     if target_tr > 1.1 * tr:
         values_TV = gaussian_filter1d(values_TV, sigma=_SIGMA_PER_STEP * target_tr / tr, axis=0, mode="nearest")
     low = np.minimum(position.astype(np.int64), len(values_TV) - 2)
     share = (position - low).astype(np.float32)[:, None]
     return values_TV[low] * (1 - share) + values_TV[low + 1] * share
+
+
+def sinc_matrix(n_frames: int, position: npt.NDArray[np.floating[Any]], step: float) -> csr_array:
+    """Return the weights of a Kaiser-windowed sinc, float32 [len(position), n_frames]; each row sums to 1.
+
+    Length and window are those of `scipy.signal.resample_poly`. Beyond its ends a run goes on as its mirror image,
+    turned by 180 degrees about its last value, so that constants and straight lines pass unchanged there too.
+
+    Parameters
+    ----------
+    n_frames
+        Of the run.
+    position
+        Where to interpolate, in frames of the run.
+    step
+        Frames of the run per period of the slower of the two rates, at least 1.
+    """
+    reach = _SINC_PERIODS * step
+    offsets = np.arange(-int(np.ceil(reach)), int(np.ceil(reach)) + 2)
+    index = np.floor(position).astype(np.int64)[:, None] + offsets
+    apart = (position[:, None] - index) / step
+    weight = np.sinc(apart) * np.i0(_KAISER_BETA * np.sqrt(np.clip(1 - (apart / _SINC_PERIODS) ** 2, 0, None)))
+    weight = np.where(np.abs(apart) < _SINC_PERIODS, weight, 0)
+    weight /= weight.sum(axis=1, keepdims=True)
+    last = n_frames - 1
+    edge = np.clip(index, 0, last)
+    mirrored = np.clip(2 * edge - index, 0, last)  # of a short run the mirror image ends, too
+    rows = np.broadcast_to(np.arange(len(position))[:, None], index.shape)
+    beyond = edge != index
+    entries = np.concatenate([np.where(beyond, 2 * weight, weight).ravel(), -weight[beyond]])
+    columns = np.concatenate([edge.ravel(), mirrored[beyond]])
+    shape = (len(position), n_frames)
+    matrix = csr_array((entries, (np.concatenate([rows.ravel(), rows[beyond]]), columns)), shape=shape)
+    return matrix.astype(np.float32)

@@ -127,6 +127,9 @@ def shard(
     low_pass: Annotated[float | None, typer.Option(help="Hz; filter faster fluctuations out")] = None,
     scrub_fd: Annotated[float | None, typer.Option(help="mm; remove frames in which the head moved more")] = None,
     scrub_keep: Annotated[int, typer.Option(help="Frames; remove shorter stretches between removed ones")] = 5,
+    time_filter: Annotated[
+        Literal["gaussian", "sinc"], typer.Option(help="How runs are brought to --tr; sinc keeps the band sharper")
+    ] = "gaussian",
     layout: LayoutOption = "auto",
     root: RootOption = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes")] = 1,
@@ -137,15 +140,10 @@ def shard(
     from boldforge.data_shards import DataRecipe, find_runs
     from boldforge.launch.sharding import shard_runs
 
-    settings: dict[str, Any] = {
-        "grid": grid,
-        "tr": tr,
-        "normalisation": normalisation,
-        "dtype": dtype,
-        "antialias": antialias,
-    }
-    settings |= {"confounds": confounds or [], "detrend": detrend, "high_pass": high_pass, "low_pass": low_pass}
-    recipe = load_config(DataRecipe, settings | {"scrub_fd": scrub_fd, "scrub_keep": scrub_keep})
+    settings: dict[str, Any] = {"grid": grid, "tr": tr, "normalisation": normalisation, "dtype": dtype}
+    settings |= {"antialias": antialias, "confounds": confounds or [], "detrend": detrend, "high_pass": high_pass}
+    settings |= {"low_pass": low_pass, "scrub_fd": scrub_fd, "scrub_keep": scrub_keep, "time_filter": time_filter}
+    recipe = load_config(DataRecipe, settings)
     found = find_runs(folder, layout, source_tr, root=root)
     shard_runs(found, out, recipe, Console(), workers=workers, overwrite=overwrite)
 

@@ -3,8 +3,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.processing import resample_from_to
 
-from boldforge.data_shards import Atlas, AtlasError, atlas_on_grid, brain_mask, get_grid, load_atlas
+from boldforge.data_shards import Atlas, AtlasError, Grid, atlas_on_grid, brain_mask, get_grid, load_atlas
 
 LOCAL = Path(__file__).parents[2] / "../shared/data/local/grids/AAL3v1_2mm_LAS.nii.gz"
 
@@ -48,6 +49,20 @@ def test_storage_orientation_does_not_matter():
     np.testing.assert_array_equal(atlas_on_grid(flipped, grid), atlas_on_grid(atlas, grid))
 
 
+def test_agrees_with_nibabels_resampling_to_2mm_las():
+    atlas = load_atlas()
+    # What the distributed 2 mm file is: stored right to left, at 2 mm.
+    las = np.array([[-2.0, 0, 0, 90], [0, 2, 0, -126], [0, 0, 2, -72], [0, 0, 0, 1]])
+    ours = atlas_on_grid(atlas, Grid("las", (91, 109, 91), las))
+    image = nib.Nifti1Image(atlas.volume.astype(np.int16), atlas.affine)
+    theirs = np.asarray(resample_from_to(image, ((91, 109, 91), las), order=0).dataobj)
+    assert (ours == theirs).mean() > 0.999
+    assert (ours == theirs)[ours > 0].mean() > 0.999
+    left = [number for number, name in atlas.labels.items() if name.endswith("_L")]
+    x = las[0, 0] * np.nonzero(np.isin(ours, left))[0] + las[0, 3]
+    assert (x < 2).mean() > 0.98  # some regions reach a little over the midline
+
+
 @pytest.mark.skipif(
     not LOCAL.is_file(), reason="optional: the distributed 2 mm LAS atlas is not beside this repository"
 )
@@ -56,7 +71,7 @@ def test_agrees_with_the_distributed_2mm_file():
     ours, theirs = atlas_on_grid(load_atlas(), grid), atlas_on_grid(load_atlas(LOCAL), grid)
     assert (ours == theirs).mean() > 0.999
     both = (ours > 0) | (theirs > 0)
-    assert (ours == theirs)[both].mean() > 0.99
+    assert (ours == theirs)[both].mean() > 0.997  # what differs is a voxel's width of the smallest nuclei
 
 
 def test_own_volume_and_table(tmp_path):

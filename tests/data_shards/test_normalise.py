@@ -79,3 +79,64 @@ def test_a_scale_per_voxel_beats_one_scale_for_all():
     assert snr > 40
     assert snr > one_scale + 3
     assert temporal_snr(values, quantise(values, covered, "int16")) > 85
+
+
+def test_min_max_spans_zero_to_one_and_loses_nothing():
+    values, covered = made()
+    result, how = normalise(values, covered, "min-max")
+    inside = result[:, covered]
+    assert (inside.min(), inside.max()) == (0, 1)
+    assert (how.mean, how.std) == (values[:, covered].min(), np.ptp(values[:, covered].astype(np.float64)))
+    np.testing.assert_allclose(inside * how.std + how.mean, values[:, covered], rtol=1e-6)
+
+
+def test_percent_signal_change_is_nilearns():
+    from nilearn.signal import standardize_signal
+
+    values, covered = made()
+    result, how = normalise(values, covered, "percent-signal-change")
+    theirs = standardize_signal(values[:, covered].astype(np.float64), standardize="psc", detrend=False)
+    np.testing.assert_allclose(result[:, covered], theirs, atol=1e-3)
+    assert (how.mean, how.std) == (None, None)
+
+
+def test_percent_signal_change_needs_a_mean():
+    values, covered = made()
+    with pytest.raises(NormaliseError, match=r"about zero, as in residual data.*choose residual-z"):
+        normalise(values - values.mean(axis=0), covered, "percent-signal-change")
+    values[:, 1] = 1e-3 * np.arange(len(values))  # one voxel without a mean carries no percentage
+    result, _ = normalise(values, covered, "percent-signal-change")
+    assert (result[:, 1] == 0).all()
+    assert np.abs(result[:, 2]).max() > 0
+
+
+@pytest.mark.parametrize("method", ["residual-z", "voxel-z", "global-z", "min-max"])
+def test_negative_values_keep_their_sign(method):
+    rng = np.random.default_rng(4)
+    values = rng.normal(size=(40, 23)).astype(np.float32)
+    values -= values.mean(axis=0)  # residuals, as Athena distributes them
+    covered = np.ones(23, dtype=bool)
+    result, how = normalise(values, covered, method)
+    zero = 0.0 if how.mean is None else -how.mean / how.std
+    clear = np.abs(values) > 0.01
+    np.testing.assert_array_equal(np.sign(result - zero)[clear], np.sign(values)[clear])
+    assert (values < 0).mean() > 0.4
+    stored = quantise(result, covered, "int8")
+    clear = np.abs(values) > 0.1
+    np.testing.assert_array_equal(np.sign(dequantise(stored) - zero)[clear], np.sign(values)[clear])
+
+
+@pytest.mark.parametrize("method", ["residual-z", "voxel-z", "global-z", "min-max", "percent-signal-change"])
+def test_statistics_are_those_of_float64_arithmetic(method):
+    values, covered = made(50, 37, seed=9)
+    inside = values[:, covered].astype(np.float64)
+    own = inside.mean(axis=0)
+    wanted = {
+        "residual-z": (inside - own) / (inside - own).std(),
+        "voxel-z": (inside - own) / inside.std(axis=0),
+        "global-z": (inside - inside.mean()) / inside.std(),
+        "min-max": (inside - inside.min()) / (inside.max() - inside.min()),
+        "percent-signal-change": 100 * (inside - own) / own,
+    }[method]
+    result, _ = normalise(values, covered, method)
+    np.testing.assert_allclose(result[:, covered], wanted, rtol=1e-4, atol=1e-4)

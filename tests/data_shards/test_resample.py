@@ -5,7 +5,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.processing import resample_from_to
 from nilearn.image import resample_img
+from scipy import ndimage, signal
 
 from boldforge.data_shards import brain_mask, get_grid, mask_centres, open_bold
 from boldforge.data_shards import resample as resample_module
@@ -210,3 +212,114 @@ def test_fast_signals_do_not_fold_when_slowing_down():
 def test_too_short_a_run_is_refused():
     with pytest.raises(ResampleError, match="too short"):
         to_tr(np.zeros((2, 3), dtype=np.float32), 0.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("tr", "target", "up", "down", "frequency"),
+    [(0.72, 2.0, 9, 25, frequency) for frequency in (0.02, 0.1, 0.2, 0.25, 0.3, 0.4, 0.6)]
+    + [(2.0, 0.8, 5, 2, frequency) for frequency in (0.02, 0.1, 0.2)],
+)
+def test_the_sinc_keeps_the_band_as_scipy_does(tr, target, up, down, frequency):
+    time = np.arange(800) * tr
+    wave = np.sin(2 * np.pi * frequency * time + 0.3)[:, None].astype(np.float32)
+    ours = to_tr(wave, tr, target, "sinc")[:, 0]
+    theirs = signal.resample_poly(wave[:, 0], up, down)[: len(ours)]
+    inner = slice(40, -40)
+    np.testing.assert_allclose(ours[inner], theirs[inner], atol=0.02)
+    nyquist = 0.5 / target
+    if frequency > 1.15 * nyquist:
+        assert np.abs(ours[inner]).max() < 0.01  # nothing folds
+    elif frequency < 0.85 * nyquist:
+        truth = np.sin(2 * np.pi * frequency * np.arange(len(ours)) * target + 0.3)
+        assert np.abs(ours - truth)[inner].max() < 0.02
+
+
+@pytest.mark.parametrize("frequency", [0.25, 0.3, 0.4, 0.5, 0.6])
+def test_the_gaussian_has_the_gain_of_its_formula_at_and_above_the_new_nyquist(frequency):
+    # Phases drawn at random: at exactly the Nyquist frequency a sine can be sampled at its zeros.
+    phase = np.random.default_rng(0).uniform(0, 2 * np.pi, 200)
+    wave = np.sin(2 * np.pi * frequency * 0.72 * np.arange(400)[:, None] + phase).astype(np.float32)
+    gain = to_tr(wave, 0.72, 2.0)[10:-10].std() / wave.std()
+    formula = 0.5 ** ((frequency / 0.25) ** 2)
+    assert formula - 0.12 < gain < formula + 0.01  # linear interpolation takes the rest
+    plain = signal.resample_poly(wave, 9, 25, axis=0)[20:-20].std() / wave.std()
+    assert gain > plain or frequency == 0.25  # it cuts softly; who minds takes the sinc
+
+
+@pytest.mark.parametrize(("tr", "target"), [(0.72, 2.0), (2.5, 0.8), (1.16, 2.0)])
+@pytest.mark.parametrize("time_filter", ["gaussian", "sinc"])
+def test_constants_and_lines_pass_in_time(tr, target, time_filter):
+    for n_frames in (5, 12, 90):
+        time = np.arange(n_frames) * tr
+        values = np.stack([np.full(n_frames, 7.0), 3 - 0.5 * time], axis=1).astype(np.float32)
+        found = to_tr(values, tr, target, time_filter)
+        at = np.arange(len(found)) * target
+        np.testing.assert_allclose(found[:, 0], 7, atol=1e-4)
+        if time_filter == "sinc" and n_frames == 90:
+            np.testing.assert_allclose(found[:, 1], 3 - 0.5 * at, atol=0.03)
+
+
+@pytest.mark.parametrize("path", REAL_RUNS, ids=lambda path: path.name[:12])
+def test_agrees_with_nibabel_on_real_runs(path, points):
+    bold = open_bold(path)
+    data = bold.read()[..., :3]
+    values, _ = to_grid(data, bold.affine, points)
+    brain = brain_mask(GRID)
+    theirs = []
+    for frame in range(3):
+        image = resample_from_to(nib.Nifti1Image(data[..., frame], bold.affine), (GRID.shape, GRID.affine), order=1)
+        theirs.append(image.get_fdata()[brain])
+    share = nib.Nifti1Image((data.std(axis=3) > 0).astype(np.float32), bold.affine)
+    whole = resample_from_to(share, (GRID.shape, GRID.affine), order=1).get_fdata()[brain] > 0.9999
+    assert whole.mean() > 0.5
+    assert np.corrcoef(values[:, whole].ravel(), np.array(theirs)[:, whole].ravel())[0, 1] > 0.9999
+
+
+def test_half_voxel_origins_are_kept():
+    # The same field sampled on two lattices half a voxel apart: what is where in mm must not change.
+    index = np.indices((9, 10, 11)).astype(np.float64)
+    points = np.random.default_rng(1).uniform(2, 12, (200, 3))
+    for origin in ([0, 0, 0], [-1, -1, -1], [0.5, -0.25, 1.5]):
+        affine = np.diag([2.0, 2.0, 2.0, 1.0])
+        affine[:3, 3] = origin
+        place = np.einsum("ij,jxyz->ixyz", affine[:3, :3], index) + affine[:3, 3][:, None, None, None]
+        field = place[0] + 3 * place[1] - 2 * place[2]
+        data = np.stack([field, 2 * field + 1], axis=3).astype(np.float32)
+        values, _ = to_grid(data, affine, points)
+        wanted = points @ [1, 3, -2]
+        np.testing.assert_allclose(values, [wanted, 2 * wanted + 1], atol=1e-3)
+
+
+def fine_run(shape=(40, 44, 38), n_frames=4):
+    """A random run at 2 mm over part of the brain, zero outside an ellipsoid."""
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    affine[:3, 3] = (-40, -60, -30)
+    x, y, z = (np.linspace(-1, 1, n) for n in shape)
+    inside = x[:, None, None] ** 2 + y[:, None] ** 2 + z**2 < 0.9
+    data = np.random.default_rng(0).normal(100, 10, (*shape, n_frames)) * inside[..., None]
+    return data.astype(np.float32), affine, inside
+
+
+def test_antialiasing_is_a_gaussian_over_what_carries_signal(points):
+    data, affine, inside = fine_run()
+    values, covered = to_grid(data, affine, points, antialias_mm=4.0)
+    plain, covered_too = to_grid(data, affine, points)
+    np.testing.assert_array_equal(covered, covered_too)
+    # By hand: variance = difference of the two Gaussians with gain 1/2 at 4 mm's and at 2 mm's Nyquist frequency.
+    sigma = np.sqrt(2 * np.log(2)) / np.pi * np.sqrt(4**2 - 2**2) / 2
+    share = ndimage.gaussian_filter(inside.astype(np.float64), sigma, mode="constant")
+    voxel = ((points - affine[:3, 3]) / 2).T
+    over = ndimage.map_coordinates(share, voxel, order=1, mode="constant")
+    for frame in range(data.shape[3]):
+        smooth = ndimage.gaussian_filter(data[..., frame].astype(np.float64), sigma, mode="constant")
+        wanted = ndimage.map_coordinates(smooth, voxel, order=1, mode="constant")[covered] / over[covered]
+        np.testing.assert_allclose(values[frame, covered], wanted, rtol=1e-4)
+    assert values[:, covered].std() < 0.7 * plain[:, covered].std()  # noise finer than the grid is gone
+    assert abs(values[:, covered].mean() - 100) < 0.5  # and the border is not dimmed
+
+
+def test_antialiasing_leaves_runs_alone_that_are_not_finer(points):
+    data, affine, _ = fine_run()
+    affine = affine.copy()
+    affine[:3, :3] *= 2
+    np.testing.assert_array_equal(to_grid(data, affine, points, 4.0)[0], to_grid(data, affine, points)[0])

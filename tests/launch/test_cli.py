@@ -169,6 +169,38 @@ def test_inspect_shows_what_is_usable_and_why_the_rest_is_not(mixed_folder):
         assert reason in lines[f"skipped sub-{name}_task-rest_space-MNI152_bold.nii.gz"]
 
 
+def test_inspect_names_masks_confounds_links_and_pending_people(tmp_path):
+    for number in (1, 2, 3):
+        name = f"sfnwmrda000000{number}_session_1_rest_1.nii.gz"
+        image = nib.Nifti1Image(np.ones((4, 4, 4, 5), dtype=np.int16), np.eye(4))
+        image.header.set_zooms((1, 1, 1, 2))
+        nib.save(image, tmp_path / name if number < 3 else tmp_path.parent / name)
+    link = tmp_path / "sfnwmrda0000003_session_1_rest_1.nii.gz"
+    link.symlink_to(tmp_path.parent / link.name)
+    (tmp_path / "phenotypes.csv").write_text("ScanDir ID,Site,DX\n1,5,3\n2,2,pending\n3,5,0\n")
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert "layout adhd200, 1 usable runs, 2 skipped." in result.output
+    assert "1 of 3 people in phenotypes.csv have a pending DX and are left out." in result.output
+    assert re.search(r"run +site +frames +TR \(s\) +shape +mask +confounds +diagnosis", result.output)
+    assert f"skipped {link.name}: leads out of {tmp_path}" in result.output
+    wider = CliRunner().invoke(app, ["inspect", str(tmp_path), "--root", str(tmp_path.parent)])
+    assert "2 usable runs, 1 skipped." in wider.output
+
+
+def test_the_recipes_options_reach_the_manifest(mixed_folder, tmp_path):
+    from boldforge.data_shards import load_manifest
+
+    out = tmp_path / "shards"
+    options = ["--normalisation", "min-max", "--detrend", "--antialias", "--time-filter", "sinc"]
+    result = CliRunner().invoke(app, ["shard", str(mixed_folder), "--out", str(out), *options])
+    assert result.exit_code == 0, result.output
+    recipe = load_manifest(out).recipe
+    assert (recipe.normalisation, recipe.time_filter) == ("min-max", "sinc")
+    assert recipe.detrend and recipe.antialias
+    wrong = CliRunner().invoke(app, ["shard", str(mixed_folder), "--out", str(tmp_path / "x"), "--scrub-fd", "-1"])
+    assert "key 'scrub_fd' is -1" in str(wrong.exception)
+
+
 def test_shard_leaves_bad_runs_out_lists_them_and_finishes_the_rest(mixed_folder, tmp_path):
     from boldforge.data_shards import load_manifest
 
