@@ -15,6 +15,7 @@ from boldforge.pretrain import NeuroStorm, PretrainConfig, TokenGrid, build_mode
 from boldforge.pretrain.import_checkpoint import LightningCheckpoint
 from boldforge.pretrain.import_neurostorm import UsedKey, convert, model_config, read_settings
 from boldforge.pretrain.loss import reconstruction_loss
+from boldforge.pretrain.neurostorm_prompts import add_prompts
 from tests.pretrain.neurostorm_transcription import Shape, Transcription, hyper_parameters, patches
 
 FORWARD, GRADIENT = 1e-5, 1e-4
@@ -188,3 +189,19 @@ def test_a_recipe_whose_mask_and_token_do_not_fit_is_refused() -> None:
         load_config(PretrainConfig, "configs/pretrain/neurostorm.yaml", ["mask.strategy=random"])
     with pytest.raises(ConfigError, match=r"model\.decoder is false, but pretraining reconstructs"):
         load_config(PretrainConfig, "configs/pretrain/neurostorm.yaml", ["model.decoder=false"])
+
+
+def test_prompts_on_a_frozen_backbone_are_all_that_learns() -> None:
+    reference = Transcription(SMALL)
+    model, _ = taken_over(reference)
+    prompted = add_prompts(model, 5)
+    learning = [parameter for parameter in prompted.parameters() if parameter.requires_grad]
+    blocks = [2 * 6, 2 * 12, 2 * 24]
+    assert sum(parameter.numel() for parameter in learning) == 5 * sum(blocks)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prompted.encode(values(images(SMALL))).square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in learning)
+    after = prompted.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    with pytest.raises(ValueError, match="asked for 5 prompts on a model that has 5"):
+        add_prompts(prompted, 5)
