@@ -1,9 +1,12 @@
 """Files of a dataset: found without following links to folders, and never outside the dataset's own folder."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 def files_named(folder: Path, pattern: re.Pattern[str]) -> Iterator[Path]:
@@ -11,11 +14,15 @@ def files_named(folder: Path, pattern: re.Pattern[str]) -> Iterator[Path]:
 
     Folders that are links are not entered: what they lead to may lie anywhere, and may lead back.
     """
-    for place, folders, names in os.walk(folder):
+    for place, folders, names in os.walk(folder, onerror=_warn):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if pattern.match(name):
                 yield Path(place, name)
+
+
+def _warn(error: OSError) -> None:
+    log.warning("%s: cannot be listed (%s), so nothing in it is found; check its permissions.", error.filename, error)
 
 
 def links_to_folders(folder: Path) -> Iterator[Path]:

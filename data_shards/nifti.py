@@ -17,8 +17,8 @@ from boldforge.data_shards.grid import Affine
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 32 * 2**30
-# One frame is decoded at once, whatever else is done in pieces: 512³ voxels are more than any scanner takes.
-MAX_VOXELS = 2**27
+# One frame is decoded at once, whatever else is done in pieces: 400³ voxels are more than any scanner takes.
+MAX_VOXELS = 2**26
 # Decoded at a time: a dozen frames at 2 mm, and never less than one frame.
 BLOCK_BYTES = 64 * 2**20
 _MOST_FRAMES = 64

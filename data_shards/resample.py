@@ -161,7 +161,7 @@ def _lay_by(run: Frames, needed: npt.NDArray[np.int64], scratch: Path | None) ->
     spool: Spool | None = None
     start = 0
     for block in run.blocks():
-        rows = np.ascontiguousarray(block.T[:, needed])
+        rows = np.take(block.T, needed, axis=1)
         if rows.dtype.kind == "f" or rows.dtype.itemsize > 2:
             with np.errstate(over="ignore"):  # becomes infinite, which is not signal
                 rows = rows.astype(np.float32)
@@ -189,7 +189,7 @@ class _Linear:
     factor_V: Values
 
     def __call__(self, rows: npt.NDArray[Any]) -> Values:
-        block = np.ascontiguousarray(rows[:, self.used].T, dtype=np.float32)
+        block = np.ascontiguousarray(np.take(rows, self.used, axis=1).T, dtype=np.float32)
         sampled: Values = (self.matrix @ block).T * self.factor_V
         return sampled
 

@@ -176,7 +176,9 @@ def _inside(found: RunList, root: Path) -> RunList:
     """Skip every run of which a file leads out of the root or to nothing, and say which folders were not entered."""
     runs, skipped = [], list(found.skipped)
     for run in found.runs:
-        for path in (run.path, run.mask_path, run.confounds_path):
+        voxels = [run.path.with_suffix(ending) for ending in (".img", ".img.gz")] if run.path.suffix == ".hdr" else []
+        beside = [path for path in voxels if path.is_symlink()]
+        for path in (run.path, run.mask_path, run.confounds_path, *beside):
             if path is not None and (reason := why_refused(path, root)) is not None:
                 skipped.append(Skipped(run.path, reason if path == run.path else f"its {path.name} {reason}"))
                 break

@@ -1,6 +1,7 @@
 """The HCP layout, what a dataset's links and tables may lead to, and every missing code of ADHD-200."""
 
 import json
+import os
 import shutil
 
 import nibabel as nib
@@ -164,6 +165,33 @@ def test_a_table_cannot_name_files_outside_its_folder(place, tmp_path):
     ]
     assert all("leads out of" in reason for _, reason in found.skipped)
     assert len(find_runs(root, root=tmp_path).runs) == 4
+
+
+def test_voxels_beside_a_header_may_not_lie_elsewhere_either(tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    nib.save(nib.Nifti1Pair(np.ones((3, 4, 5, 6), dtype=np.int16), np.eye(4)), root / "a.img")
+    (root / "a.img").replace(tmp_path / "b.img")
+    (root / "a.img").symlink_to(tmp_path / "b.img")
+    (root / "runs.tsv").write_text("path\tsubject\na.hdr\tP1\n")
+    found = find_runs(root)
+    assert not found.runs
+    assert "its a.img leads out of" in reasons(found)["a.hdr"]
+    assert find_runs(root, root=tmp_path).runs
+
+
+def test_a_folder_that_cannot_be_listed_is_told(place, monkeypatch, caplog):
+    root = place(f"sub-01_task-rest_{MNI}_bold.nii.gz", f"closed/sub-02_task-rest_{MNI}_bold.nii.gz")
+    scandir = os.scandir
+
+    def scan(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert [run.subject for run in find_runs(root).runs] == ["01"]
+    assert "closed: cannot be listed" in caplog.text
 
 
 @pytest.mark.parametrize("subject", ["../../etc/passwd", "a/b", "x\0y", "..", "sub.01"])
