@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from boldforge.configs import BoldForgeError, load_config
-from boldforge.data_shards import brain_mask, get_grid, mask_hash
+from boldforge.data_shards import DataRecipe, brain_mask, get_grid, mask_hash
 from boldforge.pretrain.import_checkpoint import ImportCheckpointError, LightningCheckpoint, read_lightning
 from boldforge.pretrain.model import NeuroStorm
 from boldforge.pretrain.model_config import ModelConfig
 from boldforge.pretrain.tokens import TokenGrid
 
-GRID, TR, NORMALISATION = "neurostorm", 0.8, "neurostorm"
+RECIPE = DataRecipe(grid="neurostorm", tr=0.8, normalisation="neurostorm", dtype="int8")
+"""What its input must be; `boldforge shard` with these makes it."""
 _PREFIX = "model."
 _SHOWN = 4
 # Any of these names may stand in a checkpoint, newest first; `None` as default: one of them must.
@@ -106,7 +107,7 @@ def import_neurostorm(path: str | Path, leave_out: Sequence[str] = ()) -> Import
     left_out = tuple(key for key in checkpoint.weights if leave_out and key.startswith(tuple(leave_out)))
     weights = {key: tensor for key, tensor in checkpoint.weights.items() if key not in left_out}
     config = model_config(settings, weights, checkpoint.path)
-    grid = get_grid(GRID)
+    grid = get_grid(RECIPE.grid)
     size = [*grid.shape, config.frames]
     if list(settings["img_size"]) != size:
         raise ImportCheckpointError(
@@ -117,10 +118,7 @@ def import_neurostorm(path: str | Path, leave_out: Sequence[str] = ()) -> Import
     token_grid = TokenGrid(mask, config.patch_size(grid.voxel_size), config.frames, config.n_stages)
     ours, keys = convert(weights, config, token_grid, checkpoint.path)
     data = {
-        "grid": GRID,
-        "tr": TR,
-        "normalisation": NORMALISATION,
-        "dtype": "int16",
+        **RECIPE.model_dump(mode="json"),
         "clip_length": config.frames,
         "mask_sha256": mask_hash(mask),
         "simulated": False,

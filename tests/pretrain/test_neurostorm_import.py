@@ -14,6 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from boldforge.data_shards import DataRecipe, brain_mask, get_grid, mask_hash
+from boldforge.finetune import load_backbone
+from boldforge.finetune.cohort import check_recipe
+from boldforge.finetune.errors import FinetuneError
 from boldforge.launch import cli
 from boldforge.pretrain import load_pretrained
 from boldforge.pretrain.import_checkpoint import ImportCheckpointError
@@ -91,6 +95,15 @@ def test_the_command_writes_a_release_that_gives_the_transcriptions_numbers(tmp_
         wanted = network(clips).flatten(1, 4)
         found = model(clips.flatten(1, 3).transpose(1, 2))
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    shards = DataRecipe(grid="neurostorm", tr=0.8, normalisation="neurostorm")
+    manifest = SimpleNamespace(
+        recipe=shards, mask_sha256=mask_hash(brain_mask(get_grid("neurostorm"))), folder=tmp_path
+    )
+    backbone = load_backbone(tmp_path / "release", pool="mean")
+    check_recipe(backbone, manifest)
+    manifest.recipe = shards.model_copy(update={"grid": "mni2mm"})
+    with pytest.raises(FinetuneError, match=r"--grid neurostorm --tr 0\.8 --normalisation neurostorm"):
+        check_recipe(backbone, manifest)
     again = run(monkeypatch, capsys, checkpoint, "--out", tmp_path / "release")
     assert again.code == 2 and "is already there; choose another --out, or add --replace" in again.err
     monkeypatch.setattr(sys, "argv", ["boldforge", "load", str(tmp_path / "release")])
