@@ -210,10 +210,9 @@ class Fidelity(NamedTuple):
 def fidelity(values_TV: Values, stored: Quantised) -> Fidelity:
     """Compare some voxels of a run with what was stored of them; sums over voxels, so parts of a run add up."""
     used = stored.scale > 0
-    wanted = values_TV[:, used]
-    part = Quantised(stored.q[:, used], stored.mean[used], stored.scale[used])
-    error = np.square(dequantise(part) - wanted, dtype=np.float64).mean(axis=0)
-    return Fidelity(int(used.sum()), float(wanted.var(axis=0, dtype=np.float64).sum()), float(error.sum()))
+    error = np.square(dequantise(stored) - values_TV, dtype=np.float64).mean(axis=0)[used]
+    variance = values_TV.var(axis=0, dtype=np.float64)[used]
+    return Fidelity(int(used.sum()), float(variance.sum()), float(error.sum()))
 
 
 def decibels(parts: list[Fidelity]) -> float:

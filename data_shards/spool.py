@@ -1,6 +1,5 @@
 """A table of numbers larger than memory should hold: filled by rows, read by columns, or the other way round."""
 
-import os
 import tempfile
 import weakref
 from pathlib import Path
@@ -97,14 +96,15 @@ class Spool:
 
     def _write(self, offset: int, values: npt.NDArray[Any]) -> None:
         view = values.data.cast("B")
+        self._file.seek(offset)
         while len(view):
-            written = os.pwrite(self._file.fileno(), view, offset)
-            view, offset = view[written:], offset + written
+            view = view[self._file.write(view) :]
 
     def _read(self, offset: int, values: npt.NDArray[Any]) -> None:
         view = values.data.cast("B")
+        self._file.seek(offset)
         while len(view):
-            read = os.preadv(self._file.fileno(), [view], offset)
+            read = self._file.readinto(view)
             if read == 0:
                 raise ValueError("a spool was read where nothing has been written")
-            view, offset = view[read:], offset + read
+            view = view[read:]

@@ -20,7 +20,7 @@ def print_inspection(
     console.print(f"{folder}: layout {found.layout}, {counts}.", highlight=False, soft_wrap=True)
     if found.runs:
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for title in ("run", "site", "frames", "TR (s)", "shape", "mask", "confounds", "diagnosis"):
+        for title in ("run", "site", "frames", "TR (s)", "shape", "with", "diagnosis"):
             table.add_column(title, overflow="fold", justify="right" if title in ("frames", "TR (s)") else "left")
         for run in found.runs:
             table.add_row(*_cells(run))
@@ -51,9 +51,9 @@ def _cells(run: Run) -> tuple[str, ...]:
     bold = open_bold(run.path, run.tr)
     diagnosis = run.phenotype.get("diagnosis")
     shape = "×".join(map(str, bold.shape))
-    beside = ("yes" if path is not None else "" for path in (run.mask_path, run.confounds_path))
+    beside = [name for name, path in (("mask", run.mask_path), ("confounds", run.confounds_path)) if path is not None]
     known = "" if diagnosis is None else {0: "control", 1: "ADHD"}.get(diagnosis, str(diagnosis))  # type: ignore[call-overload]
-    return (run.key, run.site or "", str(bold.n_frames), f"{bold.tr:g}", shape, *beside, known)
+    return (run.key, run.site or "", str(bold.n_frames), f"{bold.tr:g}", shape, " ".join(beside), known)
 
 
 def _below(path: Path, folder: Path) -> Path:

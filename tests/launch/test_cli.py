@@ -169,7 +169,7 @@ def test_inspect_shows_what_is_usable_and_why_the_rest_is_not(mixed_folder):
         assert reason in lines[f"skipped sub-{name}_task-rest_space-MNI152_bold.nii.gz"]
 
 
-def test_inspect_names_masks_confounds_links_and_pending_people(tmp_path):
+def test_inspect_names_links_and_pending_people(tmp_path):
     for number in (1, 2, 3):
         name = f"sfnwmrda000000{number}_session_1_rest_1.nii.gz"
         image = nib.Nifti1Image(np.ones((4, 4, 4, 5), dtype=np.int16), np.eye(4))
@@ -181,7 +181,7 @@ def test_inspect_names_masks_confounds_links_and_pending_people(tmp_path):
     result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
     assert "layout adhd200, 1 usable runs, 2 skipped." in result.output
     assert "1 of 3 people in phenotypes.csv have a pending DX and are left out." in result.output
-    assert re.search(r"run +site +frames +TR \(s\) +shape +mask +confounds +diagnosis", result.output)
+    assert re.search(r"run +site +frames +TR \(s\) +shape +with +diagnosis", result.output)
     assert f"skipped {link.name}: leads out of {tmp_path}" in result.output
     wider = CliRunner().invoke(app, ["inspect", str(tmp_path), "--root", str(tmp_path.parent)])
     assert "2 usable runs, 1 skipped." in wider.output
@@ -240,3 +240,12 @@ def test_release_load_and_report_work_one_after_the_other(pretraining, adapter, 
     folders = [str(pretraining), str(sweep), str(release)]
     assert CliRunner().invoke(app, ["report", *folders, "--out", str(page)]).exit_code == 0
     assert page.stat().st_size > 50_000
+
+
+def test_inspect_shows_what_comes_with_a_run(tmp_path):
+    stem = "sub-01_task-rest"
+    shutil.copy(REAL, tmp_path / f"{stem}_space-MNI152NLin2009cAsym_res-2_desc-preproc_bold.nii.gz")
+    (tmp_path / f"{stem}_space-MNI152NLin2009cAsym_res-2_desc-brain_mask.nii.gz").write_bytes(b"")
+    (tmp_path / f"{stem}_desc-confounds_timeseries.tsv").write_text("trans_x\n")
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert re.search(r"sub-01_task-rest +110 +1\.16 +49×58×47 +mask confounds", result.output)
