@@ -11,7 +11,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(BIN)/python -m pytest -rs --timeout 300
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu bench lint clean
+.PHONY: help install demo test test-slow test-gpu bench bench-gpu lint clean
 
 help:
 	@echo "make demo       shard two real runs, pretrain, sweep, release, report (under 10 minutes on 2 cores)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-slow  the tests that take longer than ten seconds each"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make bench      the figures in docs/, each on this machine, quick sizes"
+	@echo "make bench-gpu  the scan on a CUDA device, every shape, beside mamba-ssm where it imports"
 	@echo "make lint       ruff, mypy and the layer contract only"
 	@echo "make clean      remove .venv, caches and build products; runs/ stays"
 
@@ -64,6 +65,11 @@ bench: $(INSTALLED)
 		test -e "$$script" || { echo "benchmarks/ holds no script yet."; break; }; \
 		echo "$$script"; $(ONE_THREAD) $(BIN)/python "$$script" --quick || exit 1; \
 	done
+
+# On a machine where nothing can be installed: PYTHONPATH=.links python3 benchmarks/scan.py --device cuda --json FILE
+bench-gpu: $(INSTALLED)
+	@mkdir -p runs
+	@$(BIN)/python benchmarks/scan.py --device cuda --json runs/scan-gpu.json
 
 clean:
 	rm -rf .venv .links build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -52,7 +52,8 @@ def scan_oracle(
     """
     u, dt, A, B, C = (tensor.double() for tensor in (u, dt, A, B, C))
     step = dt if dt_bias is None else dt + dt_bias.double()
-    delta = torch.where(step > 0, step, 0) + torch.log1p(torch.exp(-step.abs())) if delta_softplus else step
+    # softplus as log(e^step + e^0), whose derivative is right at zero too.
+    delta = torch.logaddexp(step, torch.zeros_like(step)) if delta_softplus else step
     outputs: list[Tensor] = [torch.empty(0)] * index.n_tokens
     edges = index.cu_seqlens.tolist()
     for start, stop in pairwise(edges):

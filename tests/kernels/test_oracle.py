@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from boldforge.kernels import ScanIndex, conv_oracle, scan_oracle, window_index
+from boldforge.kernels import ScanIndex, conv_oracle, scan_oracle, shifted_scan, window_index
 from tests.kernels.conftest import SCAN_ARGUMENTS, scan_inputs
 
 
@@ -26,6 +26,19 @@ def test_convolution_by_hand():
     total = torch.tensor([2 * 1 + 7 * 100 + 1, 2 * 10 + 1, 2 * 100 + 1], dtype=torch.float64)
     y = conv_oracle(x, weight, torch.tensor([1.0]), index)
     assert torch.allclose(y.flatten(), torch.nn.functional.silu(total))
+
+
+def test_the_gradient_of_a_step_that_is_exactly_zero_is_a_half():
+    """Half precision meets it: dt and its bias cancel to the last bit."""
+    index = window_index((1,), (1,), (0,))
+    step = torch.zeros(1, 1, 1, dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, 1, 1)
+    y = scan_oracle(one, step, -torch.ones(1, 1), one, one, None, None, None, index)
+    y.sum().backward()
+    assert step.grad.item() == 0.5
+    found = step.detach().float().requires_grad_()
+    shifted_scan(one, found, -torch.ones(1, 1), one, one, None, None, None, index).sum().backward()
+    assert abs(found.grad.item() - 0.5) < 1e-6
 
 
 def test_gradients_of_the_oracle_are_numerical_gradients():

@@ -1,0 +1,1 @@
+"""Parts of benchmarks/scan.py: its peers and its clock."""
