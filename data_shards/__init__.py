@@ -1,5 +1,9 @@
 """From 4D fMRI files to brain-only shards, and back as clips."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from boldforge.data_shards.append import AppendReport, append_shards
 from boldforge.data_shards.atlas import Atlas, AtlasError, atlas_on_grid, load_atlas
 from boldforge.data_shards.batch import ClipBatch, SkippedClip
 from boldforge.data_shards.build import BuildReport, build_shards
@@ -26,7 +30,22 @@ from boldforge.data_shards.splits import (
 )
 from boldforge.data_shards.stream import ClipStream
 from boldforge.data_shards.tables import RunEntry, ShardEntry, ShardError
+from boldforge.data_shards.verify import Damage, verify_shards
 from boldforge.data_shards.work import BuildError
+
+if TYPE_CHECKING:
+    from boldforge.data_shards.zarr_export import export_zarr
+    from boldforge.data_shards.zarr_view import open_zarr
+
+_FROM_ZARR = {"open_zarr": "zarr_view", "export_zarr": "zarr_export"}
+
+
+def __getattr__(name: str) -> Any:
+    # zarr takes half a second to import, which only those should wait for who use it.
+    if name not in _FROM_ZARR:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_FROM_ZARR[name]}"), name)
+
 
 __all__ = [
     "Grid",
@@ -56,6 +75,12 @@ __all__ = [
     "BuildError",
     "BuildReport",
     "build_shards",
+    "AppendReport",
+    "append_shards",
+    "Damage",
+    "verify_shards",
+    "open_zarr",
+    "export_zarr",
     "Manifest",
     "RunEntry",
     "ShardEntry",

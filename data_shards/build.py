@@ -8,7 +8,7 @@ from pathlib import Path
 
 from boldforge.configs import folder_lock
 from boldforge.data_shards.grid import brain_mask, get_grid, mask_hash
-from boldforge.data_shards.manifest import MANIFEST_FILE, MASK_FILE, REJECTED_FILE, Manifest
+from boldforge.data_shards.manifest import MANIFEST_FILE, MASK_FILE, REJECTED_FILE, Manifest, software_xxh3
 from boldforge.data_shards.plan import plan_shards, software
 from boldforge.data_shards.recipe import DataRecipe
 from boldforge.data_shards.runs import Run, RunList, Skipped
@@ -18,7 +18,7 @@ from boldforge.data_shards.tables import RunEntry, ShardEntry, npy_bytes, sync_f
 from boldforge.data_shards.work import BuildError, Progress, fill_shards
 
 SHARD_FILES = "shard-??????.tar"
-_TABLE_FILES = ("index-*.npy", "shards-*.npy", "runs-*.jsonl")
+TABLE_FILES = ("index-*.npy", "shards-*.npy", "runs-*.jsonl")
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ def write_manifest(
     splits: SplitPlan | None = None,
 ) -> Manifest:
     """Write a dataset's tables, then its manifest; a plan of splits stays when runs are added."""
+    versions = software()
     manifest = Manifest(
         recipe=recipe,
         grid=get_grid(recipe.grid),
@@ -155,7 +156,8 @@ def write_manifest(
         simulated=any(run.simulated for run in runs),
         tables=write_tables(folder, runs, shards),
         splits=splits,
-        software=software(),
+        software=versions,
+        software_xxh3=software_xxh3(versions),
     )
     manifest = manifest.model_copy(update={"content_hash": manifest.computed_hash()})
     write_atomic(folder / MANIFEST_FILE, manifest.model_dump_json(indent=1).encode())
@@ -197,7 +199,7 @@ def _swap(staging: Staging, out: Path) -> None:
     """Put a finished dataset in the place of the old one: only renames, so no full disk can stop it half-way."""
     # The old manifest goes first, the new one comes last: a folder with a manifest is always a whole dataset.
     (out / MANIFEST_FILE).unlink(missing_ok=True)
-    for pattern in (SHARD_FILES, MASK_FILE, REJECTED_FILE, *_TABLE_FILES):
+    for pattern in (SHARD_FILES, MASK_FILE, REJECTED_FILE, *TABLE_FILES):
         for path in out.glob(pattern):
             path.unlink()
     publish(staging, out)
@@ -205,7 +207,7 @@ def _swap(staging: Staging, out: Path) -> None:
 
 def publish(staging: Staging, out: Path) -> None:
     """Move what a manifest names into the dataset's folder, then the manifest; then the staging folder is done with."""
-    names = [path.name for pattern in (SHARD_FILES, *_TABLE_FILES) for path in staging.folder.glob(pattern)]
+    names = [path.name for pattern in (SHARD_FILES, *TABLE_FILES) for path in staging.folder.glob(pattern)]
     for name in (*sorted(names), MASK_FILE, REJECTED_FILE):
         if (staging.folder / name).exists():
             (staging.folder / name).replace(out / name)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from pydantic import ConfigDict, PlainSerializer, PlainValidator, PrivateAttr, ValidationError
 
 from boldforge.configs import StrictModel
@@ -25,10 +26,14 @@ REJECTED_FILE = "rejected.tsv"
 def _grid_from_json(value: Any) -> Grid:
     if isinstance(value, Grid):
         return value
-    affine = np.array(value["affine"], dtype=np.float64).reshape(4, 4)
+    try:
+        affine = np.array(value["affine"], dtype=np.float64).reshape(4, 4)
+        x, y, z = (int(size) for size in value["shape"])
+        name = str(value["name"])
+    except (KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"a grid needs a name, a shape and an affine ({error})") from None
     affine.setflags(write=False)
-    x, y, z = (int(size) for size in value["shape"])
-    return Grid(str(value["name"]), (x, y, z), affine)
+    return Grid(name, (x, y, z), affine)
 
 
 def _grid_to_json(grid: Grid) -> dict[str, Any]:
@@ -56,6 +61,8 @@ class Manifest(StrictModel):
     splits: SplitPlan | None = None
     """Which subjects are for training; see `store_splits`."""
     software: dict[str, str]
+    software_xxh3: str
+    """xxh3-64 (hex) of the versions, which the content hash leaves out."""
     content_hash: str = ""
     _folder: Path | None = PrivateAttr(default=None)
     _remote: Any = PrivateAttr(default=None)
@@ -113,7 +120,7 @@ class Manifest(StrictModel):
 
         Tables count by their own hashes.
         """
-        content = self.model_dump(mode="json", exclude={"content_hash", "software"})
+        content = self.model_dump(mode="json", exclude={"content_hash", "software", "software_xxh3"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def placed_in(self, folder: Path) -> "Manifest":
@@ -135,9 +142,16 @@ class Manifest(StrictModel):
             mask = np.load(path, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise ShardError(f"{path}: the brain mask cannot be read ({error}); build the shards again.") from None
-        if mask.dtype != np.bool_ or mask.shape != self.grid.shape or mask_hash(mask) != self.mask_sha256:
+        # numpy takes any byte for a bool: one that is neither 0 nor 1 is a flipped bit.
+        whole = mask.dtype == np.bool_ and mask.view(np.uint8).max(initial=0) <= 1
+        if not whole or mask.shape != self.grid.shape or mask_hash(mask) != self.mask_sha256:
             raise ShardError(f"{path}: is not the brain mask that these shards were made with; build the shards again.")
         return mask
+
+
+def software_xxh3(versions: dict[str, str]) -> str:
+    """Return the hash that a manifest carries of its software versions."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(versions, sort_keys=True).encode())
 
 
 def load_manifest(path: str | Path) -> Manifest:
@@ -170,7 +184,7 @@ def load_manifest(path: str | Path) -> Manifest:
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0]
         raise ShardError(f"{path}: is not a valid manifest ({first}); build the shards again.") from None
-    if manifest.computed_hash() != manifest.content_hash:
+    if manifest.computed_hash() != manifest.content_hash or software_xxh3(manifest.software) != manifest.software_xxh3:
         raise ShardError(
             f"{path}: does not match its content hash, so it was changed or damaged; build the shards again."
         )

@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -92,18 +92,17 @@ def software() -> dict[str, str]:
 
 
 def _fingerprint(run: Run, about: dict[str, object]) -> str:
-    content = {
-        **about,
-        "run": [run.key, run.subject, run.session, run.site, run.task, run.number, run.tr, run.simulated],
-        "phenotype": run.phenotype,
-        "files": [_file_state(path) for path in (run.path, run.mask_path, run.confounds_path) if path],
-    }
+    stated = {field.name: _comparable(getattr(run, field.name)) for field in fields(run)}
+    content = {**about, "key": run.key, "run": stated}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _file_state(path: Path) -> list[str | int]:
+def _comparable(value: object) -> object:
+    """Return a file's name, size and time for a path, anything else as it is."""
+    if not isinstance(value, Path):
+        return value
     try:
-        state = path.stat()
+        state = value.stat()
     except OSError:  # whoever reads it will say so
-        return [str(path.absolute())]
-    return [str(path.absolute()), state.st_size, state.st_mtime_ns]
+        return [str(value.absolute())]
+    return [str(value.absolute()), state.st_size, state.st_mtime_ns]

@@ -104,6 +104,16 @@ class ShardReader:
             raise self._damaged(run_index, f"frame {start + int(damaged[0])}")
         return tail
 
+    def scales(self, run_index: int) -> npt.NDArray[np.float32]:
+        """Return a run's float32 [2, V]: means, then scales.
+
+        Raises
+        ------
+        ShardError
+            If they are damaged.
+        """
+        return self._tail(run_index).scale
+
     def close(self) -> None:
         """Close the files that are open."""
         while self._files:

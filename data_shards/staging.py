@@ -77,7 +77,11 @@ class Staging:
                 moved.replace(self.folder / moved.name)
         for path in list(self.folder.iterdir()):
             shard = wanted.get(path.with_suffix(".tar").name)
-            if path != self.fragments and (shard is None or self.finished_shard(shard) is None):
+            if path == self.fragments or (shard is not None and self.finished_shard(shard) is not None):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
 
     def finished_shard(self, planned: PlannedShard) -> ShardRecord | None:

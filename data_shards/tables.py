@@ -164,14 +164,18 @@ def _write(folder: Path, name: str, ending: str, data: bytes) -> TableEntry:
 
 
 class Tables:
-    """The tables of a dataset in a folder, each opened and checked when it is first needed; pickles as their names."""
+    """The tables of a dataset in a folder, each checked when it is first needed; pickles as their names.
+
+    All are opened at once: whoever reads a dataset keeps what it has opened when runs are appended to it meanwhile.
+    """
 
     def __init__(self, folder: Path, entries: dict[TableName, TableEntry]) -> None:
         self.folder = folder
         self.entries = entries
+        self._maps = {name: self._map(name) for name in entries}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "entries": self.entries}
+    def __reduce__(self) -> tuple[type["Tables"], tuple[Path, dict[TableName, TableEntry]]]:
+        return Tables, (self.folder, self.entries)
 
     @cached_property
     def index(self) -> npt.NDArray[Any]:
@@ -186,11 +190,17 @@ class Tables:
     @cached_property
     def lines(self) -> mmap.mmap:
         """The text of ``runs-….jsonl``."""
-        return self._open("runs")[1]
+        return self.check("runs")
 
-    def check(self, name: TableName) -> None:
-        """Raise `ShardError` if a table is missing or is not the one that the manifest names."""
-        self._open(name)
+    def check(self, name: TableName) -> mmap.mmap:
+        """Return the bytes of a table; raise `ShardError` if it is not the one that the manifest names."""
+        entry, data = self.entries[name], self._maps[name]
+        if len(data) != entry.n_bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise ShardError(
+                f"{self.folder / entry.file}: the dataset's table does not match the hash in its manifest, so it was "
+                "changed or damaged; copy it again or build the shards again."
+            )
+        return data
 
     def line(self, run: int) -> bytes:
         """Return the JSON of one run."""
@@ -198,7 +208,7 @@ class Tables:
         return self.lines[int(self.index["line"][run]) : end]
 
     def _rows(self, name: TableName, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        path, data = self._open(name)
+        path, data = self.folder / self.entries[name].file, self.check(name)
         header = io.BytesIO(data[:4096])
         try:
             version = np.lib.format.read_magic(header)  # type: ignore[no-untyped-call]
@@ -211,21 +221,14 @@ class Tables:
             raise ShardError(f"{path}: is not a table of this release ({error}); build the shards again.") from None
         return np.frombuffer(data, dtype=dtype, count=shape[0], offset=header.tell())
 
-    def _open(self, name: TableName) -> tuple[Path, mmap.mmap]:
-        entry = self.entries[name]
-        path = self.folder / entry.file
+    def _map(self, name: TableName) -> mmap.mmap:
+        path = self.folder / self.entries[name].file
         try:
             with path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             found = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
             raise ShardError(f"{path}: the dataset's table {found}; copy it again or build the shards again.") from None
-        if len(data) != entry.n_bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise ShardError(
-                f"{path}: the dataset's table does not match the hash in its manifest, so it was changed or damaged; "
-                "copy it again or build the shards again."
-            )
-        return path, data
 
 
 class _Rows(Sequence[Row]):

@@ -107,8 +107,12 @@ def inspect(
 
 @app.command(epilog="Example: boldforge shard /data/fmriprep --out shards/study --grid mni4mm --tr 2.0 --workers 4")
 def shard(
-    folder: Annotated[Path, typer.Argument(help="Folder of 4D NIfTI files, or a table of runs")],
-    out: Annotated[Path, typer.Option(help="Folder for the shards")],
+    context: typer.Context,
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder of 4D NIfTI files, or a table of runs; with --verify or --export-zarr, of shards"),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for the shards")] = None,
     grid: Annotated[Literal["mni4mm", "mni2mm", "neurostorm"], typer.Option(help="Voxel grid")] = "mni4mm",
     tr: Annotated[float, typer.Option(help="Seconds between frames to resample every run to")] = 2.0,
     source_tr: TrOption = None,
@@ -132,20 +136,43 @@ def shard(
     ] = "gaussian",
     layout: LayoutOption = "auto",
     root: RootOption = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes")] = 1,
-    overwrite: Annotated[bool, typer.Option(help="Replace the dataset that is there")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes: 1 here, all of a cluster's CPUs with --address")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to work on, e.g. auto or 10.0.0.1:6379")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset that is there")] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add new runs to the dataset that is there")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read a dataset again, against its checksums")] = False,
+    export_zarr: Annotated[Path | None, typer.Option(help="Copy a dataset into this new Zarr v3 store")] = None,
 ) -> None:
-    """Turn a folder of runs into brain-only shards; a bad run is listed in rejected.tsv and the rest goes on."""
-    from boldforge.configs import load_config
-    from boldforge.data_shards import DataRecipe, find_runs
-    from boldforge.launch.sharding import shard_runs
+    """Turn a folder of runs into brain-only shards; a bad run is listed in rejected.tsv and the rest goes on.
 
+    The same command again goes on from where a stopped or killed one was.
+    """
+    from boldforge.configs import load_config
+    from boldforge.data_shards import DataRecipe
+    from boldforge.launch import sharding
+
+    # By its name, because typer brings its own copy of click.
+    stated = [
+        name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if verify or export_zarr is not None:
+        sharding.check_alone(stated, "verify" if verify else "export_zarr")
+        if export_zarr is not None:
+            sharding.export(folder, export_zarr, Console())
+            return
+        raise typer.Exit(sharding.verify(folder, Console()))
     settings: dict[str, Any] = {"grid": grid, "tr": tr, "normalisation": normalisation, "dtype": dtype}
     settings |= {"antialias": antialias, "confounds": confounds or [], "detrend": detrend, "high_pass": high_pass}
     settings |= {"low_pass": low_pass, "scrub_fd": scrub_fd, "scrub_keep": scrub_keep, "time_filter": time_filter}
     recipe = load_config(DataRecipe, settings)
-    found = find_runs(folder, layout, source_tr, root=root)
-    shard_runs(found, out, recipe, Console(), workers=workers, overwrite=overwrite)
+    source, crew = sharding.Source(layout, source_tr, root), sharding.Crew(workers, address)
+    if append:
+        sharding.check_append(out, recipe, stated)
+        sharding.append(folder, out, source, crew, Console())
+    else:
+        sharding.shard_folder(folder, out, source, recipe, crew, Console(), overwrite=overwrite)
 
 
 @app.command(epilog="Example: boldforge simulate data/cohort --subjects 40 --effect 1.0 --region Thal_MDm_L --seed 0")

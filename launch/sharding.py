@@ -1,12 +1,27 @@
 """The verbs ``inspect`` and ``shard``: what they print about the data layer's work."""
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from boldforge.data_shards import DataRecipe, Manifest, Run, RunList, build_shards, check_headers, find_runs, open_bold
+from boldforge.configs import ConfigError
+from boldforge.data_shards import (
+    DataRecipe,
+    Manifest,
+    Run,
+    RunList,
+    append_shards,
+    build_shards,
+    check_headers,
+    find_runs,
+    load_manifest,
+    open_bold,
+    verify_shards,
+)
 from boldforge.data_shards.runs import Layout
 from boldforge.launch.progress import progress
 
@@ -31,20 +46,138 @@ def print_inspection(
         console.print(Text(f"skipped {_below(path, folder)}: {reason.removeprefix(f'{path}: ')}"), soft_wrap=True)
 
 
+class Source(NamedTuple):
+    """How a folder is to be read; see `find_runs`."""
+
+    layout: Layout = "auto"
+    tr: float | None = None
+    root: Path | None = None
+
+
+class Crew(NamedTuple):
+    """Who does the work; see `build_shards`."""
+
+    workers: int | None = None
+    address: str | None = None
+
+
+_ONE = Crew()
+
+
+def shard_folder(
+    folder: Path, out: Path | None, source: Source, recipe: DataRecipe, crew: Crew, console: Console, overwrite: bool
+) -> None:
+    """Shard the runs of a folder.
+
+    Raises
+    ------
+    ConfigError
+        If there is no `out`.
+    """
+    out = _required(out)
+    shard_runs(find_runs(folder, source.layout, source.tr, root=source.root), out, recipe, console, crew, overwrite)
+
+
 def shard_runs(
-    found: RunList, out: Path, recipe: DataRecipe, console: Console, workers: int = 1, overwrite: bool = False
+    found: RunList, out: Path, recipe: DataRecipe, console: Console, crew: Crew = _ONE, overwrite: bool = False
 ) -> Manifest:
     """Shard runs under a progress bar and print how many went in and where the others are listed."""
     with progress(f"shard into {out}", "runs") as on_progress:
-        built = build_shards(found, out, recipe, workers=workers, on_progress=on_progress, overwrite=overwrite)
-    runs = built.manifest.runs
-    frames = sum(entry.n_frames for entry in runs)
-    stored = f"{len(runs)} runs, {frames} frames, {recipe.grid} at {recipe.tr:g} s"
+        built = build_shards(found, out, recipe, crew.workers, on_progress, overwrite, crew.address)
+    manifest = built.manifest
+    stored = f"{manifest.n_runs} runs, {manifest.n_frames} frames, {recipe.grid} at {recipe.tr:g} s"
     console.print(f"{out}: {stored}.", highlight=False, soft_wrap=True)
-    if built.rejected:
-        listed = f"{len(built.rejected)} files left out; the reasons are in {out / 'rejected.tsv'}."
+    _print_rejected(out, len(built.rejected), console)
+    return manifest
+
+
+def append(folder: Path, out: Path | None, source: Source, crew: Crew, console: Console) -> None:
+    """Add the new runs of a folder to a dataset, and print how many there were."""
+    out = _required(out)
+    found = find_runs(folder, source.layout, source.tr, root=source.root)
+    with progress(f"append to {out}", "runs") as on_progress:
+        report = append_shards(found, out, crew.workers, on_progress, crew.address)
+    runs = f"{report.added} runs added, {report.known} were there already, {report.manifest.n_runs} in all"
+    console.print(f"{out}: {runs}.", highlight=False, soft_wrap=True)
+    _print_rejected(out, len(report.rejected), console)
+
+
+def check_append(out: Path | None, recipe: DataRecipe, stated: Collection[str]) -> None:
+    """Refuse to add runs by another recipe than the dataset's.
+
+    Parameters
+    ----------
+    out
+        The dataset's folder.
+    recipe
+        What the command line says.
+    stated
+        Names of the options that were given; of the recipe, only those are compared.
+
+    Raises
+    ------
+    ConfigError
+        If something that was stated is not the dataset's.
+    """
+    if "overwrite" in stated:
+        raise ConfigError("--append keeps what is there and --overwrite replaces it; pass one of them.")
+    there, wanted = load_manifest(_required(out)).recipe.model_dump(), recipe.model_dump()
+    for name in wanted:
+        if name in stated and wanted[name] != there[name]:
+            raise ConfigError(
+                f"{out}: was built with {name} {there[name]}, so runs at {wanted[name]} cannot be added; leave "
+                f"--{name.replace('_', '-')} out."
+            )
+
+
+def check_alone(stated: Collection[str], verb: str) -> None:
+    """Refuse options of a build beside one that only reads a dataset.
+
+    Raises
+    ------
+    ConfigError
+        If there are any.
+    """
+    option = f"--{verb.replace('_', '-')}"
+    others = [f"--{name.replace('_', '-')}" for name in stated if name not in {"folder", verb}]
+    if others:
+        raise ConfigError(f"{option} reads the folder of shards it is given, and takes no {others[0]}; leave that out.")
+
+
+def _required(out: Path | None) -> Path:
+    if out is None:
+        raise ConfigError("boldforge shard needs --out FOLDER, where the shards go.")
+    return out
+
+
+def _print_rejected(out: Path, count: int, console: Console) -> None:
+    if count:
+        listed = f"{count} files left out; the reasons are in {out / 'rejected.tsv'}."
         console.print(listed, highlight=False, soft_wrap=True)
-    return built.manifest
+
+
+def export(folder: Path, out: Path, console: Console) -> None:
+    """Copy a dataset into a Zarr v3 store."""
+    from boldforge.data_shards import export_zarr
+
+    manifest = load_manifest(folder)
+    with progress(f"export to {out}", "runs") as on_progress:
+        export_zarr(manifest, out, on_progress)
+    console.print(f"{out}: {manifest.n_runs} runs as Zarr v3, read back equal.", highlight=False, soft_wrap=True)
+
+
+def verify(folder: Path, console: Console) -> int:
+    """Read a dataset against its checksums, print everything that is damaged, and return the exit code."""
+    with progress(f"verify {folder}", "shards") as on_progress:
+        damages = verify_shards(folder, on_progress)
+    for damage in damages:
+        console.print(damage.reason, highlight=False, soft_wrap=True, markup=False)
+    if damages:
+        return 2
+    manifest = load_manifest(folder)
+    sound = f"{manifest.n_runs} runs in {len(manifest.shards)} shards, every byte as it was written"
+    console.print(f"{folder}: {sound}.", highlight=False, soft_wrap=True)
+    return 0
 
 
 def _cells(run: Run) -> tuple[str, ...]:

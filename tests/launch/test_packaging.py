@@ -85,7 +85,7 @@ def test_every_dependency_is_imported_or_has_a_reason_to_be_there():
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     # ninja builds DeepSpeed's extensions, torch.utils imports tensorboard, webdataset is for those who read
     # shards with it, the others serve stages still to come.
-    unseen = {"ninja", "tensorboard", "webdataset", "zarr", "huggingface-hub"}
+    unseen = {"ninja", "tensorboard", "webdataset", "huggingface-hub"}
     modules = {"scikit-learn": "sklearn", "pyyaml": "yaml"}
     source = "\n".join(path.read_text() for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
     names = {canonicalize_name(Requirement(line).name) for line in needed} - unseen
