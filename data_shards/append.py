@@ -61,7 +61,7 @@ def append_shards(
     ShardError
         If `out` holds no dataset that this release reads.
     BuildError
-        If none of the new runs can be used, Ray cannot start, or the disk is full.
+        If the dataset's brain mask is not this installation's, Ray cannot start, or the disk is full.
     FolderInUseError
         If another process writes into `out`.
     """
@@ -84,17 +84,12 @@ def append_shards(
             records = fill_shards(staging, plan, old.recipe, workers, address, on_progress, len(unusable))
             rejected = sorted([*skipped, *unusable, *rejected_in(records)])
             shards, entries = collect(records, len(published))
+            joined = _joined_table(out / REJECTED_FILE, rejected).encode()
             if not entries:
                 staging.remove()
-                if unusable or records:
-                    left_out = [*unusable, *rejected_in(records)]
-                    raise BuildError(
-                        f"{out}: none of the {len(left_out)} new files could be used, so the dataset stays as it was; "
-                        f"the first because {left_out[0].reason}"
-                    )
-                return AppendReport(old, 0, len(given), tuple(rejected))
-            joined = _joined_table(out / REJECTED_FILE, rejected)
-            write_atomic(staging.folder / REJECTED_FILE, joined.encode())
+                write_atomic(out / REJECTED_FILE, joined)
+                return AppendReport(old, 0, len(given) - len(new), tuple(rejected))
+            write_atomic(staging.folder / REJECTED_FILE, joined)
             manifest = write_manifest(
                 staging.folder,
                 old.recipe,

@@ -1,7 +1,6 @@
 import pytest
 
 from boldforge.data_shards import (
-    BuildError,
     DataRecipe,
     ShardError,
     ShardReader,
@@ -78,13 +77,30 @@ def test_nothing_new_changes_nothing(dataset, tmp_path):
     assert not list(dataset.glob(".*"))
 
 
-def test_new_runs_that_cannot_be_used_leave_the_dataset_as_it_was(dataset, write_bold):
+def test_new_runs_that_cannot_be_used_are_listed_and_the_dataset_stays_as_it_was(dataset, write_bold):
     before = contents(dataset)
     path = write_bold(name("09"))
     path.write_bytes(b"")
-    with pytest.raises(BuildError, match="none of the 1 new files could be used, so the dataset stays"):
-        append_shards(find_runs(path.parent), dataset)
-    assert contents(dataset) == before
+    for _ in range(2):
+        report = append_shards(find_runs(path.parent), dataset)
+        assert (report.added, report.known, len(report.rejected)) == (0, 3, 1)
+    after = contents(dataset)
+    assert after.pop("rejected.tsv") == f"path\treason\n{path}\t{report.rejected[0].reason}\n".encode()
+    before.pop("rejected.tsv")
+    assert after == before
+
+
+def test_stored_splits_stay_for_the_subjects_that_were_there(dataset, write_bold):
+    from boldforge.data_shards import SplitPlan, split_runs, store_splits
+
+    plan = SplitPlan(fractions={"test": 0.5}, seed=1)
+    old = store_splits(dataset, plan)
+    members = {name: {old.runs[s.run].subject for s in split_runs(old, name)} for name in plan.names}
+    for i in range(10, 20):
+        path = write_bold(name(str(i)), seed=i)
+    new = append_shards(find_runs(path.parent), dataset).manifest
+    for split, subjects in members.items():
+        assert {new.runs[s.run].subject for s in split_runs(new, split)} & {"01", "03", "05"} == subjects
 
 
 @pytest.mark.parametrize("at", ["shard-000003.tar", "index", "manifest.json"])
