@@ -22,6 +22,8 @@ from boldforge.kernels.torch_backend import ScanGradients
 # of the gradients of A, D and the bias, each group its share of those of B and C.
 _MAX_TASKS = 128
 _GROUP_CHANNELS = 96
+# Few long sequences make few tasks; smaller groups, down to the 16 channels of a vector, then occupy the threads.
+_LEAST_PROGRAMS, _LEAST_GROUP_CHANNELS = 4, 16
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -175,13 +177,18 @@ def _scan_sizes(tensors: dict[str, Tensor | None], index: ScanIndex) -> dict[str
     assert u is not None and A is not None and tasks is not None
     return {
         "n_tasks": len(tasks) - 1,
-        "n_groups": -(-A.shape[1] // _GROUP_CHANNELS),
+        "n_groups": _n_groups(len(tasks) - 1, A.shape[1]),
         "n_sequences": index.n_sequences,
         "n_tokens": index.n_tokens,
         "n_clips": len(u),
         "n_channels": A.shape[1],
         "n_states": A.shape[0],
     }
+
+
+def _n_groups(n_tasks: int, n_channels: int) -> int:
+    usual, most = (-(-n_channels // size) for size in (_GROUP_CHANNELS, _LEAST_GROUP_CHANNELS))
+    return min(most, max(usual, -(-_LEAST_PROGRAMS // n_tasks)))
 
 
 def _conv_sizes(x: Tensor, weight: Tensor, tensors: dict[str, Tensor | None], index: ScanIndex) -> dict[str, int]:

@@ -4,9 +4,21 @@
 // are follows from the shapes alone, so the number of threads changes no bit of the result.
 #pragma once
 
+#include <memory>
+#include <new>
+
 #include "lanes.h"
 
 namespace boldforge {
+
+struct FreeAligned {
+  void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+};
+using Array = std::unique_ptr<float[], FreeAligned>;
+
+inline Array aligned_floats(int64_t size) {
+  return Array(static_cast<float*>(::operator new[](size * sizeof(float), std::align_val_t(64))));
+}
 
 struct Scan {
   Rows u, dt, B, C, z, out;           // z.data may be null; out is y forward and the gradient of y backward

@@ -5,8 +5,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <type_traits>
 
 #include "scan.h"
@@ -15,15 +13,7 @@ namespace boldforge {
 namespace {
 
 constexpr int kSteps = 8;  // two states per step of one block must stay in the nearest cache
-
-struct FreeAligned {
-  void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
-};
-using Array = std::unique_ptr<float[], FreeAligned>;
-
-Array aligned_floats(int64_t size) {
-  return Array(static_cast<float*>(::operator new[](size * sizeof(float), std::align_val_t(64))));
-}
+constexpr int32_t kTile = 32;  // chunks that every block goes through in turn: what they read stays in the second cache
 
 // What one program needs beside its arguments; every array consists of lane blocks.
 struct Scratch {
@@ -86,16 +76,19 @@ struct BlockPass {
   }
   BOLDFORGE_INLINE F read(const Rows& rows, int64_t row) const { return load<W>(rows, row, block.first, block.count); }
 
-  // Run through the sequence and keep the state before every kSteps-th token.
-  void keep_states() {
+  float* kept_before(int32_t chunk) const {
+    return of_block(scratch.kept) + chunk * scratch.blocks * padded() * kLanes;
+  }
+
+  // Run through these whole chunks, from the state that the ones before them left, and keep the state after each.
+  void keep_states(int32_t first_chunk, int32_t last_chunk) {
     float* A = of_block(scratch.A);
     alignas(64) float h[(N > 0 ? N : kMaxStates) * kLanes], B_scratch[kMaxStates];
-    for (int n = 0; n < padded(); ++n) at<W>(h, n) = F{};
-    const int32_t last_chunk = (sequence.stop - sequence.start - 1) / kSteps;
-    for (int32_t chunk = 0; chunk <= last_chunk; ++chunk) {
-      float* kept = of_block(scratch.kept) + chunk * scratch.blocks * padded() * kLanes;
-      for (int n = 0; n < padded(); ++n) at<W>(kept, n) = at<W>(h, n);
-      if (chunk == last_chunk) break;
+    for (int n = 0; n < padded(); ++n) at<W>(h, n) = first_chunk == 0 ? F{} : at<W>(kept_before(first_chunk), n);
+    if (first_chunk == 0) {
+      for (int n = 0; n < padded(); ++n) at<W>(kept_before(0), n) = F{};
+    }
+    for (int32_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
       for (int32_t place = sequence.start + chunk * kSteps; place < sequence.start + (chunk + 1) * kSteps; ++place) {
         const int32_t code = scan.rows[place];
         const int64_t row = sequence.first_row + row_of(code);
@@ -109,6 +102,8 @@ struct BlockPass {
           at<W>(h, n) = exp2_lanes<W>(delta * at<W>(A, n)) * at<W>(h, n) + x * B[n];
         }
       }
+      float* kept = kept_before(chunk + 1);
+      for (int n = 0; n < padded(); ++n) at<W>(kept, n) = at<W>(h, n);
     }
   }
 
@@ -116,7 +111,7 @@ struct BlockPass {
   void reverse_chunk(int32_t chunk) {
     const int32_t start = sequence.start + chunk * kSteps;
     const int32_t steps = sequence.stop - start < kSteps ? sequence.stop - start : kSteps;
-    float* kept = of_block(scratch.kept) + chunk * scratch.blocks * padded() * kLanes;
+    float* kept = kept_before(chunk);
     float* states = scratch.states.get();
     for (int n = 0; n < padded(); ++n) at<W>(states, n) = at<W>(kept, n);
     F step[kSteps], delta[kSteps], u[kSteps];
@@ -249,13 +244,16 @@ void backward_program(const Scan& scan, int64_t task, int64_t group_number) {
   }
   for (int64_t number = scan.tasks[task]; number < scan.tasks[task + 1]; ++number) {
     const Sequence sequence = sequence_of(scan, number);
-    for (int64_t block = 0; block < scratch.blocks; ++block) {
-      with_width(scan, group, block, [&](auto width, Block where) {
-        BlockPass<width, N>(scan, scratch, sequence, where).keep_states();
-      });
+    const int32_t last_chunk = (sequence.stop - sequence.start - 1) / kSteps;
+    for (int32_t chunk = 0; chunk == 0 || chunk < last_chunk; chunk += kTile) {
+      for (int64_t block = 0; block < scratch.blocks; ++block) {
+        with_width(scan, group, block, [&](auto width, Block where) {
+          BlockPass<width, N>(scan, scratch, sequence, where).keep_states(chunk, std::min(chunk + kTile, last_chunk));
+        });
+      }
     }
     std::memset(scratch.dh.get(), 0, scratch.blocks * scratch.padded * kLanes * sizeof(float));
-    for (int32_t chunk = (sequence.stop - sequence.start - 1) / kSteps; chunk >= 0; --chunk) {
+    for (int32_t chunk = last_chunk; chunk >= 0; --chunk) {
       std::memset(scratch.dB.get(), 0, chunk_bytes);
       std::memset(scratch.dC.get(), 0, chunk_bytes);
       for (int64_t block = 0; block < scratch.blocks; ++block) {

@@ -1,21 +1,28 @@
 // The scan's forward pass: one block of channels per vector, sequential in time, states in the nearest cache.
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+
 #include "scan.h"
 
 namespace boldforge {
 namespace {
 
+// Tokens that all channel blocks of a program scan before any goes on: what they read stays in the second cache.
+constexpr int32_t kTile = 256;
+
+// One tile of a sequence; ``state`` holds the state before it, unless it is the first one, and takes the state after it.
 template <int W, int N>
-void forward_block(const Scan& scan, const Sequence& sequence, int64_t first, int count) {
+void forward_block(const Scan& scan, const Sequence& sequence, const Sequence& tile, float* state, int64_t first,
+                   int count) {
   using F = Floats<W>;
   const int padded = padded_states<N>(scan);
   alignas(64) float A[(N > 0 ? N : kMaxStates) * kLanes], h[(N > 0 ? N : kMaxStates) * kLanes];
   alignas(64) float B_scratch[kMaxStates], C_scratch[kMaxStates];
   load_rates<W>(scan, first, count, padded, A);
-  for (int n = 0; n < padded; ++n) at<W>(h, n) = F{};
+  for (int n = 0; n < padded; ++n) at<W>(h, n) = tile.start == sequence.start ? F{} : at<W>(state, n);
   const F bias = load_vector<W>(scan.bias, first, count), skip = load_vector<W>(scan.D, first, count);
-  for (int32_t place = sequence.start; place < sequence.stop; ++place) {
+  for (int32_t place = tile.start; place < tile.stop; ++place) {
     const int32_t code = scan.rows[place];
     const int64_t row = sequence.first_row + row_of(code);
     if (code < 0) {
@@ -43,18 +50,26 @@ void forward_block(const Scan& scan, const Sequence& sequence, int64_t first, in
     }
     store<W>(scan.out, row, first, count, total);
   }
+  if (tile.stop == sequence.stop) return;
+  for (int n = 0; n < padded; ++n) at<W>(state, n) = at<W>(h, n);
 }
 
 template <int N>
 void forward_program(const Scan& scan, int64_t task, const Group& group) {
+  const int64_t size = padded_states<N>(scan) * kLanes;
+  const Array states = aligned_floats((group.last - group.first) * size);
   for (int64_t number = scan.tasks[task]; number < scan.tasks[task + 1]; ++number) {
     const Sequence sequence = sequence_of(scan, number);
-    for (int64_t block = group.first; block < group.last; ++block) {
-      const int count = channels_in_block(scan, block);
-      if (count > kNarrow) {
-        forward_block<kLanes, N>(scan, sequence, block * kLanes, count);
-      } else {
-        forward_block<kNarrow, N>(scan, sequence, block * kLanes, count);
+    for (int32_t start = sequence.start; start < sequence.stop; start += kTile) {
+      const Sequence tile = {sequence.first_row, start, std::min(start + kTile, sequence.stop)};
+      for (int64_t block = group.first; block < group.last; ++block) {
+        const int count = channels_in_block(scan, block);
+        float* state = states.get() + (block - group.first) * size;
+        if (count > kNarrow) {
+          forward_block<kLanes, N>(scan, sequence, tile, state, block * kLanes, count);
+        } else {
+          forward_block<kNarrow, N>(scan, sequence, tile, state, block * kLanes, count);
+        }
       }
     }
   }

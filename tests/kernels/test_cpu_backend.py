@@ -12,12 +12,13 @@ from boldforge.kernels import (
     BackendError,
     available_backends,
     backends,
+    cpu_backend,
     cpu_build,
     shifted_conv,
     shifted_scan,
     window_index,
 )
-from tests.kernels.conftest import SCAN_ARGUMENTS, ragged_index, scan_inputs
+from tests.kernels.conftest import SCAN_ARGUMENTS, ragged_index, relative_error, scan_inputs
 
 needs_the_op = pytest.mark.skipif(available_backends()["cpu"] != "", reason=available_backends()["cpu"])
 
@@ -56,6 +57,34 @@ def test_the_number_of_threads_changes_no_bit():
     torch.set_num_threads(2)
     two = everything(inputs, index)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@needs_the_op
+def test_one_long_sequence_is_cut_into_groups_of_channels_and_no_bit_changes_with_the_threads():
+    index = window_index((81_920,), (81_920,), (0,))
+    generator = torch.Generator().manual_seed(0)
+    u, dt = torch.randn(2, 1, index.n_tokens, 40, generator=generator)
+    B, C = torch.randn(2, 1, index.n_tokens, 2, generator=generator)
+    A = -torch.rand(40, 2, generator=generator)
+    tensors = (u, dt - 3, A, B, C, None, None, None, index)
+    assert cpu_backend._n_groups(1, 40) == 3
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append([cpu_backend.scan_forward(*tensors), *cpu_backend.scan_backward(u, *tensors)])
+    for one, two in zip(*results, strict=True):
+        assert one is None or torch.equal(one, two)
+    # Each half of the channels alone: a short cut through other groups, to the same values.
+    for some in (slice(0, 20), slice(20, 40)):
+        half = cpu_backend.scan_forward(u[..., some], dt[..., some] - 3, A[some], B, C, None, None, None, index)
+        assert relative_error(half, results[0][0][..., some]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("tasks", "channels", "groups"), [(1, 8, 1), (1, 72, 4), (1, 1024, 11), (3, 288, 3), (128, 72, 1), (128, 288, 3)]
+)
+def test_few_tasks_take_small_groups(tasks, channels, groups):
+    assert cpu_backend._n_groups(tasks, channels) == groups
 
 
 @needs_the_op
