@@ -26,8 +26,8 @@ from boldforge.kernels import (
     triton_scan_backward,
     triton_scan_chunked,
     triton_scan_flat,
+    triton_scan_keep,
     triton_scan_parts,
-    triton_scan_states,
 )
 
 RECORD = Path(__file__).with_name("resources.json")
@@ -41,10 +41,12 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _OPTIONAL = {"HAS_D": True, "HAS_Z": True, "HAS_BIAS": True}
 _WHOLE = {"HAS_INITIAL": False, "HAS_LAST": False}
 # Pointers whose type does not follow that of the input.
-_FIXED_TYPES = dict.fromkeys(("rows_ptr", "cu_ptr", "before_ptr", "after_ptr", "cut_ptr", "first_ptr"), "*i32")
+_FIXED_TYPES = dict.fromkeys(
+    ("rows_ptr", "codes_ptr", "cu_ptr", "before_ptr", "after_ptr", "cut_ptr", "first_ptr"), "*i32"
+)
 _FIXED_TYPES |= dict.fromkeys(
     (
-        *("A_ptr", "D_ptr", "bias_ptr", "states_ptr", "dA_ptr", "dB_ptr", "dC_ptr", "dD_ptr", "dbias_ptr"),
+        *("A_ptr", "D_ptr", "bias_ptr", "states_ptr", "dA_ptr", "dBC_ptr", "dD_ptr", "dbias_ptr"),
         *("weight_ptr", "dtotal_ptr", "dweight_ptr", "initial_ptr", "last_ptr", "grad_initial_ptr", "grad_last_ptr"),
         *("ends_ptr", "total_ptr"),
     ),
@@ -111,14 +113,7 @@ def variants(types: Sequence[str] = tuple(TYPES), states: Sequence[int] = STATES
             yield from _passes_of_long_sequences(dtype, n, channels, packed)
             if n > triton_scan_backward.MAX_STATES:
                 continue
-            steps = triton_scan_backward.STEPS
-            kernel = triton_scan_states.scan_states_kernel
-            constants = {name: value for name, value in constants.items() if name in kernel.arg_names} | {"KEEP": steps}
-            yield Variant(f"scan_states {dtype} N={n}", kernel, dtype, constants, 1, channels)
-            constants = triton_scan_backward.constants(n, TYPES[dtype]) | {"PACKED": packed} | _OPTIONAL | _WHOLE
-            elements = triton_scan_backward.CHANNELS * steps
-            backward = triton_scan_backward.scan_backward_kernel
-            yield Variant(f"scan_backward {dtype} N={n}", backward, dtype, constants, 1, elements)
+            yield from _backward_variants(dtype, n, {"PACKED": packed, **_OPTIONAL, **_WHOLE})
         constants = triton_conv.constants(4)
         elements = triton_conv.TOKENS * triton_conv.CHANNELS
         for name in ("forward", "backward", "input_gradient"):
@@ -136,6 +131,24 @@ def _passes_of_long_sequences(dtype: str, n: int, channels: int, packed: bool) -
         lanes, steps = triton_scan_chunked.CARRY_LANES, triton_scan_chunked.CARRY_STEPS
         constants = {"N": n, "LANES": lanes, "STEPS": steps, "REVERSE": False}
         yield Variant(f"scan_carry N={n}", triton_scan_chunked.carry_kernel, dtype, constants, 1, lanes * steps)
+
+
+def _backward_variants(dtype: str, n: int, common: Mapping[str, Any]) -> Iterator[Variant]:
+    """Yield the kernels that the scan's backward needs: its states, alone or with the output, and itself."""
+    keep = triton_scan_keep.scan_states_kernel
+    elements = triton_scan_keep.CHANNELS * triton_scan_keep.STEPS
+    for name, output in (("scan_states", False), ("scan_forward_keeping", True)):
+        constants = triton_scan_keep.constants(n) | common | {"OUTPUT": output}
+        yield Variant(f"{name} {dtype} N={n}", keep, dtype, _known(keep, constants), 1, elements)
+    backward = triton_scan_backward.scan_backward_kernel
+    elements = triton_scan_backward.CHANNELS * triton_scan_backward.STEPS
+    constants = triton_scan_backward.constants(n, TYPES[dtype]) | common | {"WIDE": False}
+    yield Variant(f"scan_backward {dtype} N={n}", backward, dtype, _known(backward, constants), 1, elements)
+
+
+def _known(kernel: Any, constants: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the compile-time arguments that this kernel has."""
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}
 
 
 def compile_variant(variant: Variant, capability: int) -> bytes:

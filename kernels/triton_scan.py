@@ -31,7 +31,6 @@ from boldforge.kernels.triton_scan_parts import (
     spread,
     store_state,
 )
-from boldforge.kernels.triton_scan_states import scan_states_kernel
 
 # Two channels per lane of one warp share what is per token; with more than 16 states that would spill registers.
 WIDE_CHANNELS, NARROW_CHANNELS, WIDE_STATES = 64, 32, 16
@@ -173,50 +172,6 @@ def scan_forward(
         sizes = (n_channels, u.shape[1])
         scan_forward_kernel[grid](*arguments, *ends, *sizes, *strides, **constants(n_states), **options)
     return y
-
-
-def keep_states(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    dt_bias: Tensor | None,
-    index: ScanIndex,
-    every: int,
-    initial: Tensor | None = None,
-    last: Tensor | None = None,
-) -> Tensor:
-    """Return the state before every ``every``-th token of every sequence, float32 [b, slots, N, D].
-
-    Sequence ``i`` of a clip begins at slot ``cu_seqlens[i] // every + i``; slots between sequences stay unwritten.
-    ``initial`` and ``last`` as in ``scan_forward``.
-    """
-    n_channels, n_states = A.shape
-    slots = index.n_tokens // every + index.n_sequences
-    states = torch.empty(len(u), slots, n_states, n_channels, dtype=torch.float32, device=u.device)
-    u, dt, B = (by_rows(tensor) for tensor in (u, dt, B))
-    strides = (u.stride(1), dt.stride(1), B.stride(1))
-    scan_states_kernel[(index.n_sequences, triton.cdiv(n_channels, channels_per_program(n_states)), len(u))](
-        u,
-        dt,
-        A.contiguous(),
-        B,
-        u if dt_bias is None else dt_bias.contiguous(),
-        index.rows,
-        index.cu_seqlens,
-        states,
-        u if initial is None else initial.contiguous(),
-        u if last is None else last,
-        n_channels,
-        u.shape[1],
-        slots,
-        *strides,
-        **constants(n_states),
-        KEEP=every,
-        HAS_BIAS=dt_bias is not None,
-        **_options(initial, last, u.shape[1] * max(strides)),
-    )
-    return states
 
 
 def _options(initial: Tensor | None, last: Tensor | None, largest: int) -> dict[str, bool | int]:
