@@ -136,10 +136,11 @@ def _passes_of_long_sequences(dtype: str, n: int, channels: int, packed: bool) -
 def _backward_variants(dtype: str, n: int, common: Mapping[str, Any]) -> Iterator[Variant]:
     """Yield the kernels that the scan's backward needs: its states, alone or with the output, and itself."""
     keep = triton_scan_keep.scan_states_kernel
-    elements = triton_scan_keep.CHANNELS * triton_scan_keep.STEPS
+    channels = triton_scan_keep.WIDE_CHANNELS
+    known = common | {"N": n, "CHANNELS": channels, "STEPS": triton_scan_keep.STEPS, "WIDE": False}
     for name, output in (("scan_states", False), ("scan_forward_keeping", True)):
-        constants = triton_scan_keep.constants(n) | common | {"OUTPUT": output}
-        yield Variant(f"{name} {dtype} N={n}", keep, dtype, _known(keep, constants), 1, elements)
+        constants = _known(keep, known | {"OUTPUT": output})
+        yield Variant(f"{name} {dtype} N={n}", keep, dtype, constants, 1, channels * triton_scan_keep.STEPS)
     backward = triton_scan_backward.scan_backward_kernel
     elements = triton_scan_backward.CHANNELS * triton_scan_backward.STEPS
     constants = triton_scan_backward.constants(n, TYPES[dtype]) | common | {"WIDE": False}

@@ -21,12 +21,16 @@ class BackendError(BoldForgeError):
 
 
 class Backend(NamedTuple):
-    """The four functions that make a backend; signatures as in ``torch_backend``."""
+    """The functions that make a backend; signatures as in ``torch_backend``.
+
+    ``scan_keeping``, where there is one, returns the scan and a tensor for the backward's argument ``states``.
+    """
 
     scan_forward: Callable[..., Tensor]
     scan_backward: Callable[..., torch_backend.ScanGradients]
     conv_forward: Callable[..., Tensor]
     conv_backward: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+    scan_keeping: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 def available_backends() -> dict[str, str]:
@@ -63,6 +67,7 @@ def choose(name: str, tensor: Tensor) -> Backend:
             triton_scan_chunked.scan_backward,
             triton_conv.conv_forward,
             triton_conv.conv_backward,
+            triton_scan_chunked.scan_keeping,
         )
     if name == "mamba_ssm":
         from boldforge.kernels import mamba_backend

@@ -44,6 +44,29 @@ def scan(
         return TORCH.scan_forward(*arguments, delta_softplus=False)
 
 
+@torch.library.custom_op("boldforge::scan_keeping", mutates_args=())
+def scan_keeping(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    rows: Tensor,
+    cu_seqlens: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the selective scan and the states its backward starts from, empty where it computes them itself."""
+    arguments = (u, dt, A, B, C, D, z, dt_bias, index_of(rows, cu_seqlens))
+    chosen = choose(backend, u)
+    with torch.autocast(u.device.type, enabled=False):
+        if chosen.scan_keeping is None:
+            return chosen.scan_forward(*arguments), u.new_empty(len(u), 0, *A.T.shape, dtype=torch.float32)
+        return chosen.scan_keeping(*arguments)
+
+
 @torch.library.custom_op("boldforge::scan_backward", mutates_args=())
 def scan_backward(
     dout: Tensor,
@@ -59,12 +82,15 @@ def scan_backward(
     cu_seqlens: Tensor,
     backend: str,
     delta_softplus: bool,
+    states: Tensor | None = None,
 ) -> list[Tensor]:
     """Return the gradients of the first eight arguments of ``scan``, an empty tensor where there is no argument."""
     arguments = (dout, u, dt, A, B, C, D, z, dt_bias, index_of(rows, cu_seqlens))
     chosen = choose(backend, u)
     with torch.autocast(u.device.type, enabled=False):
-        if delta_softplus:
+        if states is not None and states.numel():
+            found = chosen.scan_backward(*arguments, states=states)
+        elif delta_softplus:
             found = chosen.scan_backward(*arguments)
         else:
             found = TORCH.scan_backward(*arguments, delta_softplus=False)
@@ -100,7 +126,14 @@ def _gradients_like(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     ]
 
 
+def _output_and_states_like(u: Tensor, dt: Tensor, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    # How many spans there are follows from the restarts in the index, which a fake tensor does not know.
+    n_spans = torch.library.get_ctx().new_dynamic_size()
+    return _output_like(u), u.new_empty(len(u), n_spans, *A.T.shape, dtype=torch.float32)
+
+
 scan.register_fake(_output_like)
+scan_keeping.register_fake(_output_and_states_like)
 conv.register_fake(_output_like)
 scan_backward.register_fake(lambda dout, *arguments: _gradients_like(arguments[:_N_SCAN_TENSORS]))
 conv_backward.register_fake(lambda dout, *arguments: _gradients_like(arguments[:3]))
@@ -119,6 +152,17 @@ def _scan_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return (*_present(found, tensors[:_N_SCAN_TENSORS]), None, None, None, None)
 
 
+def _keep_states(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _kept_scan_gradients(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, states = ctx.saved_tensors
+    found = scan_backward(dout, *tensors, ctx.backend, True, states)
+    return (*_present(found, tensors[:_N_SCAN_TENSORS]), None, None, None)
+
+
 def _conv_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     found = conv_backward(dout, *tensors, *ctx.options)
@@ -130,4 +174,5 @@ def _present(found: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> list[
 
 
 scan.register_autograd(_scan_gradients, setup_context=_keep_inputs)
+scan_keeping.register_autograd(_kept_scan_gradients, setup_context=_keep_states)
 conv.register_autograd(_conv_gradients, setup_context=_keep_inputs)

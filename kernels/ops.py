@@ -5,6 +5,7 @@ Shape suffixes: b clips · L tokens · D inner channels · N states · K taps.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from boldforge.kernels import operators
@@ -31,6 +32,7 @@ def shifted_scan(
     index: ScanIndex,
     backend: str = "auto",
     delta_softplus: bool = True,
+    keep_states: bool = False,
 ) -> Tensor:
     """Return the selective scan of every clip along ``index``, in token order, with gradients.
 
@@ -56,6 +58,10 @@ def shifted_scan(
     delta_softplus : bool
         False: delta = dt + dt_bias as it is, of any sign; only the torch backend has this, and it runs whatever
         ``backend`` says.
+    keep_states : bool
+        True: the triton backend keeps the state before every span of four tokens for the backward, N float32 numbers
+        per span and channel, instead of computing it again: faster, the same gradients bit for bit. Others ignore it,
+        as does ``torch.compile``, and triton itself where N is above 16 or the sequences are long and cut in chunks.
 
     Returns
     -------
@@ -88,6 +94,9 @@ def shifted_scan(
         if rows is not None:
             check_rows(name, rows)
     index = index.to(u.device)
+    if keep_states and delta_softplus and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        y, _ = operators.scan_keeping(u, dt, A, B, C, D, z, dt_bias, index.rows, index.cu_seqlens, backend)
+        return y
     return operators.scan(u, dt, A, B, C, D, z, dt_bias, index.rows, index.cu_seqlens, backend, delta_softplus)
 
 

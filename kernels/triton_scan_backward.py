@@ -20,16 +20,13 @@ from boldforge.kernels.torch_backend import ScanGradients
 from boldforge.kernels.triton_scan_backward_kernel import scan_backward_kernel
 from boldforge.kernels.triton_scan_keep import keep_states
 from boldforge.kernels.triton_scan_parts import by_rows, compile_options, packed
-from boldforge.kernels.triton_scan_spans import STEPS, spans_of
+from boldforge.kernels.triton_scan_spans import MOST_IN_32_BITS, STEPS, spans_of
 
 CHANNELS = 32
 """Channels of a program: one per lane of a warp."""
 
 MAX_STATES = 16
 """States of a program."""
-
-MOST_IN_32_BITS = 2**31 - 1
-"""Elements of a tensor that addresses in 32 bits reach; more take the same kernel in 64 bits."""
 
 
 def scan_backward(
@@ -107,7 +104,7 @@ def _backward(
     b, n_tokens, n_channels = u.shape
     n_states = A.shape[1]
     if states is None:
-        _, states = keep_states(u, dt, A, B, None, None, None, dt_bias, index, initial)
+        states = keep_states(u, dt, A, B, dt_bias, index, initial)
     spans = spans_of(index)
     dout, u, dt = (tensor.contiguous() for tensor in (dout, u, dt))
     B, C, z_rows = (by_rows(tensor) for tensor in (B, C, u if z is None else z))

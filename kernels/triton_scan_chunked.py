@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from boldforge.kernels import triton_scan, triton_scan_backward
+from boldforge.kernels import triton_scan, triton_scan_backward, triton_scan_keep
 from boldforge.kernels.index import ScanIndex
 from boldforge.kernels.index_balance import long_first
 from boldforge.kernels.torch_backend import ScanGradients
@@ -257,6 +257,24 @@ def scan_forward(
     return triton_scan.scan_forward(u, dt, A, B, C, D, z, dt_bias, chunks.index, initial=initial)
 
 
+def scan_keeping(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    index: ScanIndex,
+) -> tuple[Tensor, Tensor]:
+    """Return the scan and the states for its backward; none (an empty tensor) where it computes them itself."""
+    if A.shape[1] > triton_scan_backward.MAX_STATES or chunk_length(index, len(u), len(A)):
+        none = u.new_empty(len(u), 0, *A.T.shape, dtype=torch.float32)
+        return scan_forward(u, dt, A, B, C, D, z, dt_bias, index), none
+    return triton_scan_keep.scan_keeping(u, dt, A, B, C, D, z, dt_bias, long_first(index))
+
+
 def scan_backward(
     dout: Tensor,
     u: Tensor,
@@ -269,12 +287,16 @@ def scan_backward(
     dt_bias: Tensor | None,
     index: ScanIndex,
     chunk: int | None = None,
+    states: Tensor | None = None,
 ) -> ScanGradients:
-    """Return the gradient of every argument of ``scan_forward``, each in the type of its argument."""
+    """Return the gradient of every argument of ``scan_forward``, each in the type of its argument.
+
+    ``states`` are those of ``scan_keeping``.
+    """
     index = long_first(index)
     chunk = chunk_length(index, len(u), len(A)) if chunk is None else chunk
     if not chunk:
-        return triton_scan_backward.scan_backward(dout, u, dt, A, B, C, D, z, dt_bias, index)
+        return triton_scan_backward.scan_backward(dout, u, dt, A, B, C, D, z, dt_bias, index, states=states)
     chunks = chunks_of(index, chunk)
     initial, total = _states_before(u, dt, A, B, dt_bias, chunks)
     grad_last = _chunk_ends(dout, dt, A, C, z, dt_bias, chunks.index, None)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from boldforge.kernels.index import ScanIndex
-from boldforge.kernels.triton_scan_backward_kernel import load_step, load_vector, sigmoid, zero_unless
+from boldforge.kernels.triton_scan_backward_kernel import load_step, load_vector, row_of, sigmoid, zero_unless
 from boldforge.kernels.triton_scan_parts import (
     by_rows,
     compile_options,
@@ -27,10 +27,10 @@ from boldforge.kernels.triton_scan_parts import (
     softplus,
     store_state,
 )
-from boldforge.kernels.triton_scan_spans import STEPS, spans_of
+from boldforge.kernels.triton_scan_spans import MOST_IN_32_BITS, STEPS, spans_of
 
-CHANNELS = 64
-"""Channels of a program: two per lane of a warp share the loads of B and C."""
+WIDE_CHANNELS, NARROW_CHANNELS = 64, 32
+"""Channels of a program: two per lane of a warp share the loads of B and C, unless more lanes would then be idle."""
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def scan_states_kernel(
     n_channels, n_tokens, n_spans, u_row, dt_row, B_row, C_row, z_row,
     N: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    OUTPUT: tl.constexpr, PACKED: tl.constexpr,
+    OUTPUT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: one sequence (axis 0), CHANNELS channels (axis 1), one clip (axis 2)."""
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -71,7 +71,7 @@ def scan_states_kernel(
         for k in tl.static_range(STEPS):
             if k > 0:
                 code = tl.load(codes_ptr + span * STEPS + k)
-            row = code & 0x7FFFFFFF
+            row = row_of(code, WIDE)
             u = tl.load(u_ptr + row * u_row + near).to(tl.float32)
             delta = softplus(load_step(dt_ptr + row * dt_row + near, bias, code, k == 0))
             x = delta * u
@@ -95,32 +95,57 @@ def scan_states_kernel(
 
 
 def keep_states(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, index: ScanIndex, initial: Tensor | None = None
+) -> Tensor:
+    """Return the state before every span of ``spans_of``, float32 [b, spans, N, D]; at most sixteen states.
+
+    ``initial`` as in ``triton_scan.scan_forward``.
+    """
+    return _launch(u, dt, A, B, B, None, None, dt_bias, index, initial, None)
+
+
+def scan_keeping(
     u: Tensor,
     dt: Tensor,
     A: Tensor,
     B: Tensor,
-    C: Tensor | None,
+    C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
     index: ScanIndex,
-    initial: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor]:
-    """Return the scan's output and the state before every span of ``spans_of``, float32 [b, spans, N, D].
+) -> tuple[Tensor, Tensor]:
+    """Return the scan's output and, from the same pass, what ``keep_states`` returns."""
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    return y, _launch(u, dt, A, B, C, D, z, dt_bias, index, None, y)
 
-    At most sixteen states; the output is None where ``C`` is. ``initial`` as in ``triton_scan.scan_forward``.
-    """
+
+def _launch(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    index: ScanIndex,
+    initial: Tensor | None,
+    y: Tensor | None,
+) -> Tensor:
+    """Return the states, and fill ``y`` where it is given; what is missing is stood in for and never touched."""
     n_channels, n_states = A.shape
     spans = spans_of(index, STEPS)
     states = torch.empty(len(u), len(spans.rows), n_states, n_channels, dtype=torch.float32, device=u.device)
-    y = None if C is None else torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    u, dt, B, C_rows, z_rows = (by_rows(tensor) for tensor in (u, dt, B, B if C is None else C, u if z is None else z))
-    scan_states_kernel[(index.n_sequences, triton.cdiv(n_channels, CHANNELS), len(u))](
+    u, dt, B, C, z_rows = (by_rows(tensor) for tensor in (u, dt, B, C, u if z is None else z))
+    strides = [tensor.stride(1) for tensor in (u, dt, B, C, z_rows)]
+    channels = channels_per_program(n_channels)
+    scan_states_kernel[(index.n_sequences, triton.cdiv(n_channels, channels), len(u))](
         u,
         dt,
         A.contiguous(),
         B,
-        C_rows,
+        C,
         u if D is None else D.contiguous(),
         z_rows,
         u if dt_bias is None else dt_bias.contiguous(),
@@ -132,21 +157,25 @@ def keep_states(
         n_channels,
         u.shape[1],
         len(spans.rows),
-        *(tensor.stride(1) for tensor in (u, dt, B, C_rows, z_rows)),
-        **constants(n_states),
+        *strides,
+        N=n_states,
+        CHANNELS=channels,
+        STEPS=STEPS,
         HAS_D=D is not None,
         HAS_Z=z is not None,
         HAS_BIAS=dt_bias is not None,
         HAS_INITIAL=initial is not None,
         OUTPUT=y is not None,
-        PACKED=packed(B, C_rows),
+        PACKED=packed(B, C),
+        WIDE=u.shape[1] * max(*strides, n_channels) > MOST_IN_32_BITS,
         num_warps=1,
         num_stages=1,
         **compile_options(),
     )
-    return y, states
+    return states
 
 
-def constants(n_states: int) -> dict[str, int]:
-    """Return the compile-time arguments that follow from the number of states."""
-    return {"N": n_states, "CHANNELS": CHANNELS, "STEPS": STEPS}
+def channels_per_program(n_channels: int) -> int:
+    """Return the channels of a program that leave the fewest lanes idle, many rather than few."""
+    idle = {channels: -n_channels % channels for channels in (WIDE_CHANNELS, NARROW_CHANNELS)}
+    return min(idle, key=lambda channels: idle[channels])

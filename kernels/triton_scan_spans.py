@@ -16,6 +16,9 @@ from boldforge.kernels.index import RESTART, ScanIndex
 STEPS = 4
 """Tokens of a span; their states live in registers, and eight of them would spill."""
 
+MOST_IN_32_BITS = 2**31 - 1
+"""Elements of a tensor that addresses in 32 bits reach; more take the same kernels in 64 bits."""
+
 
 class Spans(NamedTuple):
     """Tokens of an index in spans, in the order of the scan.
