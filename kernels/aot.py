@@ -28,6 +28,7 @@ from boldforge.kernels import (
     triton_scan_flat,
     triton_scan_keep,
     triton_scan_parts,
+    triton_scan_spans,
 )
 
 RECORD = Path(__file__).with_name("resources.json")
@@ -133,16 +134,17 @@ def _passes_of_long_sequences(dtype: str, n: int, channels: int, packed: bool) -
         yield Variant(f"scan_carry N={n}", triton_scan_chunked.carry_kernel, dtype, constants, 1, lanes * steps)
 
 
-def _backward_variants(dtype: str, n: int, common: Mapping[str, Any]) -> Iterator[Variant]:
+def _backward_variants(dtype: str, n: int, common: dict[str, Any]) -> Iterator[Variant]:
     """Yield the kernels that the scan's backward needs: its states, alone or with the output, and itself."""
     keep = triton_scan_keep.scan_states_kernel
-    channels = triton_scan_keep.WIDE_CHANNELS
-    known = common | {"N": n, "CHANNELS": channels, "STEPS": triton_scan_keep.STEPS, "WIDE": False}
+    channels = triton_scan_keep.channels_per_program(triton_scan_keep.WIDE_CHANNELS, TYPES[dtype])
+    steps = triton_scan_spans.steps_for(TYPES[dtype])
+    known = common | {"N": n, "CHANNELS": channels, "STEPS": steps, "WIDE": False}
     for name, output in (("scan_states", False), ("scan_forward_keeping", True)):
         constants = _known(keep, known | {"OUTPUT": output})
-        yield Variant(f"{name} {dtype} N={n}", keep, dtype, constants, 1, channels * triton_scan_keep.STEPS)
+        yield Variant(f"{name} {dtype} N={n}", keep, dtype, constants, 1, channels * steps)
     backward = triton_scan_backward.scan_backward_kernel
-    elements = triton_scan_backward.CHANNELS * triton_scan_backward.STEPS
+    elements = triton_scan_backward.CHANNELS * steps
     constants = triton_scan_backward.constants(n, TYPES[dtype]) | common | {"WIDE": False}
     yield Variant(f"scan_backward {dtype} N={n}", backward, dtype, _known(backward, constants), 1, elements)
 

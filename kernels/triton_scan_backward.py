@@ -20,7 +20,7 @@ from boldforge.kernels.torch_backend import ScanGradients
 from boldforge.kernels.triton_scan_backward_kernel import scan_backward_kernel
 from boldforge.kernels.triton_scan_keep import keep_states
 from boldforge.kernels.triton_scan_parts import by_rows, compile_options, packed
-from boldforge.kernels.triton_scan_spans import MOST_IN_32_BITS, STEPS, spans_of
+from boldforge.kernels.triton_scan_spans import MOST_IN_32_BITS, spans_of, steps_for
 
 CHANNELS = 32
 """Channels of a program: one per lane of a warp."""
@@ -105,7 +105,7 @@ def _backward(
     n_states = A.shape[1]
     if states is None:
         states = keep_states(u, dt, A, B, dt_bias, index, initial)
-    spans = spans_of(index)
+    spans = spans_of(index, steps_for(u.dtype))
     dout, u, dt = (tensor.contiguous() for tensor in (dout, u, dt))
     B, C, z_rows = (by_rows(tensor) for tensor in (B, C, u if z is None else z))
     dh = None if grad_initial is None else grad_initial.new_empty(grad_initial.shape)
@@ -177,4 +177,4 @@ def constants(n_states: int, dtype: torch.dtype) -> dict[str, int]:
 
     The tensor cores' 11 bits are enough for the gradients of half-precision inputs; float32 takes two products.
     """
-    return {"N": n_states, "CHANNELS": CHANNELS, "STEPS": STEPS, "SPLIT": dtype == torch.float32}
+    return {"N": n_states, "CHANNELS": CHANNELS, "STEPS": steps_for(dtype), "SPLIT": dtype == torch.float32}

@@ -4,7 +4,7 @@ Shape suffixes: b clips · L tokens · D inner channels · N states.
 """
 
 # Triton reads a kernel's source: its arguments carry no types, and its tuples grow by addition only.
-# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
+# mypy: disable-error-code="no-untyped-def, assignment, var-annotated, misc"
 # ruff: noqa: RUF005
 
 from __future__ import annotations
@@ -188,13 +188,7 @@ def scan_backward_kernel(
         for k in tl.static_range(STEPS - 1, -1, -1):
             row = row_of(codes[k], WIDE)
             present = exists if k == 0 else exists & (codes[k] + channel * 0 >= 0)
-            if SPLIT:
-                # Registers are short here, and the cache has both.
-                u = tl.load(u_ptr + row * n_channels + here).to(tl.float32)
-                step = load_step(dt_ptr + row * n_channels + here, bias, codes[k], k == 0)
-            else:
-                u = us[k]
-                step = steps[k]
+            u = us[k]
             dout = tl.load(dout_ptr + row * n_channels + here, mask=present, other=0.0).to(tl.float32)
             dy, z, gate = before_gate(dout, z_ptr + row * z_row + (token * z_row + near), HAS_Z)
             B = load_weights(B_ptr + (token + row) * B_row, True, N, PACKED)
@@ -202,7 +196,7 @@ def scan_backward_kernel(
             y, gB, pA, dB, dC, dh, dA = back_one_token(
                 dh, dA, A, history[k], history[k - 1], dy, deltas[k], deltas[k] * u, B, C, N, k == 0
             )
-            ddt = (pA + gB * u) * sigmoid(step)
+            ddt = (pA + gB * u) * sigmoid(steps[k])
             dD += dy * u
             dbias += ddt
             target = row * n_channels + here

@@ -27,10 +27,10 @@ from boldforge.kernels.triton_scan_parts import (
     softplus,
     store_state,
 )
-from boldforge.kernels.triton_scan_spans import MOST_IN_32_BITS, STEPS, spans_of
+from boldforge.kernels.triton_scan_spans import MOST_IN_32_BITS, spans_of, steps_for
 
 WIDE_CHANNELS, NARROW_CHANNELS = 64, 32
-"""Channels of a program: two per lane of a warp share the loads of B and C, unless more lanes would then be idle."""
+"""Channels of a program: two per lane of a warp share the loads of B and C."""
 
 
 @triton.jit
@@ -135,11 +135,11 @@ def _launch(
 ) -> Tensor:
     """Return the states, and fill ``y`` where it is given; what is missing is stood in for and never touched."""
     n_channels, n_states = A.shape
-    spans = spans_of(index, STEPS)
+    spans = spans_of(index, steps_for(u.dtype))
     states = torch.empty(len(u), len(spans.rows), n_states, n_channels, dtype=torch.float32, device=u.device)
     u, dt, B, C, z_rows = (by_rows(tensor) for tensor in (u, dt, B, C, u if z is None else z))
     strides = [tensor.stride(1) for tensor in (u, dt, B, C, z_rows)]
-    channels = channels_per_program(n_channels)
+    channels = channels_per_program(n_channels, u.dtype)
     scan_states_kernel[(index.n_sequences, triton.cdiv(n_channels, channels), len(u))](
         u,
         dt,
@@ -160,7 +160,7 @@ def _launch(
         *strides,
         N=n_states,
         CHANNELS=channels,
-        STEPS=STEPS,
+        STEPS=spans.rows.shape[1],
         HAS_D=D is not None,
         HAS_Z=z is not None,
         HAS_BIAS=dt_bias is not None,
@@ -175,7 +175,12 @@ def _launch(
     return states
 
 
-def channels_per_program(n_channels: int) -> int:
-    """Return the channels of a program that leave the fewest lanes idle, many rather than few."""
+def channels_per_program(n_channels: int, dtype: torch.dtype) -> int:
+    """Return the channels of a program: those that leave the fewest lanes idle, and many rather than few.
+
+    In float32 there is no unpacking of B and C to share, and many would spill.
+    """
+    if dtype == torch.float32:
+        return NARROW_CHANNELS
     idle = {channels: -n_channels % channels for channels in (WIDE_CHANNELS, NARROW_CHANNELS)}
     return min(idle, key=lambda channels: idle[channels])

@@ -13,9 +13,6 @@ from torch import Tensor
 
 from boldforge.kernels.index import RESTART, ScanIndex
 
-STEPS = 4
-"""Tokens of a span; their states live in registers, and eight of them would spill."""
-
 MOST_IN_32_BITS = 2**31 - 1
 """Elements of a tensor that addresses in 32 bits reach; more take the same kernels in 64 bits."""
 
@@ -36,7 +33,12 @@ class Spans(NamedTuple):
     cu_spans: Tensor
 
 
-def spans_of(index: ScanIndex, steps: int = STEPS) -> Spans:
+def steps_for(dtype: torch.dtype) -> int:
+    """Return the tokens of a span for inputs of this type; their states live in registers, and more would spill."""
+    return 2 if dtype == torch.float32 else 4
+
+
+def spans_of(index: ScanIndex, steps: int) -> Spans:
     """Return the spans of at most ``steps`` tokens, on the device of the index; built once for an index."""
     return index.cached(("spans", steps), lambda: _spans(index, steps))
 

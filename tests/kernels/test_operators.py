@@ -46,6 +46,29 @@ def test_torchs_own_checks_of_the_scan(missing, delta_softplus):
     assert found == dict.fromkeys(OPCHECKS, "SUCCESS")
 
 
+def test_torchs_own_checks_of_the_scan_that_keeps_its_states():
+    index = window_index((5,), (3,), (0,))
+    inputs = {name: value.requires_grad_() for name, value in scan_inputs(index, 1, 2, 2, torch.float32).items()}
+    found = torch.library.opcheck(operators.scan_keeping, (*inputs.values(), index.rows, index.cu_seqlens, "torch"))
+    assert found == dict.fromkeys(OPCHECKS, "SUCCESS")
+
+
+def test_asking_to_keep_states_changes_no_bit_and_breaks_no_graph():
+    def keeping(index, *tensors):
+        return shifted_scan(*tensors[:-1], index, keep_states=True).square().sum() + tensors[-1].sum()
+
+    def computing(index, *tensors):
+        return shifted_scan(*tensors[:-1], index).square().sum() + tensors[-1].sum()
+
+    index = ragged_index()
+    torch.compiler.reset()
+    compiled = torch.compile(keeping, backend="aot_eager", fullgraph=True)
+    wanted = results(computing, index)
+    for function in (keeping, compiled):
+        for a, b in zip(results(function, index), wanted, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_torchs_own_checks_of_the_convolution():
     index = window_index((5,), (3,), (0,))
     x, weight = torch.randn(1, 5, 2, requires_grad=True), torch.randn(2, 4, requires_grad=True)
