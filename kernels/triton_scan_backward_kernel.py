@@ -106,7 +106,7 @@ def states_again(
 def back_one_token(
     dh, dA, A, h, before, dy, delta, x, B, C, N: tl.constexpr, FIRST: tl.constexpr
 ):  # fmt: skip
-    """Carry the state's gradient over one token; ``before`` is the state before it, unless it is a span's FIRST."""
+    """Carry the state's gradient over one token; ``before`` is the state before it, not used for a FIRST."""
     y = tl.zeros_like(dy)
     gB = tl.zeros_like(dy)
     pA = tl.zeros_like(dy)
@@ -121,7 +121,8 @@ def back_one_token(
         dB = dB + (g * x,)
         gB += g * B[n]
         passed = tl.exp2(delta * A[n]) * g
-        # The decay times the state before this token; keeping that of the first one too would spill.
+        # The decay times the state before this token. In half precision that of a first one is not kept, which would
+        # spill, and a difference stands in for it that rounding spoils where the decay is strong.
         p = g * (h[n] - x * B[n]) if FIRST else passed * before[n]
         pA += p * A[n]
         dA_next = dA_next + (dA[n] + p * delta,)
@@ -194,7 +195,18 @@ def scan_backward_kernel(
             B = load_weights(B_ptr + (token + row) * B_row, True, N, PACKED)
             C = load_weights(C_ptr + (token + row) * C_row, True, N, PACKED)
             y, gB, pA, dB, dC, dh, dA = back_one_token(
-                dh, dA, A, history[k], history[k - 1], dy, deltas[k], deltas[k] * u, B, C, N, k == 0
+                dh,
+                dA,
+                A,
+                history[k],
+                history[k - 1] if k > 0 else h,
+                dy,
+                deltas[k],
+                deltas[k] * u,
+                B,
+                C,
+                N,
+                False if SPLIT else k == 0,
             )
             ddt = (pA + gB * u) * sigmoid(steps[k])
             dD += dy * u
