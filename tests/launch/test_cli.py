@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from boldforge import __version__
+from boldforge.configs import ConfigError
 from boldforge.launch import cli
 from boldforge.launch.cli import app
 
@@ -92,6 +93,14 @@ def test_the_version_is_printed():
         (["pretrain", "shards=nowhere", "out=x"], "nowhere"),
         (["inspect", "nowhere"], "nowhere: no such folder"),
         (["shard", "nowhere", "--out", "x"], "nowhere: no such folder"),
+        (["shard", "nowhere"], "boldforge shard needs --out FOLDER"),
+        (
+            ["shard", ".", "--verify", "--out", "x"],
+            "--verify reads the folder of shards it is given, and takes no --out",
+        ),
+        (["shard", "nowhere", "--export-zarr", "z"], "no manifest here"),
+        (["shard", ".", "--out", "nowhere", "--append"], "no manifest here"),
+        (["shard", ".", "--out", "x", "--append", "--overwrite"], "pass one of them"),
         (["simulate", "x", "--region", "Atlantis"], "no region named Atlantis"),
         (["release", "nowhere", "--out", "x"], "nowhere/config.json: no such file"),
         (["load", "nowhere"], "nowhere/config.json: no such file"),
@@ -211,6 +220,42 @@ def test_shard_leaves_bad_runs_out_lists_them_and_finishes_the_rest(mixed_folder
     assert [run.key for run in load_manifest(out).runs] == ["sub-good_task-rest"]
     listed = (out / "rejected.tsv").read_text()
     assert all(f"sub-{name}_" in listed for name in ("cut", "empty", "text", "flat", "five", "timeless"))
+
+
+def test_a_dataset_is_verified_appended_to_and_exported_from_the_command_line(mixed_folder, tmp_path):
+    from boldforge.data_shards import load_manifest
+
+    def boldforge(*arguments):
+        result = CliRunner().invoke(app, ["shard", *map(str, arguments)])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.output
+
+    out = tmp_path / "shards"
+    assert boldforge(mixed_folder, "--out", out, "--dtype", "int8")[0] == 0
+    code, text = boldforge(out, "--verify")
+    assert (code, "1 runs in 1 shards, every byte as it was written" in text) == (0, True)
+
+    more = tmp_path / "more"
+    more.mkdir()
+    shutil.copy(REAL, more / "sub-new_task-rest_space-MNI152_bold.nii.gz")
+    with pytest.raises(ConfigError, match="was built with dtype int8, so runs at int16 cannot be added"):
+        boldforge(more, "--out", out, "--append", "--dtype", "int16")
+    code, text = boldforge(more, "--out", out, "--append")
+    assert (code, "1 runs added, 0 were there already, 2 in all" in text) == (0, True)
+    assert load_manifest(out).recipe.dtype == "int8"
+
+    code, text = boldforge(out, "--export-zarr", tmp_path / "study.zarr")
+    assert (code, "2 runs as Zarr v3, read back equal" in text) == (0, True)
+
+    with (out / "shard-000001.tar").open("r+b") as file:
+        file.seek(10_000)
+        file.write(b"damage")
+    (out / "shard-000000.tar").unlink()
+    code, text = boldforge(out, "--verify")
+    assert code == 2
+    assert "shard-000000.tar: is missing" in text
+    assert "shard-000001.tar: run sub-new_task-rest: frame 0 damaged" in text
 
 
 def test_a_folder_of_nothing_but_bad_runs_is_an_error(tmp_path, monkeypatch, capsys):
