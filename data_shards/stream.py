@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from boldforge.data_shards.batch import ClipBatch, SkippedClip
+from boldforge.data_shards.buffers import BufferPool
 from boldforge.data_shards.manifest import Manifest
 from boldforge.data_shards.mixture import Mixture, Source, check_alike
 from boldforge.data_shards.order import ClipOrder, Offsets
@@ -113,7 +114,7 @@ class ClipStream(IterableDataset[ClipBatch]):
         self._lanes = 1
         self._padding = padding
         self._damage = damage
-        self._pin = pin_memory
+        self._buffers = BufferPool(pin_memory, keep=num_workers + 2)
         self._slots = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self._sources = sources
         self._orders = [_order(source, clip_length, seed, clips_per_run, offsets) for source in sources]
@@ -238,8 +239,8 @@ class ClipStream(IterableDataset[ClipBatch]):
         if self._end is not None:
             until = min(until, self._end)
         b, T, V = len(self._slots), self.clip_length, self.manifest.n_voxels
-        q = torch.empty(b, T, V, dtype=getattr(torch, self.manifest.recipe.dtype), pin_memory=self._pin)
-        scale, mean = (torch.empty(b, V, pin_memory=self._pin) for _ in range(2))
+        q = self._buffers.tensor((b, T, V), self.manifest.recipe.dtype)
+        mean, scale = self._buffers.tensor((2, b, V), "float32")
         where = torch.full((3, b), -1, dtype=torch.int64)
         skipped = []
         for place, slot in enumerate(self._slots):
