@@ -154,7 +154,10 @@ class ShardReader:
         file = self._file(int(self.manifest.index[run_index]["shard"]))
         done = 0
         while done < len(buffer):
-            count = os.preadv(file, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(file, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise self._damaged(run_index, f"bytes, which the disk does not give: {error.strerror}") from None
             if count == 0:
                 raise self._damaged(run_index, "end, which is cut off")
             done += count

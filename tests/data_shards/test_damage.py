@@ -1,5 +1,7 @@
 """Damaged shards: found, named and counted, raised or skipped, and the same at any number of ranks; never returned."""
 
+import errno
+import os
 import shutil
 from itertools import islice
 
@@ -111,3 +113,16 @@ def test_resuming_behind_a_skipped_clip_changes_nothing(real_shards, tmp_path):
     second = ClipStream(manifest, 8, 2, SEED, damage="skip", num_workers=2)
     second.load_state_dict(first.state_dict())
     assert found + [batch.start.tolist() for batch in islice(second, 7)] == straight
+
+
+def test_a_disk_that_fails_is_damage_like_any_other(real_shards, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    stream = ClipStream(real_shards, 8, 2, SEED, damage="skip")
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "preadv", fails)
+        assert not stream.batch(0).valid.any()
+        with pytest.raises(ShardError, match="which the disk does not give: Input/output error"):
+            ClipStream(real_shards, 8, 2, SEED).batch(0)
+    assert stream.batch(0).valid.all()

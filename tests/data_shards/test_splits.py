@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from boldforge.data_shards import (
+    DataRecipe,
     Holdout,
     Segment,
     ShardError,
+    append_shards,
+    build_shards,
     load_manifest,
     split_runs,
     split_segments,
@@ -124,3 +127,12 @@ def test_splits_that_are_not_there_or_hold_nobody_are_named(real_shards, tmp_pat
 def test_plans_that_cannot_be_are_refused(plan, words):
     with pytest.raises(ValidationError, match=words):
         SplitPlan(**plan)
+
+
+def test_adding_subjects_keeps_the_plan(real_runs, tmp_path):
+    build_shards(real_runs.runs[:1], tmp_path / "out", DataRecipe(grid="mni4mm"))
+    plan = SplitPlan(fractions={}, fixed={"train": (real_runs.runs[0].subject,)}, seed=4)
+    store_splits(tmp_path / "out", plan)
+    manifest = append_shards(real_runs.runs, tmp_path / "out").manifest
+    assert len(manifest.runs) == 2
+    assert manifest.splits == plan

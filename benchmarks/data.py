@@ -1,0 +1,152 @@
+"""The figures of data_shards: size, precision, reading and ingest against peers, and what a dataset survives.
+
+    python benchmarks/data.py [--quick] [--part storage|reads|ingest|survival] [--json FILE]
+
+The data are the two real runs of tests/data on the 96³ grid, played forwards and backwards until they are long enough.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from data_parts import peers, survival, timing
+from ingest import measure, write_long_run
+
+from boldforge.data_shards import append_shards, build_shards
+
+CUBE_BYTES = 96**3
+PARTS = ("storage", "reads", "ingest", "survival")
+
+Row = dict[str, object]
+
+
+def row(figure: str, value: float, unit: str, goal: float | None = None, better: str = "higher") -> Row:
+    """Return one line of the table."""
+    return {"figure": figure, "value": float(f"{value:.4g}"), "unit": unit, "goal": goal, "better": better}
+
+
+def storage(scratch: Path, quick: bool) -> list[Row]:
+    """Bytes per frame of whole tars against int8 cubes, and temporal SNR against one scale per subject."""
+    rows = []
+    runs = peers.write_long_runs(scratch, 60 if quick else 286)
+    for dtype, goal in (("int8", 0.28), ("int16", 0.55)):
+        manifest = peers.build(runs, scratch / dtype, dtype)
+        # Scales and means are stored once per run: in a short run they weigh more than in one of 286 frames.
+        n_bytes = sum(shard.n_bytes for shard in manifest.shards)
+        per_run = sum(8 * manifest.n_voxels * (1 - run.n_frames / 286) for run in manifest.runs)
+        ratio = (n_bytes - per_run) / (manifest.n_frames * CUBE_BYTES)
+        rows.append(row(f"bytes_ratio_{dtype}", ratio, "of int8 cubes", goal, "lower"))
+        rows.append(
+            row(f"tsnr_db_{dtype}", min(run.tsnr_db for run in manifest.runs), "dB", {"int8": 44, "int16": 80}[dtype])
+        )
+    whole = peers.build(runs, scratch / "global-z", "int16", "global-z")
+    rows.append(row("tsnr_db_int8_one_scale_per_subject", max(peers.one_scale_per_subject(whole)), "dB"))
+    return rows
+
+
+def reads(scratch: Path, quick: bool) -> list[Row]:
+    """Clips of 20 frames per second, warm, checksums on, on one and two processes."""
+    manifest = peers.build(peers.write_long_runs(scratch, 60 if quick else 286), scratch / "ours", "int8")
+    ours = partial(peers.read_ours, manifest)
+    memcpy = timing.memcpy_bytes_per_second()
+    rows = []
+    for figure, peer, goal, n_peer in (
+        ("read_vs_dense_pt", peers.DensePt, 5, 30),
+        ("read_vs_webdataset_npy", peers.WebDatasetNpy, 50, 10),
+        ("read_vs_nifti", peers.NiftiSlices, 100, 2),
+    ):
+        files = peer(peers.empty(scratch / figure))
+        files.write(manifest)
+        for workers in (1, 2):
+            many = 1 if quick or n_peer == 2 else 5
+            found = timing.compare(ours, partial(files.read, manifest), 100, n_peer, workers, many)
+            name = figure if workers == 1 else f"{figure}_2_workers"
+            rows.append(row(name, found["ratio"], "ratio", goal))
+            rows.append(row(f"{name}_peer", found["peer"], "clips/s"))
+            if n_peer == 30:
+                share = found["bytes_per_second"] / memcpy
+                rows.append(row(name.replace("read_vs_dense_pt", "read_clips_per_second"), found["ours"], "clips/s"))
+                rows.append(row(name.replace("read_vs_dense_pt", "read_bandwidth_share"), share, "of memcpy"))
+    rows.append(row("memcpy", memcpy / 1e9, "GB/s"))
+    return rows
+
+
+def ingest(scratch: Path, quick: bool) -> list[Row]:
+    """NIfTI to shards against a whole-array load, interpolation and save, on the same gzipped files."""
+    n_frames = 40 if quick else 150
+    paths = [write_long_run(scratch / f"{i}_bold.nii.gz", n_frames, tr=2.0, seed=i) for i in range(2)]
+    runs = [peers.Run(str(i), None, None, 2.0, path) for i, path in enumerate(paths)]
+    recipe = peers.DataRecipe(grid="mni2mm", tr=2.0, dtype="int8")
+    rows = []
+    for workers in (1, 2):
+        used = list(range(workers))
+        mine = timing.seconds_in_processes(
+            build_shards, [([runs[i]], peers.empty(scratch / f"built{i}"), recipe) for i in used]
+        )
+        theirs = timing.seconds_in_processes(peers.ingest_plainly, [(paths[i], scratch / f"{i}.pt") for i in used])
+        name = "ingest_vs_peer" if workers == 1 else "ingest_vs_peer_2_workers"
+        rows.append(row(name, theirs / mine, "ratio", 3))
+        rows.append(row(f"{name}_ours", workers * n_frames / mine, "frames/s"))
+    path = write_long_run(scratch / "long_bold.nii.gz", 100 if quick else 1200)
+    rows.append(row("ingest_peak_memory_mb", measure(path)["peak_mb"], "MiB", 2000, "lower"))
+    return rows
+
+
+def survived(scratch: Path, quick: bool) -> list[Row]:
+    """Kills of builds and of reading jobs, and injected faults."""
+    chance = random.Random(0)
+    n_kills, n_faults = (5, 250) if quick else (50, 10_000)
+    runs = survival.short_runs(peers.empty(scratch / "in"), 6, 10)
+    build_shards(runs[:2], scratch / "small", survival.RECIPE)
+    for more in (runs[2:4], runs[4:]):
+        manifest = append_shards(more, scratch / "small").manifest
+    kills = survival.kill_builds(scratch / "builds", n_kills, chance)
+    kills += survival.kill_readers(manifest, scratch, n_kills, chance)
+    missed = survival.inject_faults(manifest, scratch, n_faults, chance)
+    rows = [
+        row("kills_survived", kills, f"of {2 * n_kills}", 2 * n_kills),
+        row("faults_missed", sum(missed.values()), f"of {n_faults}", 0, "lower"),
+    ]
+    return rows + [
+        row(f"faults_missed: {kind}", n, f"of {n_faults // len(missed)}", 0, "lower") for kind, n in missed.items()
+    ]
+
+
+def machine() -> str:
+    """Return the processor, its cores and the versions that matter."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def main() -> None:
+    """Measure, print the table, and write it as JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="shorter runs and fewer faults (under 90 seconds)")
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be repeated")
+    parser.add_argument("--json", type=Path, help="write machine and rows to this file")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    measures = {"storage": storage, "reads": reads, "ingest": ingest, "survival": survived}
+    rows: list[Row] = []
+    print(machine())
+    for part in chosen.part or PARTS:
+        with tempfile.TemporaryDirectory(prefix="boldforge-data-") as folder:
+            found = measures[part](Path(folder), chosen.quick)
+        for each in found:
+            goal = "" if each["goal"] is None else f"goal {each['goal']:g}"
+            print(f"{each['figure']:<42}{each['value']:>10g} {each['unit']:<14}{goal}", flush=True)
+        rows += found
+    if chosen.json:
+        chosen.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
