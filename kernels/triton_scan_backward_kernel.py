@@ -12,8 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from boldforge.kernels.triton_scan_backward_parts import pickers, sum_channels
-from boldforge.kernels.triton_scan_parts import load_state, load_weights, reciprocal, softplus, store_state
+from boldforge.kernels.triton_scan_backward_parts import pickers, store_channel_sums
+from boldforge.kernels.triton_scan_parts import (
+    first_state,
+    load_decay,
+    load_state,
+    load_weights,
+    reciprocal,
+    softplus,
+    store_state,
+)
 
 
 @triton.jit
@@ -23,12 +31,26 @@ def sigmoid(x):
 
 
 @triton.jit
+def load_codes(first_ptr, STEPS: tl.constexpr):
+    """Return the codes of a span."""
+    codes = ()
+    for k in tl.static_range(STEPS):
+        codes = codes + (tl.load(first_ptr + k),)
+    return codes
+
+
+@triton.jit
+def widened(number, WIDE: tl.constexpr):
+    """Return the number in 64 bits where addresses are WIDE."""
+    if WIDE:
+        number = number.to(tl.int64)
+    return number
+
+
+@triton.jit
 def row_of(code, WIDE: tl.constexpr):
     """Return the token that a code of the spans names."""
-    row = code & 0x7FFFFFFF
-    if WIDE:
-        row = row.to(tl.int64)
-    return row
+    return widened(code & 0x7FFFFFFF, WIDE)
 
 
 @triton.jit
@@ -148,27 +170,17 @@ def scan_backward_kernel(
     exists = channel < n_channels
     # A lane without a channel reads the last one's values, so that only its output gradient needs a mask.
     near = tl.minimum(channel, n_channels - 1)
-    clip = tl.program_id(2)
-    group = tl.program_id(1)
-    if WIDE:
-        clip = clip.to(tl.int64)
-        group = group.to(tl.int64)
+    clip = widened(tl.program_id(2), WIDE)
+    group = widened(tl.program_id(1), WIDE)
     token = clip * n_tokens
     here = token * n_channels + near
     share = (clip * tl.num_programs(0) + tl.program_id(0)) * N * n_channels + near
-    lane = tl.arange(0, CHANNELS)
-    n_lane = lane // 4 + lane % 2 * 8
-    sum_here = (group * tl.num_programs(2) * n_tokens + token) * 2 * N + lane // 2 % 2 * N + n_lane
+    dBC_ptr += (group * tl.num_programs(2) * n_tokens + token) * (2 * N)
     skip = load_vector(D_ptr, near, HAS_D)
     bias = load_vector(bias_ptr, near, HAS_BIAS)
-    A = ()
-    dh = ()
-    for n in tl.static_range(N):
-        A = A + (tl.load(A_ptr + near * N + n).to(tl.float32) * 1.4426950408889634,)
-        dh = dh + (tl.zeros([CHANNELS], tl.float32),)
-    dA = dh
-    if HAS_LAST:
-        dh = load_state(grad_last_ptr + share, n_channels, exists, N)
+    A = load_decay(A_ptr, near, exists, N)
+    dA = first_state(dA_ptr + share, n_channels, exists, N, False)
+    dh = first_state(grad_last_ptr + share, n_channels, exists, N, HAS_LAST)
     dD = tl.zeros([CHANNELS], tl.float32)
     dbias = tl.zeros([CHANNELS], tl.float32)
     pick, four = pickers(SPLIT)
@@ -176,9 +188,7 @@ def scan_backward_kernel(
     stop = tl.load(cu_ptr + tl.program_id(0) + 1)
     for done in range(0, stop - start):
         span = stop - 1 - done
-        codes = ()
-        for k in tl.static_range(STEPS):
-            codes = codes + (tl.load(codes_ptr + span * STEPS + k),)
+        codes = load_codes(codes_ptr + span * STEPS, STEPS)
         # Across a restart nothing passes, not even a NaN, which a product with zero would let through.
         known = exists & (codes[0] + channel * 0 >= 0)
         h = load_state(states_ptr + (clip * n_spans + span) * N * n_channels + near, n_channels, known, N)
@@ -217,8 +227,7 @@ def scan_backward_kernel(
             if HAS_Z:
                 store_as(dz_ptr + target, dout * gate * (1.0 + z * (1.0 - gate)) * (y + skip * u), present)
             n_stored = N if k == 0 else tl.where(codes[k] >= 0, N, 0)
-            sums = sum_channels(dB, dC, pick, four, N, SPLIT)
-            tl.store(dBC_ptr + row * (2 * N) + sum_here, sums, mask=n_lane < n_stored)
+            store_channel_sums(dBC_ptr + row * (2 * N), dB, dC, pick, four, n_stored, N, SPLIT)
         dh = zero_unless(codes[0] >= 0, dh, N)
     store_state(dA_ptr + share, dA, n_channels, exists, N)
     if HAS_INITIAL:

@@ -98,3 +98,12 @@ def sum_channels(first, second, pick, four, N: tl.constexpr, SPLIT: tl.constexpr
     sums, _ = tl.split(tl.reshape(_product(both, four, SPLIT, 1), [2, 8, 4, 2]))
     even, odd = tl.split(tl.permute(sums, [1, 2, 0]))
     return tl.reshape(even + odd, [32])
+
+
+@triton.jit
+def store_channel_sums(target_ptr, first, second, pick, four, n_stored, N: tl.constexpr, SPLIT: tl.constexpr):
+    """Store the sums over 32 lanes of the N vectors, those of the first before those of the second."""
+    lane = tl.arange(0, 32)
+    n = lane // 4 + lane % 2 * 8
+    sums = sum_channels(first, second, pick, four, N, SPLIT)
+    tl.store(target_ptr + (lane // 2 % 2 * N + n), sums, mask=n < n_stored)
