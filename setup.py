@@ -16,6 +16,7 @@ PACKAGE_DIR = {
     "boldforge.kernels": "kernels",
     "boldforge.pretrain": "pretrain",
     "boldforge.finetune": "finetune",
+    "boldforge.finetune.tasks": "finetune/tasks",
     "boldforge.launch": "launch",
 }
 

@@ -10,18 +10,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit
-from sklearn.compose import make_column_transformer
+from scipy.special import expit, softmax
+from sklearn.compose import TransformedTargetRegressor, make_column_transformer
 from sklearn.decomposition import PCA
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
-from sklearn.svm import LinearSVC
+from sklearn.svm import LinearSVC, LinearSVR
 
 from boldforge.data_shards import Manifest, ShardReader, atlas_on_grid, load_atlas
 from boldforge.finetune.cohort import Subject
-from boldforge.finetune.metrics import auc
+from boldforge.finetune.tasks import Task
+from boldforge.finetune.tasks.base import Kind
 
 Floats = npt.NDArray[np.float64]
 OnProgress = Callable[[int, int], None]
@@ -34,19 +35,25 @@ _FRAMES_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Baseline:
-    """A kind of features and a kind of classifier; ``says`` is for the report."""
+    """A kind of features, what to call them, and a kind of model."""
 
     features: str
-    classifier: str
-    says: str
+    called: str
+    model: str
+
+    def says(self, kind: Kind) -> str:
+        """Describe it for a task of that kind."""
+        regression = {"linear": "ridge regression", "svm": "linear support vector regression"}
+        classifiers = {"linear": "logistic regression", "svm": "linear SVM"}
+        return f"{self.called}, {(regression if kind == 'regression' else classifiers)[self.model]}"
 
 
 BASELINES: Mapping[str, Baseline] = {
-    "site": Baseline("site", "logistic", "site alone, logistic regression"),
-    "demographics": Baseline("demographics", "logistic", "site, age and sex, logistic regression"),
-    "connectivity": Baseline("connectivity", "logistic", "AAL3 functional connectivity, logistic regression"),
-    "connectivity-svm": Baseline("connectivity", "svm", "AAL3 functional connectivity, linear SVM"),
-    "image": Baseline("image", "logistic", "mean and amplitude image, 50 components, logistic regression"),
+    "site": Baseline("site", "site alone", "linear"),
+    "demographics": Baseline("demographics", "site, age and sex", "linear"),
+    "connectivity": Baseline("connectivity", "AAL3 functional connectivity", "linear"),
+    "connectivity-svm": Baseline("connectivity", "AAL3 functional connectivity", "svm"),
+    "image": Baseline("image", "50 components of the mean and amplitude image", "linear"),
 }
 
 
@@ -97,8 +104,9 @@ def subject_features(
 
 def baseline_scores(
     name: str,
+    task: Task,
     features: npt.NDArray[Any],
-    labels: Sequence[int],
+    labels: Sequence[float],
     train: Sequence[int],
     validation: Sequence[int],
     test: Sequence[int],
@@ -109,49 +117,71 @@ def baseline_scores(
     ----------
     name
         A key of `BASELINES`.
+    task
+        Decides between classes and numbers, and the figure that is maximised.
     features
         One row per subject, of the baseline's kind.
     labels
-        0 or 1, one per subject.
+        One per subject.
     train, validation, test
-        Positions of subjects. The regularisation is the one with the highest validation AUC.
+        Positions of subjects. The regularisation is the one with the highest validation figure.
 
     Returns
     -------
     validation_scores, test_scores
-        Between 0 and 1, higher for class 1.
+        As the task's own scores: [N], for several classes [N, K].
     """
     truth = np.asarray(labels)
     best: tuple[float, Floats, Floats] | None = None
     for strength in _STRENGTHS:
-        model = _model(name, strength, len(train))
+        model = _model(name, task, strength, len(train))
         model.fit(features[list(train)], truth[list(train)])
-        checked = expit(model.decision_function(features[list(validation)]))
-        figure = auc(truth[list(validation)], checked)
+        checked = _scores(model, task, features[list(validation)])
+        figure = task.headline(truth[list(validation)], checked)
         if best is None or figure > best[0]:
-            best = (figure, checked, expit(model.decision_function(features[list(test)])))
+            best = (figure, checked, _scores(model, task, features[list(test)]))
     assert best is not None
     return best[1], best[2]
 
 
-def _model(name: str, strength: float, n_train: int) -> Any:
+def _scores(model: Any, task: Task, rows: npt.NDArray[Any]) -> Floats:
+    if task.kind == "regression":
+        return np.asarray(model.predict(rows), dtype=np.float64)
+    decision = model.decision_function(rows)
+    if task.kind == "binary":
+        return expit(decision)
+    # Two of several classes in a fold give one decision; a class that is not in the fold gets no probability.
+    known = softmax(decision if decision.ndim == 2 else np.stack([-decision, decision], axis=1) / 2, axis=1)
+    scores = np.zeros((len(rows), task.n_outputs))
+    scores[:, model.classes_.astype(np.int64)] = known
+    return scores
+
+
+def _model(name: str, task: Task, strength: float, n_train: int) -> Any:
     baseline = BASELINES[name]
-    if baseline.classifier == "svm":
-        classifier: Any = LinearSVC(C=strength, class_weight="balanced", max_iter=20_000, random_state=0)
+    model: Any
+    if task.kind == "regression":
+        svm = baseline.model == "svm"
+        model = LinearSVR(C=strength, max_iter=20_000, random_state=0) if svm else Ridge(alpha=1 / strength)
+        model = TransformedTargetRegressor(model, transformer=StandardScaler())
+    elif baseline.model == "svm":
+        model = LinearSVC(C=strength, class_weight="balanced", max_iter=20_000, random_state=0)
     else:
-        classifier = LogisticRegression(C=strength, class_weight="balanced", max_iter=5000)
+        model = LogisticRegression(C=strength, class_weight="balanced", max_iter=5000)
     if baseline.features == "site":
-        return make_pipeline(OneHotEncoder(handle_unknown="ignore"), classifier)
+        return make_pipeline(OneHotEncoder(handle_unknown="ignore"), model)
     if baseline.features == "demographics":
+        # What is asked for must not be among what it is told from.
+        numbers, names = [2] if task.column != "age" else [], [0, 1] if task.column != "sex" else [0]
         columns = make_column_transformer(
-            (OneHotEncoder(handle_unknown="ignore"), [0, 1]),
-            (make_pipeline(SimpleImputer(add_indicator=True, keep_empty_features=True), StandardScaler()), [2]),
+            (OneHotEncoder(handle_unknown="ignore"), names),
+            (make_pipeline(SimpleImputer(add_indicator=True, keep_empty_features=True), StandardScaler()), numbers),
         )
-        return make_pipeline(columns, classifier)
+        return make_pipeline(columns, model)
     if baseline.features == "image":
         components = PCA(min(_MOST_COMPONENTS, n_train - 1), random_state=0)
-        return make_pipeline(StandardScaler(), components, StandardScaler(), classifier)
-    return make_pipeline(StandardScaler(), classifier)
+        return make_pipeline(StandardScaler(), components, StandardScaler(), model)
+    return make_pipeline(StandardScaler(), model)
 
 
 def _region_means(manifest: Manifest) -> npt.NDArray[np.float32]:

@@ -46,8 +46,14 @@ class Head(nn.Module):
         self.deviation: Tensor
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("deviation", torch.ones(dim))
+        self.unit: Tensor
+        self.register_buffer("unit", torch.tensor([1.0, 0.0]))
         self.hidden = nn.Linear(dim, hidden) if hidden else None
         self.linear = nn.Linear(hidden or dim, outputs)
+
+    def fit_unit(self, scale: float, shift: float) -> None:
+        """Let the outputs come in the label's unit: what the layers give, times `scale`, plus `shift`."""
+        self.unit.copy_(torch.tensor([scale, shift]))
 
     def fit_scale(self, embeddings_BC: Tensor) -> None:
         """Take mean and deviation from the training clips' frozen embeddings [B, C].
@@ -62,7 +68,8 @@ class Head(nn.Module):
         # A channel that never varied in training carries nothing; it must not blow up on a subject where it does.
         scale = torch.where(self.deviation > 1e-6, self.deviation, torch.inf)
         x = (embeddings_BC - self.mean) / scale
-        return self.linear(x if self.hidden is None else self.hidden(x).relu())
+        outputs = self.linear(x if self.hidden is None else self.hidden(x).relu())
+        return outputs * self.unit[0] + self.unit[1]
 
 
 class Classifier(nn.Module):
@@ -232,7 +239,7 @@ def load_adapter(folder: str | Path, backbone: Backbone) -> Classifier:
     state = {f"head.{name}": tensor for name, tensor in head.items()}
     if not adapter.frozen:
         state |= _read_tensors(folder / _WEIGHTS[adapter.kind])
-    classifier = Classifier(backbone, get_task(content["task"]), adapter)
+    classifier = Classifier(backbone, get_task(content["task"], classes=content.get("classes", ())), adapter)
     classifier.load_state(state)
     return classifier
 

@@ -27,7 +27,7 @@ class Subject:
     """A labelled subject; ``runs`` are positions in ``manifest.runs``."""
 
     name: str
-    label: int
+    label: float
     site: str | None
     runs: tuple[int, ...]
 
@@ -149,7 +149,7 @@ class ClipSet:
     subject
         int64 [clips], position in ``labels`` of each clip's subject.
     labels
-        int64 [subjects].
+        float64 [subjects]; whole numbers for classes.
     """
 
     x: np.ndarray
@@ -242,7 +242,7 @@ def gather_clips(
                 on_progress(row + 1, len(plan))
         stream.flush()
         np.save(folder / "pooled.npy", np.stack(pooled))
-        np.save(folder / "labels.npy", np.array([subject.label for subject in subjects], dtype=np.int64))
+        np.save(folder / "labels.npy", np.array([subject.label for subject in subjects], dtype=np.float64))
         np.save(folder / "subject.npy", np.array([number for number, _, _ in plan], dtype=np.int64))
     return ClipSet.load(folder)
 

@@ -16,12 +16,13 @@ from boldforge.finetune.evaluation import best_threshold
 from boldforge.finetune.fit import fit, predict_subjects
 from boldforge.finetune.folds import Fold, site_folds
 from boldforge.finetune.metrics import roc_points
-from boldforge.finetune.results import Prediction, count_classes, write_json, write_predictions
+from boldforge.finetune.results import Prediction, write_json, write_predictions
 from boldforge.finetune.study import Study, StudyConfig, open_study
 from boldforge.finetune.summary import Scores, summarise
+from boldforge.finetune.tasks import describe_labels
 
 logger = logging.getLogger(__name__)
-_BASELINES_SAY = "; ".join(f"{name}: {baseline.says}" for name, baseline in BASELINES.items())
+_BASELINES_SAY = "; ".join(f"{name}: {baseline.says('binary')}" for name, baseline in BASELINES.items())
 
 
 class FinetuneConfig(StudyConfig):
@@ -80,8 +81,8 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
     passes = sum(len(fold.train) for folds in dealt for fold in folds) + len(subjects)
     reading = config.clips * len(subjects) + len(subjects)
     bar = _Progress(on_progress, reading + config.clips * config.training.epochs * passes)
-    model = Scores.empty(config.repeats, len(subjects))
-    others = {name: Scores.empty(config.repeats, len(subjects)) for name in config.baselines}
+    model = Scores.empty(study.task, config.repeats, len(subjects))
+    others = {name: Scores.empty(study.task, config.repeats, len(subjects)) for name in config.baselines}
     per_fold: list[dict[str, Any]] = []
     kinds = sorted({BASELINES[name].features for name in config.baselines})
     labels = [subject.label for subject in subjects]
@@ -96,8 +97,8 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
                 model.put(repeat, test, scores, described["threshold"])
                 for name, kept in others.items():
                     rows = features[BASELINES[name].features]
-                    checked, tested = baseline_scores(name, rows, labels, train, validation, test)
-                    kept.put(repeat, test, tested, best_threshold(np.asarray(labels)[validation], checked))
+                    checked, tested = baseline_scores(name, study.task, rows, labels, train, validation, test)
+                    kept.put(repeat, test, tested, _threshold(study, np.asarray(labels)[validation], checked))
                 per_fold.append({"repeat": repeat + 1, "fold": number, **described})
                 logger.info("fold %d of %d: %s", number, len(folds), described["figures"])
         epochs = round(statistics.median(fold["best_epoch"] for fold in per_fold))
@@ -114,8 +115,8 @@ def _deal(study: Study, repeat: int) -> list[Fold]:
     assert isinstance(config, FinetuneConfig)
     if config.protocol == "folds":
         return study.deal(config.seed + repeat)
-    rows = [subject.name for subject in subjects], [subject.label for subject in subjects]
-    return site_folds(*rows, [subject.site for subject in subjects], config.folds, config.seed + repeat)
+    names, strata = [subject.name for subject in subjects], study.task.strata([subject.label for subject in subjects])
+    return site_folds(names, strata, [subject.site for subject in subjects], config.folds, config.seed + repeat)
 
 
 class _Progress:
@@ -137,7 +138,7 @@ class _Progress:
 
 def _run_fold(
     study: Study, classifier: Classifier, clips: ClipSet, fold: Fold, seed: int, advance: Callable[[int], None]
-) -> tuple[list[float], dict[str, Any]]:
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Train on the fold's training subjects, keep the validation's best epoch, score the test subjects once."""
     train, validation, test = (study.positions(part) for part in (fold.train, fold.validation, fold.test))
     train_clips, validation_clips, training = clips.select(train), clips.select(validation), study.config.training
@@ -154,11 +155,11 @@ def _run_fold(
     assert best is not None, "the first epoch always improves"
     classifier.load_state(best_state)
     checked = predict_subjects(classifier, validation_clips, training.batch_size)
-    threshold = best_threshold(validation_clips.labels.tolist(), checked)
+    threshold = _threshold(study, validation_clips.labels, checked)
     test_clips = clips.select(test)
     scores = predict_subjects(classifier, test_clips, training.batch_size)
     described = {
-        "figures": classifier.task.metrics(test_clips.labels.tolist(), scores, threshold),
+        "figures": classifier.task.metrics(test_clips.labels, scores, threshold),
         "validation": best.figures,
         "threshold": threshold,
         "best_epoch": best.number,
@@ -168,6 +169,10 @@ def _run_fold(
         "n_test": len(test),
     }
     return scores, described
+
+
+def _threshold(study: Study, labels: np.ndarray, scores: np.ndarray) -> float:
+    return best_threshold(labels, scores) if study.task.kind == "binary" else 0.5
 
 
 def _write(
@@ -182,10 +187,10 @@ def _write(
     config, cohort = study.config, study.cohort
     assert isinstance(config, FinetuneConfig)
     labels = [subject.label for subject in cohort.subjects]
-    scores = model.mean().tolist()
+    scores, binary = model.mean(), study.task.kind == "binary"
     number = {name: fold for fold, dealt in enumerate(folds, start=1) for name in dealt.test}
     predictions = [
-        Prediction(subject, score, line, number[subject.name])
+        Prediction(subject, score, line if binary else None, number[subject.name])
         for subject, score, line in zip(cohort.subjects, scores, model.threshold_RN.mean(axis=0), strict=True)
     ]
     deal = "leave-one-site-out" if config.protocol != "folds" else f"{config.folds}-fold cross-validation over subjects"
@@ -197,9 +202,9 @@ def _write(
         "pretrained_on_these_shards": study.pretrained_on_these_shards,
         "measured_by": deal + times,
         **summarise(model, baselines, labels, [subject.site for subject in cohort.subjects], config.seed),
-        "roc": roc_points(labels, scores),
+        "roc": roc_points(labels, scores) if binary else None,
         "folds": per_fold,
-        "subjects": count_classes(cohort.subjects),
+        "subjects": describe_labels(study.task, labels),
         "n_unlabelled": cohort.n_unlabelled,
         "n_too_short": cohort.n_too_short,
         "n_duplicates": cohort.n_duplicates,
@@ -212,6 +217,6 @@ def _write(
     kept = ("figures", "intervals", "verdict", "measured_by", "simulated", "pretrained_on_these_shards", "subjects")
     shared = {key: results[key] for key in kept}
     save_adapter(final, config.out / "adapter", {**shared, "clips_per_subject": config.clips, "threshold": threshold})
-    write_predictions(config.out / "predictions.tsv", predictions, config.seed)
+    write_predictions(config.out / "predictions.tsv", predictions, study.task.classes, config.seed)
     write_json(config.out / "metrics.json", results)
     return results

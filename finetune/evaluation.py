@@ -14,6 +14,7 @@ from boldforge.finetune.metrics import auc
 
 DRAWS = 2000
 Figures = Callable[[npt.ArrayLike, npt.ArrayLike], Mapping[str, Any]]
+Headline = Callable[[npt.ArrayLike, npt.ArrayLike], float]
 
 
 def bootstrap_intervals(
@@ -53,9 +54,14 @@ def bootstrap_intervals(
 
 
 def permutation_test(
-    labels: npt.ArrayLike, scores: npt.ArrayLike, sites: Sequence[str | None], seed: int, draws: int = DRAWS
+    labels: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    sites: Sequence[str | None],
+    seed: int,
+    draws: int = DRAWS,
+    headline: Headline = auc,
 ) -> dict[str, float]:
-    """Ask how often labels that mean nothing give so high an AUC.
+    """Ask how often labels that mean nothing give so high a figure.
 
     Parameters
     ----------
@@ -63,6 +69,8 @@ def permutation_test(
         One per subject.
     seed, draws
         Of the permutations.
+    headline
+        The figure.
 
     Returns
     -------
@@ -75,14 +83,14 @@ def permutation_test(
     site = np.array([s or "" for s in sites])
     groups = [np.flatnonzero(site == name) for name in np.unique(site)]
     generator = np.random.default_rng([seed, len(truth), 1])
-    observed = auc(truth, score)
+    observed = headline(truth, score)
     hits = {"p": 0, "p_within_sites": 0}
     for _ in range(draws):
-        hits["p"] += auc(generator.permutation(truth), score) >= observed - 1e-12
+        hits["p"] += headline(generator.permutation(truth), score) >= observed - 1e-12
         within = truth.copy()
         for group in groups:
             within[group] = generator.permutation(truth[group])
-        hits["p_within_sites"] += auc(within, score) >= observed - 1e-12
+        hits["p_within_sites"] += headline(within, score) >= observed - 1e-12
     return {name: (1 + count) / (1 + draws) for name, count in hits.items()}
 
 
@@ -116,37 +124,46 @@ def per_site(
 
 
 def compare(
-    labels: npt.ArrayLike, scores: npt.ArrayLike, others: npt.ArrayLike, seed: int, draws: int = DRAWS
+    labels: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    others: npt.ArrayLike,
+    seed: int,
+    draws: int = DRAWS,
+    headline: Headline = auc,
 ) -> dict[str, Any]:
-    """Compare two models on the same subjects by AUC, paired.
+    """Compare two models on the same subjects by one figure, paired.
 
     Parameters
     ----------
     labels
-        0 or 1.
+        One per subject.
     scores, others
         The model's and the baseline's, in the same order of subjects.
     seed, draws
         Of the resamplings.
+    headline
+        The figure. For an AUC of two classes the models' scores are first turned into ranks, since they may live on
+        different scales.
 
     Returns
     -------
     dict
         ``difference``: model minus baseline. ``interval``: 95 %, over resampled subjects. ``p``: two-sided, from
-        exchanging the two models' ranks subject by subject, which is what they would allow if they were equally good.
+        exchanging the two models' scores subject by subject, which is what they would allow if they were equally good.
     """
     truth = np.asarray(labels)
-    # Ranks, because the two models' scores may live on different scales.
-    one, two = rankdata(np.asarray(scores, dtype=np.float64)), rankdata(np.asarray(others, dtype=np.float64))
-    observed = auc(truth, one) - auc(truth, two)
+    one, two = np.asarray(scores, dtype=np.float64), np.asarray(others, dtype=np.float64)
+    if headline is auc:
+        one, two = rankdata(one), rankdata(two)
+    observed = headline(truth, one) - headline(truth, two)
     generator = np.random.default_rng([seed, len(truth), 2])
     resampled, as_far = [], 0
     for _ in range(draws):
         drawn = generator.integers(len(truth), size=len(truth))
-        if 0 < truth[drawn].sum() < len(drawn):
-            resampled.append(auc(truth[drawn], one[drawn]) - auc(truth[drawn], two[drawn]))
-        swap = generator.random(len(truth)) < 0.5
-        difference = auc(truth, np.where(swap, two, one)) - auc(truth, np.where(swap, one, two))
+        if len(np.unique(truth[drawn])) > 1:
+            resampled.append(headline(truth[drawn], one[drawn]) - headline(truth[drawn], two[drawn]))
+        swap = (generator.random(len(truth)) < 0.5).reshape(-1, *[1] * (one.ndim - 1))
+        difference = headline(truth, np.where(swap, two, one)) - headline(truth, np.where(swap, one, two))
         as_far += abs(difference) >= abs(observed) - 1e-12
     low, high = np.quantile(resampled, [0.025, 0.975])
     return {"difference": observed, "interval": [float(low), float(high)], "p": (1 + as_far) / (1 + draws)}

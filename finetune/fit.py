@@ -99,6 +99,7 @@ def fit(
     """
     task = classifier.task
     criterion = task.criterion(train.labels[train.subject].tolist())
+    classifier.head.fit_unit(*task.scale(train.labels.tolist()))
     training = _Embedder(classifier, train, config.batch_size)
     validating = _Embedder(classifier, validation, config.batch_size) if validation is not None else None
     if classifier.adapter.kind == "lora":  # where all is trained, what a first embedding was says nothing
@@ -125,8 +126,8 @@ def fit(
         yield Epoch(number, loss, loss_now, figures, improved)
 
 
-def predict_subjects(classifier: Classifier, clips: ClipSet, batch_size: int) -> list[float]:
-    """Return one score per subject of the set, in the order of its labels: the mean over the subject's clips."""
+def predict_subjects(classifier: Classifier, clips: ClipSet, batch_size: int) -> np.ndarray:
+    """Return one score per subject of the set, [N] or [N, K], in the order of its labels: the mean over its clips."""
     source = _Embedder(classifier, clips, batch_size)
     with torch.no_grad():
         return _pool_subjects(classifier, clips, classifier.head(source.everything()))
@@ -195,10 +196,12 @@ def _measure(source: _Embedder, criterion: Criterion) -> tuple[float, dict[str, 
     classifier, clips = source.classifier, source.clips
     logits_NK = classifier.head(source.everything())
     loss = float(criterion(logits_NK, source.labels(np.arange(len(clips)))))
-    return loss, classifier.task.metrics(clips.labels.tolist(), _pool_subjects(classifier, clips, logits_NK))
+    return loss, classifier.task.metrics(clips.labels, _pool_subjects(classifier, clips, logits_NK))
 
 
-def _pool_subjects(classifier: Classifier, clips: ClipSet, logits_NK: Tensor) -> list[float]:
+def _pool_subjects(classifier: Classifier, clips: ClipSet, logits_NK: Tensor) -> np.ndarray:
     scores = classifier.task.scores(logits_NK).double().cpu().numpy()
-    sums = np.bincount(clips.subject, weights=scores, minlength=len(clips.labels))
-    return (sums / np.bincount(clips.subject, minlength=len(clips.labels))).tolist()
+    sums = np.zeros((len(clips.labels), *scores.shape[1:]))
+    np.add.at(sums, clips.subject, scores)
+    counts = np.bincount(clips.subject, minlength=len(clips.labels))
+    return sums / counts.reshape(-1, *[1] * (scores.ndim - 1))

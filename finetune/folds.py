@@ -38,7 +38,7 @@ def subject_folds(
     subjects
         One name per row (a run, a session or a subject); rows of one subject stay together.
     labels
-        Class of each row, 0 or 1.
+        Class of each row, a whole number.
     sites
         Site of each row, None where unknown (unknown is a stratum of its own).
     n_folds
@@ -49,7 +49,7 @@ def subject_folds(
     Returns
     -------
     list of Fold
-        Train, validation and test hold both classes in every fold.
+        Train, validation and test hold every class in every fold.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def site_folds(
     Returns
     -------
     list of Fold
-        Sites by name. Train and validation hold both classes; a test set holds what its site has.
+        Sites by name. Train and validation hold every class; a test set holds what its site has.
 
     Raises
     ------
@@ -114,10 +114,11 @@ def site_folds(
     for number, name in enumerate(names):
         test = {subject for subject, (_, site) in strata.items() if site == name}
         others = Counter(label for subject, (label, _) in strata.items() if subject not in test)
-        if min(others[0], others[1]) < 2:
+        few = [label for label in sorted({label for label, _ in strata.values()}) if others[label] < 2]
+        if few:
             raise FoldError(
-                f"without site {name} there are {others[0]} subjects with label 0 and {others[1]} with label 1, too "
-                "few to train and to validate; set protocol to folds."
+                f"without site {name} there are {others[few[0]]} subjects with label {few[0]}, too few to train and to "
+                "validate; set protocol to folds."
             )
         folds.append(_fold(strata, test, max(n_folds, 2), np.random.default_rng([seed, n_folds, number, 1])))
     return folds
@@ -139,12 +140,11 @@ def _stratum_of_each(
 def _check_enough(strata: dict[str, tuple[int, str]], n_folds: int) -> None:
     counts = Counter(label for label, _ in strata.values())
     # The fullest test set takes ceil(count / n_folds) of a class; two more are needed, to train and to validate.
-    for label in (0, 1):
-        count = counts[label]
+    for label, count in sorted(counts.items()):
         if count < n_folds or count - -(-count // n_folds) < 2:
             raise FoldError(
                 f"{count} subjects have label {label}, too few for {n_folds} folds with training, validation and test "
-                f"subjects of both classes; add subjects of that class or set folds lower (at least 4 are needed for 2 "
+                f"subjects of every class; add subjects of that class or set folds lower (at least 4 are needed for 2 "
                 "folds, and one per fold for more)."
             )
 

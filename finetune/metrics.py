@@ -1,4 +1,4 @@
-"""Figures of a two-class decision, computed per subject."""
+"""Figures of classes and numbers, computed per subject."""
 
 from typing import Any
 
@@ -60,6 +60,91 @@ def auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     if not positive or not negative:
         raise ValueError("an AUC needs subjects of both classes")
     return float((rankdata(score)[truth].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def multiclass_auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
+    """Return the mean over the classes that occur of the AUC of that class against the rest.
+
+    Parameters
+    ----------
+    labels
+        0 to K − 1, one per subject.
+    scores
+        [N, K], higher for more probable.
+    """
+    truth, score = np.asarray(labels).astype(np.int64), np.asarray(scores, dtype=np.float64)
+    present = [k for k in range(score.shape[1]) if 0 < (truth == k).sum() < len(truth)]
+    if not present:
+        raise ValueError("an AUC needs subjects of two classes")
+    return float(np.mean([auc(truth == k, score[:, k]) for k in present]))
+
+
+def multiclass_metrics(labels: npt.ArrayLike, scores: npt.ArrayLike) -> dict[str, Any]:
+    """Summarise probabilities of several classes.
+
+    Parameters
+    ----------
+    labels, scores
+        As in `multiclass_auc`.
+
+    Returns
+    -------
+    dict
+        ``accuracy``; ``balanced_accuracy``, the mean over classes that occur of the share called right; ``auc``, None
+        where only one class occurs; ``confusion``, rows the truth, columns what was called; ``n``.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit or a score is not finite.
+    """
+    truth, score = np.asarray(labels).astype(np.int64), np.asarray(scores, dtype=np.float64)
+    if score.ndim != 2 or len(truth) != len(score) or not len(truth) or not np.isfinite(score).all():
+        raise ValueError(f"labels {truth.shape} and scores {score.shape} must be [N] and a finite [N, K]")
+    called, classes = score.argmax(axis=1), score.shape[1]
+    confusion = np.bincount(truth * classes + called, minlength=classes**2).reshape(classes, classes)
+    sizes = confusion.sum(axis=1)
+    several = (sizes > 0).sum() > 1
+    return {
+        "accuracy": float((called == truth).mean()),
+        "balanced_accuracy": float((np.diag(confusion)[sizes > 0] / sizes[sizes > 0]).mean()),
+        "auc": multiclass_auc(truth, score) if several else None,
+        "confusion": confusion.tolist(),
+        "n": len(truth),
+    }
+
+
+def r2(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
+    """Return the share of the labels' variance that is explained: 0 for predicting their mean, less for worse."""
+    truth, score = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    spread = ((truth - truth.mean()) ** 2).sum()
+    return float(1 - ((truth - score) ** 2).sum() / spread) if spread > 0 else 0.0
+
+
+def regression_metrics(labels: npt.ArrayLike, scores: npt.ArrayLike) -> dict[str, Any]:
+    """Summarise predicted numbers.
+
+    Returns
+    -------
+    dict
+        ``r2`` (see `r2`), ``r`` (Pearson's correlation, None where either does not vary), ``mae`` (mean absolute error
+        in the label's unit), ``n``.
+
+    Raises
+    ------
+    ValueError
+        If the lengths differ or a number is not finite.
+    """
+    truth, score = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    if truth.shape != score.shape or truth.ndim != 1 or not len(truth) or not np.isfinite(truth + score).all():
+        raise ValueError(f"labels {truth.shape} and scores {score.shape} must be two equally long, finite rows")
+    varies = len(truth) > 1 and np.ptp(truth) > 0 and np.ptp(score) > 0
+    return {
+        "r2": r2(truth, score),
+        "r": float(np.corrcoef(truth, score)[0, 1]) if varies else None,
+        "mae": float(np.abs(truth - score).mean()),
+        "n": len(truth),
+    }
 
 
 def roc_points(labels: npt.ArrayLike, scores: npt.ArrayLike) -> dict[str, list[float]]:

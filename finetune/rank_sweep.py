@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field, field_validator
 
@@ -16,8 +17,9 @@ from boldforge.finetune.fit import TrainingConfig, predict_subjects
 from boldforge.finetune.metrics import roc_points
 from boldforge.finetune.networks import BackboneSpec
 from boldforge.finetune.ray_driver import AshaConfig, TrialResult, run_on_ray
-from boldforge.finetune.results import Prediction, count_classes, write_json, write_predictions, write_table
+from boldforge.finetune.results import Prediction, write_json, write_predictions, write_table
 from boldforge.finetune.study import Study, StudyConfig, open_study
+from boldforge.finetune.tasks import describe_labels
 from boldforge.finetune.trial import TrialSpec
 
 logger = logging.getLogger(__name__)
@@ -112,7 +114,7 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
 
     with study.claim_out("running a sweep") as folder:
         study.gather(seen, folder / "seen", on_progress and (lambda read, _: on_progress(read, total)))
-        spec = _trial_spec(config, folder / "seen", len(parts["train"]), len(seen))
+        spec = _trial_spec(config, study.task.classes, folder / "seen", len(parts["train"]), len(seen))
         asha = AshaConfig(
             study.task.selects_by, config.grace, config.reduction, config.concurrency, config.cpus, config.gpus
         )
@@ -122,7 +124,7 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
         classifier.load_state(best.state)
         validation = ClipSet.load(folder / "seen").select(range(len(parts["train"]), len(seen)))
         checked = predict_subjects(classifier, validation, config.training.batch_size)
-        threshold = best_threshold(validation.labels, checked)
+        threshold = best_threshold(validation.labels, checked) if study.task.kind == "binary" else 0.5
         clips = study.gather(parts["test"], folder / "unseen")
         scores = predict_subjects(classifier, clips, config.training.batch_size)
         if on_progress:
@@ -130,12 +132,13 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
         return _write(study, config, parts, trials, best, classifier, scores, threshold)
 
 
-def _trial_spec(config: SweepConfig, clips: Path, n_train: int, n_seen: int) -> TrialSpec:
+def _trial_spec(config: SweepConfig, classes: tuple[str, ...], clips: Path, n_train: int, n_seen: int) -> TrialSpec:
     assert isinstance(config.backbone, Path)
     return TrialSpec(
         backbone=config.backbone.resolve(),
         pool=config.pool,
         task=config.task,
+        classes=classes,
         clips=clips.resolve(),
         train=tuple(range(n_train)),
         validation=tuple(range(n_train, n_seen)),
@@ -162,7 +165,7 @@ def _write(
     trials: list[TrialResult],
     best: TrialResult,
     classifier: Classifier,
-    scores: list[float],
+    scores: np.ndarray,
     threshold: float,
 ) -> dict[str, Any]:
     figure = study.task.selects_by
@@ -179,7 +182,10 @@ def _write(
             labels, scores, lambda truth, score: study.task.metrics(truth, score, threshold), config.seed
         ),
         "threshold": threshold,
-        "subjects": {name: count_classes(subjects) for name, subjects in parts.items()},
+        "subjects": {
+            name: describe_labels(study.task, [subject.label for subject in subjects])
+            for name, subjects in parts.items()
+        },
     }
     chosen = next(row for row in rows if row["rank"] == best.rank)
     results = {
@@ -187,7 +193,7 @@ def _write(
         "sentence": _sentence(rows, chosen, figures, shared["intervals"], parts, study),
         "best": chosen,
         "trials": rows,
-        "roc": roc_points(labels, scores),
+        "roc": roc_points(labels, scores) if study.task.kind == "binary" else None,
         "n_unlabelled": study.cohort.n_unlabelled,
         "n_too_short": study.cohort.n_too_short,
         "n_duplicates": study.cohort.n_duplicates,
@@ -196,10 +202,9 @@ def _write(
     }
     folder = config.out / "best"
     save_adapter(classifier, folder / "adapter", {**shared, "clips_per_subject": config.clips})
-    predictions = [
-        Prediction(subject, score, threshold, 1) for subject, score in zip(parts["test"], scores, strict=True)
-    ]
-    write_predictions(folder / "predictions.tsv", predictions, config.seed)
+    line = threshold if study.task.kind == "binary" else None
+    predictions = [Prediction(subject, score, line, 1) for subject, score in zip(parts["test"], scores, strict=True)]
+    write_predictions(folder / "predictions.tsv", predictions, study.task.classes, config.seed)
     own = {"roc": results["roc"], "adapter_rank": best.rank, "trainable_parameters": classifier.trainable}
     write_json(folder / "metrics.json", {**shared, **own, "total_parameters": classifier.total})
     columns = [name for name in rows[0] if not name.endswith("_by_epoch")]
@@ -232,14 +237,17 @@ def _sentence(
     parts: dict[str, list[Subject]],
     study: Study,
 ) -> str:
-    low, high = intervals["auc"]
+    figure = study.task.selects_by
+    low, high = intervals[figure]
     interval = f" (95 % interval {low:.2f} to {high:.2f})"
+    called = {"auc": "AUC", "r2": "R²"}.get(figure, figure)
+    beside = f" and its balanced accuracy {figures['balanced_accuracy']:.2f}" if "balanced_accuracy" in figures else ""
     ranks = ", ".join(str(row["rank"]) for row in rows)
     sentence = (
-        f"Of the LoRA ranks {ranks}, rank {chosen['rank']} had the highest validation AUC "
-        f"({chosen['validation_auc']:.2f}, {len(parts['validation'])} subjects); tested once on {len(parts['test'])} "
-        f"subjects that no trial has seen, its AUC is {figures['auc']:.2f}{interval} and its balanced accuracy "
-        f"{figures['balanced_accuracy']:.2f}."
+        f"Of the LoRA ranks {ranks}, rank {chosen['rank']} had the highest validation {called} "
+        f"({chosen[f'validation_{figure}']:.2f}, {len(parts['validation'])} subjects); tested once on "
+        f"{len(parts['test'])} subjects that no trial has seen, "
+        f"its {called} is {figures[figure]:.2f}{interval}{beside}."
     )
     if study.pretrained_on_these_shards:
         sentence += (

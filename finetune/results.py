@@ -17,8 +17,8 @@ class Prediction:
     """One test subject's score, by a model that has not seen the subject, and the score from which it says class 1."""
 
     subject: Subject
-    score: float
-    threshold: float
+    score: float | Sequence[float]
+    threshold: float | None
     fold: int
 
 
@@ -35,17 +35,22 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.writerows(["" if value is None else value for value in row] for row in rows)
 
 
-def write_predictions(path: Path, predictions: Sequence[Prediction], seed: int) -> None:
-    """Write ``subject site fold label score threshold``; sub-0001 onwards, in an order drawn from the seed."""
+def write_predictions(path: Path, predictions: Sequence[Prediction], classes: Sequence[str], seed: int) -> None:
+    """Write ``subject site fold label score threshold``; sub-0001 onwards, in an order drawn from the seed.
+
+    Several classes have a column of scores each, ``score_<class>``, and no threshold; nor has a predicted number one.
+    """
     order = np.random.default_rng([seed, len(predictions)]).permutation(len(predictions))
-    columns = ("subject", "site", "fold", "label", "score", "threshold")
+    names = [f"score_{name}" for name in classes] if len(classes) > 2 else ["score"]
     rows = [
-        (f"sub-{number:04d}", p.subject.site, p.fold, p.subject.label, f"{p.score:.6f}", f"{p.threshold:.6f}")
+        (
+            f"sub-{number:04d}",
+            p.subject.site,
+            p.fold,
+            f"{p.subject.label:g}",
+            *(f"{score:.6f}" for score in np.atleast_1d(p.score)),
+            None if p.threshold is None else f"{p.threshold:.6f}",
+        )
         for number, p in enumerate((predictions[i] for i in order), start=1)
     ]
-    write_table(path, columns, rows)
-
-
-def count_classes(subjects: Sequence[Subject]) -> dict[str, int]:
-    """Return ``n`` and ``n_positive``."""
-    return {"n": len(subjects), "n_positive": sum(subject.label == 1 for subject in subjects)}
+    write_table(path, ("subject", "site", "fold", "label", *names, "threshold"), rows)

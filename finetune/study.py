@@ -21,7 +21,7 @@ from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.fit import TrainingConfig
 from boldforge.finetune.folds import Fold, subject_folds
 from boldforge.finetune.networks import BackboneSpec, make_backbone, shard_data
-from boldforge.finetune.tasks import Task, get_task
+from boldforge.finetune.tasks import TASK_CHOICES, Task, get_task
 
 logger = logging.getLogger(__name__)
 _SCRATCH = ".boldforge-scratch-"
@@ -37,7 +37,7 @@ class StudyConfig(StrictModel):
         description="Pretraining run folder, its export/, or a release; or the kind of a network to train from nothing."
     )
     out: Path = Field(description="Folder for the results; made if missing.")
-    task: str = Field("adhd", description="What to predict; adhd reads the phenotype column diagnosis.")
+    task: str = Field("adhd", description=f"What to predict: {TASK_CHOICES}.")
     pool: Pool = Field("multiscale", description=POOL_CHOICES)
     clips: int = Field(
         4, ge=1, description="Most clips per subject, evenly spaced over its runs; a subject's score is their mean."
@@ -89,7 +89,7 @@ class Study:
 
     def deal(self, seed: int) -> list[Fold]:
         """Deal the subjects into folds, by diagnosis × site."""
-        return _deal(self.cohort, self.config.folds, seed)
+        return _deal(self.task, self.cohort, self.config.folds, seed)
 
     def classifier(self, adapter: AdapterConfig, seed: int | None = None) -> Classifier:
         """Load the encoder afresh, with a new adapter and head (of the study's seed), on the device that is there."""
@@ -116,8 +116,8 @@ def open_study(config: StudyConfig) -> Study:
     BoldForgeError
         If they do not fit, or there are too few subjects.
     """
-    task = get_task(config.task)
     manifest = load_manifest(config.shards)
+    task = get_task(config.task, (run.phenotype for run in manifest.runs))
     backbone = make_backbone(config.backbone, config.pool, shard_data(manifest), config.seed)
     if not isinstance(config.backbone, Path) and (config.adapter.kind, config.adapter.first_stage) != ("full", 0):
         raise FinetuneError(
@@ -128,7 +128,12 @@ def open_study(config: StudyConfig) -> Study:
     # An adapter that does not fit should be known before the clips are read, which may take hours.
     Classifier(backbone, task, config.adapter)
     cohort = find_cohort(manifest, task, int(backbone.data["clip_length"]))
-    folds = _deal(cohort, config.folds, config.seed)
+    if task.kind != "regression" and len({subject.label for subject in cohort.subjects}) < 2:
+        raise FinetuneError(
+            f"all {len(cohort.subjects)} usable subjects have the same label for task {task.name!r} (column "
+            f"{task.column}); give shards with subjects of two classes."
+        )
+    folds = _deal(task, cohort, config.folds, config.seed)
     pretrained_on_these_shards = backbone.data.get("manifest_hash") == manifest.content_hash
     if pretrained_on_these_shards:
         logger.warning(
@@ -139,10 +144,10 @@ def open_study(config: StudyConfig) -> Study:
     return Study(config, task, manifest, cohort, folds, pretrained_on_these_shards)
 
 
-def _deal(cohort: Cohort, folds: int, seed: int) -> list[Fold]:
+def _deal(task: Task, cohort: Cohort, folds: int, seed: int) -> list[Fold]:
     subjects = cohort.subjects
-    names, labels = [subject.name for subject in subjects], [subject.label for subject in subjects]
-    return subject_folds(names, labels, [subject.site for subject in subjects], folds, seed)
+    names, strata = [subject.name for subject in subjects], task.strata([subject.label for subject in subjects])
+    return subject_folds(names, strata, [subject.site for subject in subjects], folds, seed)
 
 
 def _device() -> torch.device:

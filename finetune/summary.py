@@ -3,7 +3,7 @@
 Array suffixes: N subjects · R repetitions of the cross-validation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,48 +12,62 @@ import numpy.typing as npt
 
 from boldforge.finetune.baselines import BASELINES
 from boldforge.finetune.evaluation import bootstrap_intervals, calibration, compare, per_site, permutation_test
-from boldforge.finetune.metrics import binary_metrics
+from boldforge.finetune.metrics import auc
+from boldforge.finetune.tasks import Task
 
 Floats = npt.NDArray[np.float64]
+_CALLED = {"auc": "AUC", "r2": "R²"}
 
 
 @dataclass
 class Scores:
     """One model's test scores, every subject tested once per repetition, and where each fold drew its line.
 
-    ``score_RN`` and ``threshold_RN``; the threshold is the one that the fold's validation subjects chose.
+    ``score`` is [R, N] or, for several classes, [R, N, K]; ``threshold_RN`` is the threshold that the fold's validation
+    subjects chose, of use where there are two classes.
     """
 
-    score_RN: Floats
+    task: Task
+    score: Floats
     threshold_RN: Floats
 
     @classmethod
-    def empty(cls, repeats: int, subjects: int) -> "Scores":
+    def empty(cls, task: Task, repeats: int, subjects: int) -> "Scores":
         """Make one to be filled fold by fold."""
-        return cls(np.full((repeats, subjects), np.nan), np.full((repeats, subjects), np.nan))
+        shape = (repeats, subjects, task.n_outputs) if task.kind == "multiclass" else (repeats, subjects)
+        return cls(task, np.full(shape, np.nan), np.full((repeats, subjects), np.nan))
 
     def put(self, repeat: int, subjects: Sequence[int], scores: npt.ArrayLike, threshold: float) -> None:
         """Enter a fold's test subjects."""
-        self.score_RN[repeat, list(subjects)] = scores
+        self.score[repeat, list(subjects)] = scores
         self.threshold_RN[repeat, list(subjects)] = threshold
 
     def mean(self) -> Floats:
-        """Return every subject's mean over repetitions, [N]."""
-        return self.score_RN.mean(axis=0)
+        """Return every subject's mean over repetitions, [N] or [N, K]."""
+        return self.score.mean(axis=0)
 
     def figures(self, labels: npt.ArrayLike) -> dict[str, Any]:
-        """Return `binary_metrics` of all subjects, the mean over repetitions."""
-        both_NR2 = np.stack([self.score_RN.T, self.threshold_RN.T], axis=-1)
-        return _mean_figures(np.asarray(labels), both_NR2)
+        """Return the task's figures of all subjects, the mean over repetitions."""
+        truth = np.asarray(labels)
+        return self._of(truth, np.arange(len(truth)))
 
     def intervals(self, labels: npt.ArrayLike, seed: int) -> dict[str, list[float]]:
         """Return the figures' 95 % intervals over resampled subjects."""
-        both_NR2 = np.stack([self.score_RN.T, self.threshold_RN.T], axis=-1)
-        return bootstrap_intervals(np.asarray(labels), both_NR2, _mean_figures, seed)
+        return bootstrap_intervals(labels, np.arange(len(np.asarray(labels))), self._of, seed)
+
+    def _of(self, truth: npt.NDArray[Any], subjects: npt.NDArray[np.int64]) -> dict[str, Any]:
+        per_repeat = [
+            self.task.metrics(truth, score[subjects], line[subjects])
+            for score, line in zip(self.score, self.threshold_RN, strict=True)
+        ]
+        return {
+            name: float(np.mean([row[name] for row in per_repeat])) if isinstance(value, float) else value
+            for name, value in per_repeat[0].items()
+        }
 
 
 def summarise(
-    model: Scores, baselines: Mapping[str, Scores], labels: Sequence[int], sites: Sequence[str | None], seed: int
+    model: Scores, baselines: Mapping[str, Scores], labels: Sequence[float], sites: Sequence[str | None], seed: int
 ) -> dict[str, Any]:
     """Put a model's figures beside the baselines'.
 
@@ -69,24 +83,26 @@ def summarise(
     Returns
     -------
     dict
-        ``figures``, ``intervals``, ``permutation``, ``calibration``, ``sites``, ``baselines`` and ``verdict``, as
-        ``metrics.json`` holds them.
+        ``figures``, ``intervals``, ``permutation``, ``sites``, ``baselines`` and ``verdict``, as ``metrics.json`` holds
+        them; ``calibration`` where there are two classes.
     """
-    truth, score = np.asarray(labels), model.mean()
+    truth, score, task = np.asarray(labels), model.mean(), model.task
     summary: dict[str, Any] = {
+        "compared_by": task.selects_by,
+        "chance": task.chance,
         "figures": model.figures(truth),
         "intervals": model.intervals(truth, seed),
-        "permutation": permutation_test(truth, score, sites, seed),
-        "calibration": calibration(truth, score),
-        "sites": per_site(truth, score, sites, binary_metrics),
+        "permutation": permutation_test(truth, score, sites, seed, headline=_headline(task)),
+        "calibration": calibration(truth, score) if task.kind == "binary" else None,
+        "sites": per_site(truth, score, sites, task.metrics),
         "baselines": {},
     }
     for name, other in baselines.items():
         summary["baselines"][name] = {
-            "says": BASELINES[name].says,
+            "says": BASELINES[name].says(task.kind),
             "figures": other.figures(truth),
             "intervals": other.intervals(truth, seed),
-            "model_minus_baseline": compare(truth, score, other.mean(), seed),
+            "model_minus_baseline": compare(truth, score, other.mean(), seed, headline=_headline(task)),
         }
     summary["verdict"] = verdict(summary)
     return summary
@@ -98,25 +114,24 @@ def verdict(summary: Mapping[str, Any]) -> str:
     Parameters
     ----------
     summary
-        ``figures``, ``intervals``, ``permutation`` and ``baselines`` of `summarise`.
+        What `summarise` gathers.
     """
-    figures, chance = summary["figures"], summary["permutation"]
-    low, high = summary["intervals"]["auc"]
-    found = f"AUC {figures['auc']:.2f} (95 % interval {low:.2f} to {high:.2f}, {figures['n']} subjects)"
-    if chance["p"] >= 0.05 or low <= 0.5:
+    key, chance, permuted = summary["compared_by"], summary["chance"], summary["permutation"]
+    called = _CALLED.get(key, key)
+    figures = summary["figures"]
+    low, high = summary["intervals"][key]
+    found = f"{called} {figures[key]:.2f} (95 % interval {low:.2f} to {high:.2f}, {figures['n']} subjects)"
+    if permuted["p"] >= 0.05 or low <= chance:
         return f"{found}: not told apart from chance."
     site = summary["baselines"].get("site")
-    explained = chance["p_within_sites"] >= 0.05
-    if explained or (
-        site is not None and site["model_minus_baseline"]["interval"][0] <= 0 < site["figures"]["auc"] - 0.5
-    ):
-        beside = f"site alone reaches AUC {site['figures']['auc']:.2f}" if site else "labels differ between sites"
-        if explained:
-            return f"{found}, but {beside}, and inside the sites it is at chance: site explains the result."
-        if site is not None and site["intervals"]["auc"][0] > 0.5:
-            return f"{found}, but {beside}, which it does not surely beat: site may explain the result."
+    if permuted["p_within_sites"] >= 0.05:
+        beside = f"site alone reaches {called} {site['figures'][key]:.2f}" if site else "labels differ between sites"
+        return f"{found}, but {beside}, and inside the sites it is at chance: site explains the result."
+    if site and site["intervals"][key][0] > chance and site["model_minus_baseline"]["interval"][0] <= 0:
+        beside = f"site alone reaches {called} {site['figures'][key]:.2f}"
+        return f"{found}, but {beside}, which it does not surely beat: site may explain the result."
     unbeaten = [
-        f"{entry['says']} (AUC {entry['figures']['auc']:.2f})"
+        f"{entry['says']} ({called} {entry['figures'][key]:.2f})"
         for entry in summary["baselines"].values()
         if entry["model_minus_baseline"]["interval"][0] <= 0
     ]
@@ -126,9 +141,5 @@ def verdict(summary: Mapping[str, Any]) -> str:
     return f"{found}: better than chance{beaten}."
 
 
-def _mean_figures(truth_N: npt.NDArray[Any], both_NR2: Floats) -> dict[str, Any]:
-    per_repeat = [binary_metrics(truth_N, both[:, 0], both[:, 1]) for both in both_NR2.swapaxes(0, 1)]
-    return {
-        name: value if isinstance(value, int) or value is None else float(np.mean([row[name] for row in per_repeat]))
-        for name, value in per_repeat[0].items()
-    }
+def _headline(task: Task) -> Callable[[npt.ArrayLike, npt.ArrayLike], float]:
+    return auc if task.kind == "binary" else task.headline

@@ -35,6 +35,7 @@ class TrialSpec:
     backbone: Path
     pool: Pool
     task: str
+    classes: tuple[str, ...]
     clips: Path
     train: tuple[int, ...]
     validation: tuple[int, ...]
@@ -57,7 +58,7 @@ def run_trial(spec: TrialSpec, report: Report) -> None:
         and the numbers of parameters; and with the weights where the epoch is the best so far, else None.
     """
     torch.set_num_threads(spec.threads)
-    task = get_task(spec.task)
+    task = get_task(spec.task, classes=spec.classes)
     backbone = load_backbone(spec.backbone, spec.pool)
     classifier = Classifier(backbone, task, spec.adapter, spec.seed)
     classifier.to(spec.device)

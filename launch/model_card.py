@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-FIGURES = ("auc", "balanced_accuracy", "accuracy", "sensitivity", "specificity")
+FIGURES = ("auc", "balanced_accuracy", "accuracy", "sensitivity", "specificity", "brier", "r2", "r", "mae")
 
 
 def render_card(config: Mapping[str, Any], summary: Mapping[str, Any], task: Mapping[str, Any]) -> str:

@@ -196,12 +196,15 @@ def _read_sweep(folder: Path) -> Section:
 def _adapted(results: Mapping[str, Any]) -> dict[str, Any]:
     """Figures and ROC curve that a finetuning and a sweep share."""
     tested = results["figures"]
+    selects_by = next(name for name in ("auc", "r2") if name in tested)
     roc = results.get("roc")
     return {
-        "figures": {name.replace("_", " "): tested.get(name) for name in FIGURES},
+        "figures": {name.replace("_", " "): tested[name] for name in FIGURES if name in tested},
         "n": tested["n"],
-        "n_positive": tested["n_positive"],
+        "n_positive": tested.get("n_positive"),
         "overlap": describe_overlap(results),
+        "selects_by": selects_by,
+        "compared_by": {"auc": "AUC", "r2": "R²"}[selects_by],
         "beside": _beside(results),
         "roc": _inline(figures.roc_figure(roc["fpr"], roc["tpr"], tested["auc"], tested["n"])) if roc else None,
     }
@@ -211,15 +214,16 @@ def _beside(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table that puts the model beside the baselines; empty where none were measured."""
     if not results.get("baselines"):
         return []
+    compared_by = results["compared_by"]
     entries = [("this model", results), *((entry["says"], entry) for entry in results["baselines"].values())]
     rows = []
     for name, entry in entries:
         against = entry.get("model_minus_baseline")
-        low, high = entry["intervals"]["auc"]
+        low, high = entry["intervals"][compared_by]
         row = {"name": name, "interval": f"{low:.2f} – {high:.2f}", "difference": "", "p": ""}
         if against:
             row |= {"difference": f"{against['difference']:+.2f}", "p": f"{against['p']:.3f}"}
-        rows.append(row | {figure: entry["figures"][figure] for figure in ("auc", "balanced_accuracy")})
+        rows.append(row | {"figure": entry["figures"][compared_by]})
     return rows
 
 

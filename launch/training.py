@@ -95,7 +95,8 @@ def sweep_and_print(recipe: str, overrides: Sequence[str], console: Console) -> 
         results = sweep(config, on_progress)
     for trial in results["trials"]:
         stopped = "stopped early after" if trial["stopped_early"] else "trained for"
-        figures = f"validation AUC {trial['validation_auc']:.3f}, {stopped} {trial['epochs']} epochs"
+        called, value = next((k, trial[f"validation_{k}"]) for k in ("auc", "r2") if f"validation_{k}" in trial)
+        figures = f"validation {called.upper()} {value:.3f}, {stopped} {trial['epochs']} epochs"
         console.print(f"rank {trial['rank']}: {figures}", highlight=False)
     console.print(results["sentence"], highlight=False, soft_wrap=True)
     _print_figures(results, console)

@@ -55,19 +55,21 @@ def test_every_baseline_gives_scores_and_test_labels_do_not_matter(read, name):
     _, subjects, features = read
     labels = np.array([subject.label for subject in subjects])
     parts = np.arange(0, 12), np.arange(12, 17), np.arange(17, 22)
-    checked, tested = baseline_scores(name, features[BASELINES[name].features], labels, *parts)
+    checked, tested = baseline_scores(name, AdhdDiagnosis(), features[BASELINES[name].features], labels, *parts)
     assert checked.shape == tested.shape == (5,)
     assert ((tested >= 0) & (tested <= 1)).all()
     other = labels.copy()
     other[17:] = 1 - other[17:]
-    np.testing.assert_array_equal(baseline_scores(name, features[BASELINES[name].features], other, *parts)[1], tested)
+    np.testing.assert_array_equal(
+        baseline_scores(name, AdhdDiagnosis(), features[BASELINES[name].features], other, *parts)[1], tested
+    )
 
 
 def test_the_planted_effect_is_in_the_image_and_not_in_the_site(read):
     _, subjects, features = read
     labels = np.array([subject.label for subject in subjects])
     parts = np.arange(0, 11), np.arange(11, 16), np.arange(16, 22)
-    _, image = baseline_scores("image", features["image"], labels, *parts)
+    _, image = baseline_scores("image", AdhdDiagnosis(), features["image"], labels, *parts)
     assert auc(labels[16:], image) == 1.0
 
 
@@ -76,5 +78,7 @@ def test_missing_ages_and_unseen_sites_are_no_obstacle():
         [["a", "F", 9.0], ["a", "M", np.nan], ["b", "F", 12.0], ["b", "", 8.0], ["new", "M", np.nan], ["a", "F", 10.0]],
         dtype=object,
     )
-    checked, tested = baseline_scores("demographics", rows, [0, 1, 0, 1, 1, 0], [0, 1, 2, 3], [1, 2], [4, 5])
+    checked, tested = baseline_scores(
+        "demographics", AdhdDiagnosis(), rows, [0, 1, 0, 1, 1, 0], [0, 1, 2, 3], [1, 2], [4, 5]
+    )
     assert np.isfinite(checked).all() and np.isfinite(tested).all()

@@ -1,7 +1,15 @@
+import csv
+
+import numpy as np
 import pytest
 import torch
+from scipy.stats import pearsonr
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, mean_absolute_error, r2_score, roc_auc_score
 
+from boldforge.configs import load_config
+from boldforge.finetune import FinetuneConfig, finetune, load_classifier
 from boldforge.finetune.errors import FinetuneError
+from boldforge.finetune.metrics import multiclass_metrics, regression_metrics
 from boldforge.finetune.tasks import AdhdDiagnosis, get_task
 
 
@@ -25,3 +33,89 @@ def test_both_classes_have_the_same_say_in_the_loss():
     # At even odds the three controls pull down exactly as hard as the one patient pulls up.
     assert logits.grad is not None
     assert logits.grad.sum().item() == pytest.approx(0, abs=1e-7)
+
+
+def test_a_column_s_classes_are_the_values_that_occur():
+    phenotypes = [{"hand": "R"}, {"hand": "L"}, {"hand": None}, {"hand": 2.0}, {}]
+    task = get_task("classify:hand", phenotypes)
+    assert task.classes == ("2", "L", "R") and task.n_outputs == 3 and task.kind == "multiclass"
+    assert [task.label(phenotype) for phenotype in phenotypes] == [2, 1, None, 0, None]
+    two = get_task("classify:hand", phenotypes[:3])
+    assert two.kind == "binary" and two.label({"hand": "R"}) == 1
+    assert get_task("classify:dx", [{"dx": 0}, {"dx": 3.0}]).label({"dx": 3}) == 1
+    for name, message in [
+        ("classify:foot", "'foot' holds 0 different values, expected 2 to 20"),
+        ("classify:", "task is 'classify:', expected one of: adhd"),
+        ("regress:", "task is 'regress:'"),
+    ]:
+        with pytest.raises(FinetuneError, match=message):
+            get_task(name, phenotypes)
+    with pytest.raises(FinetuneError, match=r"'age' holds 'old', expected a number or nothing.*classify:age"):
+        get_task("age").label({"age": "old"})
+    assert [get_task("sex").label({"sex": s}) for s in ("F", "M", None)] == [0, 1, None]
+
+
+def test_figures_of_classes_and_numbers_are_sklearn_s():
+    generator = np.random.default_rng(0)
+    truth = np.arange(40) % 3
+    scores = generator.dirichlet(np.ones(3), 40) + 0.3 * np.eye(3)[truth]
+    scores /= scores.sum(axis=1, keepdims=True)
+    found = multiclass_metrics(truth, scores)
+    assert found["auc"] == pytest.approx(roc_auc_score(truth, scores, multi_class="ovr"))
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(truth, scores.argmax(axis=1)))
+    assert found["confusion"] == confusion_matrix(truth, scores.argmax(axis=1)).tolist()
+    age = generator.normal(30, 5, 40)
+    guess = age + generator.normal(0, 3, 40)
+    assert regression_metrics(age, guess) == {
+        "r2": pytest.approx(r2_score(age, guess)),
+        "r": pytest.approx(pearsonr(age, guess).statistic),
+        "mae": pytest.approx(mean_absolute_error(age, guess)),
+        "n": 40,
+    }
+    assert regression_metrics([3.0, 3.0], [1.0, 1.0])["r"] is None
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 1, 2], [1, 1, 2, 2, 0]])
+def test_every_class_pulls_as_hard_as_the_others(labels):
+    task = get_task("classify:x", [{"x": name} for name in "abc"])
+    logits = torch.zeros(len(labels), 3, requires_grad=True)
+    task.criterion(labels)(logits, torch.tensor(labels)).backward()
+    torch.testing.assert_close(logits.grad.sum(dim=0), torch.zeros(3), atol=1e-7, rtol=0)
+
+
+SETTINGS = {"clips": 2, "folds": 3, "training": {"epochs": 8}, "adapter": {"rank": 0}}
+
+
+def _run(cohort, encoder, out, task, **changes):
+    settings = {"shards": cohort, "backbone": encoder, "out": out, "task": task, **SETTINGS, **changes}
+    return finetune(load_config(FinetuneConfig, settings))
+
+
+def test_a_number_is_predicted_in_its_own_unit(cohort, encoder, tmp_path):
+    results = _run(cohort, encoder, tmp_path, "age", baselines=["site", "image", "connectivity-svm"])
+    assert results["figures"]["r2"] > 0.3 and results["figures"]["mae"] < 4
+    assert results["baselines"]["image"]["says"].endswith("ridge regression")
+    assert results["baselines"]["site"]["figures"]["r2"] < 0.3
+    assert results["verdict"].startswith("R² ") and results["roc"] is None
+    classifier = load_classifier(encoder, tmp_path / "adapter")
+    assert classifier.head.unit[1].item() == pytest.approx(results["subjects"]["mean"], rel=1e-5)
+    with (tmp_path / "predictions.tsv").open() as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    error = np.mean([abs(float(row["label"]) - float(row["score"])) for row in rows])
+    assert error == pytest.approx(results["figures"]["mae"], abs=1e-5) and {row["threshold"] for row in rows} == {""}
+
+
+def test_several_classes_that_mean_nothing_are_at_chance(cohort, encoder, tmp_path):
+    results = _run(cohort, encoder, tmp_path, "classify:group", baselines=["site", "connectivity-svm"])
+    low, high = results["intervals"]["auc"]
+    assert low < 0.5 < high and results["verdict"].endswith("not told apart from chance.")
+    assert np.array(results["figures"]["confusion"]).sum() == results["figures"]["n"] == 24
+    with (tmp_path / "predictions.tsv").open() as stream:
+        row = next(csv.DictReader(stream, delimiter="\t"))
+    assert sum(float(row[f"score_g{i}"]) for i in range(3)) == pytest.approx(1, abs=1e-4)
+    assert load_classifier(encoder, tmp_path / "adapter").task.classes == ("g0", "g1", "g2")
+
+
+def test_one_class_is_no_question(cohort, encoder, tmp_path):
+    with pytest.raises(FinetuneError, match="'same' holds 1 different values"):
+        _run(cohort, encoder, tmp_path, "classify:same")

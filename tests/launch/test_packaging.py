@@ -93,7 +93,7 @@ def test_every_dependency_is_imported_or_has_a_reason_to_be_there():
 
 
 def test_the_tried_versions_name_no_local_build_and_no_place():
-    assert not any(mark in (ROOT / "constraints.txt").read_text() for mark in ("+cpu", "/", "@", "http"))
+    assert not any(mark in (ROOT / "constraints.txt").read_text() for mark in ("+cpu", "/", "@"))
 
 
 def test_ci_calls_make_test_and_hands_its_exit_code_on(tmp_path):

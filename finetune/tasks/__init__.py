@@ -1,0 +1,69 @@
+"""What is predicted. A task is one class, in a file of its own where it is more than a column; see `base.Task`."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from boldforge.finetune.errors import FinetuneError
+from boldforge.finetune.tasks.base import Criterion, Phenotype, Task, describe_labels
+from boldforge.finetune.tasks.columns import Number, SeveralClasses, TwoClasses, as_text
+from boldforge.finetune.tasks.diagnosis import AdhdDiagnosis
+
+_NAMED: Mapping[str, Callable[[], Task]] = {
+    "adhd": AdhdDiagnosis,
+    "sex": lambda: TwoClasses("sex", "sex", ("F", "M"), ("female", "male")),
+    "age": lambda: Number("age", "age"),
+}
+TASK_CHOICES = (
+    "adhd (column diagnosis), sex, age; classify:COLUMN for the classes of any phenotype column, regress:COLUMN for "
+    "its numbers"
+)
+_MOST_CLASSES = 20
+
+
+def get_task(name: str, phenotypes: Iterable[Phenotype] | None = None, classes: Sequence[str] = ()) -> Task:
+    """Return the task of that name.
+
+    Parameters
+    ----------
+    name
+        ``adhd``, ``sex``, ``age``, ``classify:COLUMN`` or ``regress:COLUMN``.
+    phenotypes
+        Of the dataset's runs: the classes of ``classify:COLUMN`` are the values that occur, in order.
+    classes
+        The classes that a trained head knows, in place of `phenotypes`.
+
+    Raises
+    ------
+    FinetuneError
+        If there is no such task, or the column does not hold between 2 and 20 classes.
+    """
+    if name in _NAMED:
+        return _NAMED[name]()
+    verb, _, column = name.partition(":")
+    if verb == "regress" and column:
+        return Number(name, column)
+    if verb != "classify" or not column:
+        raise FinetuneError(f"task is {name!r}, expected one of: {TASK_CHOICES}.")
+    found: Sequence[str] = classes
+    if not found:
+        values = {phenotype.get(column) for phenotype in phenotypes or ()} - {None}
+        numbers = sorted(value for value in values if not isinstance(value, str) and value is not None)
+        found = [as_text(value) for value in numbers] + sorted(value for value in values if isinstance(value, str))
+    if not 2 <= len(found) <= _MOST_CLASSES:
+        raise FinetuneError(
+            f"phenotype column {column!r} holds {len(found)} different values, expected 2 to {_MOST_CLASSES} classes; "
+            f"name another column, or ask for regress:{column}."
+        )
+    if len(found) == 2:
+        return _TwoTexts(name, column, (found[0], found[1]))
+    return SeveralClasses(name, column, found)
+
+
+class _TwoTexts(TwoClasses):
+    """Two classes that are compared as texts, as several classes are."""
+
+    def label(self, phenotype: Phenotype) -> float | None:
+        value = phenotype.get(self.column)
+        return super().label({self.column: None if value is None else as_text(value)})
+
+
+__all__ = ["AdhdDiagnosis", "Criterion", "TASK_CHOICES", "Task", "describe_labels", "get_task"]
