@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import socket
 import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from boldforge.data_shards.work import BuildError, Outcome, RunTask, Task, perfo
 ATTEMPTS = 3
 # Enough that no CPU waits for the next task; everything else stays here, where it costs nothing.
 _IN_FLIGHT_PER_CPU = 2
+_PATIENCE_S = 10.0
 _OBJECT_STORE_BYTES = 80 * 2**20  # tasks and their outcomes only: the data goes through files
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -113,6 +115,13 @@ def _crashes() -> tuple[type[Exception], ...]:
     )
 
 
+def _knock(address: str | None) -> None:
+    """Raise OSError where nothing listens at ``host:port``: Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_PATIENCE_S).close()
+
+
 @contextmanager
 def _session(workers: int | None, address: str | None) -> Iterator[Any]:
     environment = _ENVIRONMENT if address is None else {}
@@ -135,6 +144,7 @@ def _session(workers: int | None, address: str | None) -> Iterator[Any]:
                 "_temp_dir": folder,
             }
             try:
+                _knock(address)
                 ray.init(
                     address=address or "local",
                     log_to_driver=False,

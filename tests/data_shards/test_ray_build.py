@@ -135,7 +135,6 @@ def test_few_runs_do_not_start_ray(folder, tmp_path, monkeypatch):
     build_shards(runs, tmp_path / "one", RECIPE, workers=1)
 
 
-@pytest.mark.slow
 def test_an_address_without_a_cluster_is_told_in_one_sentence(folder, tmp_path):
-    with pytest.raises(BuildError, match=r"Ray could not be reached at 127.0.0.1:1 "):
+    with pytest.raises(BuildError, match=r"Ray could not be reached at 127.0.0.1:1 .*refused"):
         build_shards(find_runs(folder), tmp_path / "out", RECIPE, address="127.0.0.1:1")
