@@ -23,13 +23,16 @@ from boldforge.kernels.triton_scan_parts import (
     by_rows,
     compile_options,
     first_state,
-    gate,
     load_decay,
+    load_step,
+    locate,
     packed,
     restart,
-    softplus,
+    skipped,
     spread,
+    store_gated,
     store_state,
+    token,
 )
 
 # Two channels per lane of one warp share what is per token; with more than 16 states that would spill registers.
@@ -76,10 +79,9 @@ def scan_forward_kernel(
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     exists = channel < n_channels
     first_row = tl.program_id(2).to(tl.int64) * n_tokens
-    u_ptr += first_row * u_row + channel
-    dt_ptr += first_row * dt_row + channel
-    z_ptr += first_row * z_row + channel
-    y_ptr += first_row * n_channels + channel
+    u_ptr, dt_ptr, z_ptr, y_ptr = locate(
+        first_row, u_ptr, u_row, dt_ptr, dt_row, z_ptr, z_row, y_ptr, n_channels, channel
+    )
     # One lane, one weight of B or C.
     lane = tl.arange(0, 2 * GROUP)
     weight_row = tl.where(lane < GROUP, B_row, C_row)
@@ -94,21 +96,14 @@ def scan_forward_kernel(
         h = restart(h, code)
         go_on = True
         while go_on:
-            row = code & 0x7FFFFFFF
-            if BIG:
-                row = row.to(tl.int64)
+            row = token(code, BIG)
             place += 1
             code = tl.load(rows_ptr + place, mask=place < stop, other=-1)
             go_on = code >= 0
             u = tl.load(u_ptr + row * u_row).to(tl.float32)
-            delta = tl.load(dt_ptr + row * dt_row).to(tl.float32)
-            if HAS_BIAS:
-                delta += tl.load(bias_ptr + channel).to(tl.float32)
-            delta = softplus(delta)
+            delta = load_step(dt_ptr + row * dt_row, bias_ptr + channel, HAS_BIAS)
             x = delta * u
-            y = tl.zeros([CHANNELS], tl.float32)
-            if HAS_D:
-                y = u * tl.load(D_ptr + channel).to(tl.float32)
+            y = skipped(u, D_ptr + channel, HAS_D)
             h_next = ()
             for first in tl.static_range(0, N, GROUP):
                 inside = first + lane % GROUP < N
@@ -118,9 +113,7 @@ def scan_forward_kernel(
                     h_next = h_next + (h_n,)
                     y += h_n * weights[GROUP + n - first]
             h = h_next
-            if HAS_Z:
-                y *= gate(tl.load(z_ptr + row * z_row).to(tl.float32))
-            tl.store(y_ptr + row * n_channels, y.to(y_ptr.dtype.element_ty))
+            store_gated(y_ptr + row * n_channels, y, z_ptr + row * z_row, None, HAS_Z)
     if HAS_LAST:
         store_state(last_ptr + end, h, n_channels, exists, N)
 

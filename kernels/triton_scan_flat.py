@@ -17,16 +17,32 @@ import triton.language as tl
 
 from boldforge.kernels.triton_scan_parts import (
     first_state,
-    gate,
     load_decay,
+    load_step,
     load_weights,
+    locate,
     restart,
-    softplus,
+    skipped,
+    store_gated,
     store_state,
+    token,
 )
 
 LANES = 32
 """Sequences times channels of a program."""
+
+
+@triton.jit
+def _advance(h, y, A, delta, x, B, C, here, N: tl.constexpr, HOLD: tl.constexpr):
+    """Return the states after one token and y plus their sum; HOLD keeps those of lanes that are not here."""
+    h_next = ()
+    for n in tl.static_range(N):
+        h_n = tl.exp2(delta * A[n]) * h[n] + x * B[n]
+        if HOLD:
+            h_n = tl.where(here, h_n, h[n])
+        h_next = h_next + (h_n,)
+        y += h_n * C[n]
+    return h_next, y
 
 
 @triton.jit
@@ -68,9 +84,7 @@ def scan_forward_flat_kernel(
     The inner loop runs until any lane restarts. A lane whose sequence is over goes on reading its clip's first token
     and writes nothing.
     """
-    program = tl.program_id(0)
-    if BIG:
-        program = program.to(tl.int64)
+    program = tl.program_id(0).to(tl.int64) if BIG else tl.program_id(0)
     lane = program * LANES + tl.arange(0, LANES)
     channel = lane % n_channels
     number = lane // n_channels
@@ -80,12 +94,11 @@ def scan_forward_flat_kernel(
     length = tl.where(exists, tl.load(cu_ptr + number % n_sequences + 1) - start, 0)
     longest = tl.max(length, axis=0)
     first_row = clip.to(tl.int64) * n_tokens
-    u_ptr += first_row * u_row + channel
-    dt_ptr += first_row * dt_row + channel
+    u_ptr, dt_ptr, z_ptr, y_ptr = locate(
+        first_row, u_ptr, u_row, dt_ptr, dt_row, z_ptr, z_row, y_ptr, n_channels, channel
+    )
     B_ptr += first_row * B_row
     C_ptr += first_row * C_row
-    z_ptr += first_row * z_row + channel
-    y_ptr += first_row * n_channels + channel
     rows_ptr += start
     A = load_decay(A_ptr, channel, exists, N)
     end = number.to(tl.int64) * N * n_channels + channel
@@ -96,34 +109,17 @@ def scan_forward_flat_kernel(
         h = restart(h, code)
         go_on = True
         while go_on:
-            row = code & 0x7FFFFFFF
-            if BIG:
-                row = row.to(tl.int64)
+            row = token(code, BIG)
             here = t < length
             t += 1
             code = tl.load(rows_ptr + t, mask=t < length, other=0)
             go_on = tl.where(t < longest, tl.min(code, axis=0), -1) >= 0
             u = tl.load(u_ptr + row * u_row).to(tl.float32)
-            delta = tl.load(dt_ptr + row * dt_row).to(tl.float32)
-            if HAS_BIAS:
-                delta += tl.load(bias_ptr + channel).to(tl.float32)
-            delta = softplus(delta)
-            x = delta * u
-            y = tl.zeros([LANES], tl.float32)
-            if HAS_D:
-                y = u * tl.load(D_ptr + channel).to(tl.float32)
+            delta = load_step(dt_ptr + row * dt_row, bias_ptr + channel, HAS_BIAS)
+            y = skipped(u, D_ptr + channel, HAS_D)
             B = load_weights(B_ptr + row * B_row, True, N, PACKED)
             C = load_weights(C_ptr + row * C_row, True, N, PACKED)
-            h_next = ()
-            for n in tl.static_range(N):
-                h_n = tl.exp2(delta * A[n]) * h[n] + x * B[n]
-                if HAS_LAST:
-                    h_n = tl.where(here, h_n, h[n])
-                h_next = h_next + (h_n,)
-                y += h_n * C[n]
-            h = h_next
-            if HAS_Z:
-                y *= gate(tl.load(z_ptr + row * z_row).to(tl.float32))
-            tl.store(y_ptr + row * n_channels, y.to(y_ptr.dtype.element_ty), mask=here)
+            h, y = _advance(h, y, A, delta, delta * u, B, C, here, N, HAS_LAST)
+            store_gated(y_ptr + row * n_channels, y, z_ptr + row * z_row, here, HAS_Z)
     if HAS_LAST:
         store_state(last_ptr + end, h, n_channels, exists, N)

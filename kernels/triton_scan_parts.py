@@ -43,9 +43,44 @@ def reciprocal(x):
 
 
 @triton.jit
-def gate(z):
-    """SiLU."""
-    return z * reciprocal(1.0 + tl.exp2(-z * 1.4426950408889634))
+def token(code, BIG: tl.constexpr):
+    """Return the token that an entry of the index names; in 64 bits where the clip is BIG."""
+    row = code & 0x7FFFFFFF
+    return row.to(tl.int64) if BIG else row
+
+
+@triton.jit
+def load_step(dt_ptr, bias_ptr, HAS_BIAS: tl.constexpr):
+    """Return softplus(dt + bias)."""
+    step = tl.load(dt_ptr).to(tl.float32)
+    if HAS_BIAS:
+        step += tl.load(bias_ptr).to(tl.float32)
+    return softplus(step)
+
+
+@triton.jit
+def skipped(u, D_ptr, HAS_D: tl.constexpr):
+    """Return D u, or zero without D: what the sum over states is added to."""
+    return u * tl.load(D_ptr).to(tl.float32) if HAS_D else tl.zeros(u.shape, tl.float32)
+
+
+@triton.jit
+def store_gated(y_ptr, y, z_ptr, exists, HAS_Z: tl.constexpr):
+    """Write y, times SiLU of z where there is a gate."""
+    if HAS_Z:
+        z = tl.load(z_ptr).to(tl.float32)
+        y *= z * reciprocal(1.0 + tl.exp2(-z * 1.4426950408889634))
+    tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def locate(first_row, u_ptr, u_row, dt_ptr, dt_row, z_ptr, z_row, y_ptr, n_channels, channel):
+    """Return where every lane's channel of a clip's first token lies in u, dt, z and y."""
+    u_ptr += first_row * u_row + channel
+    dt_ptr += first_row * dt_row + channel
+    z_ptr += first_row * z_row + channel
+    y_ptr += first_row * n_channels + channel
+    return u_ptr, dt_ptr, z_ptr, y_ptr
 
 
 @triton.jit
