@@ -37,8 +37,8 @@ from boldforge.kernels import ScanIndex, available_backends, shifted_conv, shift
 RESOURCES = Path(__file__).parents[1] / "kernels/resources.json"
 STATES = 16
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LIMIT_S = 20.0
-"""A peer that would take longer than this for one run on the CPU is not run."""
+LIMIT_S, LARGE = 20.0, 10_000_000
+"""On the CPU: a peer that would take more seconds for a run is not run; a shape of more (t,d) is large."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,11 @@ def our_rows(shape: Shape, kind: str, device: str, floor: Floor, budget: float) 
         torch.randn(size, generator=generator).to(device) for size in ((shape.channels, 4), (shape.channels,))
     )
     for backend in usable:
+        # The torch backend computes in float32 whatever it is given; on large shapes one type is enough.
+        if backend == "torch" and device == "cpu" and kind != "fp32" and shape.units > LARGE:
+            for name in ("forward", "backward", "conv forward", "conv backward"):
+                yield {"shape": shape.name, "type": kind, "pass": name, "backend": backend, "ns_per_td": None}
+            continue
         leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
         x, w, b = (value.detach().requires_grad_() for value in (inputs["u"], taps, bias))
         y = shifted_scan(**leaves, index=index, backend=backend)
@@ -236,32 +241,31 @@ def our_rows(shape: Shape, kind: str, device: str, floor: Floor, budget: float) 
             }
 
 
-def peer_rows(
-    shape: Shape, kind: str, device: str, floor: Floor, speed: dict[tuple[str, str], float], budget: float
-) -> Iterator[dict[str, object]]:
-    """Yield the rows of every peer; ``speed`` is what one unit took before, by peer and pass, and is filled here."""
+def peer_rows(shape: Shape, kind: str, device: str, floor: Floor, budget: float) -> Iterator[dict[str, object]]:
+    """Yield the rows of every peer; its backward is what both passes take less the forward."""
     inputs = scan_inputs(shape, TYPES[kind], device)
     for peer, (function, at_once) in peers_here(device).items():
-        both = 0.0
-        for name in ("forward", "backward"):
+        forward = 0.0
+        for name, work in (("forward", _forward_only), ("backward", with_backward)):
             row = {"shape": shape.name, "type": kind, "pass": name, "backend": peer}
-            expected = speed.get((peer, name), 0.0) * shape.units
+            missing = row | dict.fromkeys(("ns_per_td", "share_of_floor", "peak_bytes", "error"))
             # On the CPU the peers compute in float32 whatever they are given: one type is enough.
-            if device == "cpu" and (kind != "fp32" or expected > LIMIT_S):
-                yield row | dict.fromkeys(("ns_per_td", "share_of_floor", "peak_bytes", "error"))
+            if device == "cpu" and kind != "fp32":
+                yield missing
                 continue
             parts = list(sequences(shape, inputs, at_once, channels_first=peer == "mamba-ssm"))
-            if name == "forward":
-                work = partial(_forward_only, function, parts)
-                both = spent = seconds(work, device, budget)
-            else:
-                work = partial(with_backward, function, parts)
-                spent = seconds(work, device, budget) - both
-            speed[peer, name] = (spent if name == "forward" else spent + both) / shape.units
+            if device == "cpu":
+                began = time.process_time()
+                work(function, parts[:1])
+                if (time.process_time() - began) * len(parts) > LIMIT_S:
+                    yield missing
+                    continue
+            spent = seconds(partial(work, function, parts), device, budget) - forward
+            forward = forward or spent
             yield row | {
                 "ns_per_td": spent / shape.units * 1e9,
                 "share_of_floor": floor.of(name, shape, TYPES[kind]) / spent,
-                "peak_bytes": peak_bytes(partial(work.func, function, parts[:1]), device),
+                "peak_bytes": peak_bytes(partial(work, function, parts[:1]), device),
                 "error": _peer_error(shape, function, parts[0]) if name == "forward" else None,
             }
 
@@ -291,7 +295,7 @@ def with_ratios(rows: list[dict[str, object]]) -> list[dict[str, object]]:
             continue
         for peer in peers:
             theirs, ours = times.get((row["shape"], row["type"], row["pass"], peer)), row["ns_per_td"]
-            row[f"times_{peer}"] = None if theirs is None else theirs / ours  # type: ignore[operator]
+            row[f"times_{peer}"] = None if theirs is None or ours is None else theirs / ours  # type: ignore[operator]
     return rows
 
 
@@ -395,7 +399,7 @@ def line_of(row: dict[str, object], unit: str) -> str:
         text = "–" if value is None else format(float(str(value)) * scale, form)
         return text.rjust(int(form.lstrip("0").split(".")[0] or 0))
 
-    head = f"{row['shape']:<22}{row['type']:<6}{row['pass']:<15}{row['backend']:<15}"
+    head = f"{row['shape']:<24}{row['type']:<6}{row['pass']:<15}{row['backend']:<15}"
     if row["ns_per_td"] is None:
         return f"{head}  not run"
     scale = 1e3 if unit == "ps" else 1.0
@@ -408,13 +412,13 @@ def line_of(row: dict[str, object], unit: str) -> str:
 
 def run(shapes: tuple[Shape, ...], device: str, floor: Floor, budget: float) -> list[dict[str, object]]:
     """Measure every shape and type, printing rows as they come, and return them with the ratios to the peers."""
-    unit, speed, rows = "ps" if device == "cuda" else "ns", {}, []  # type: ignore[var-annotated]
-    head = f"{'shape':<22}{'type':<6}{'pass':<15}{'backend':<15}"
+    unit, rows = "ps" if device == "cuda" else "ns", []
+    head = f"{'shape':<24}{'type':<6}{'pass':<15}{'backend':<15}"
     print(f"{head}{unit + '/(t,d)':>9} {'floor':>7}{'MB':>10} {'error':>9}  peers took")
     for shape in shapes:
         for kind in TYPES:
             found = [
-                *peer_rows(shape, kind, device, floor, speed, budget),
+                *peer_rows(shape, kind, device, floor, budget),
                 *our_rows(shape, kind, device, floor, budget),
             ]
             with_ratios(found)
