@@ -26,15 +26,19 @@ def clips_of(batch):
 def global_steps(manifest, n_steps, batch_size, world_size, num_workers, context, first=0):
     """Return, for every step, the clips of all ranks; each rank has a DataLoader of its own."""
     steps = [[] for _ in range(n_steps)]
+    # The stream ends with the last step asked for: workers that are stopped while they send a batch may abort.
+    clips = ClipStream(manifest, 8, batch_size, SEED).clips_per_epoch
+    epochs, rest = divmod((first + n_steps) * batch_size, clips)
     for rank in range(world_size):
-        stream = ClipStream(manifest, 8, batch_size, SEED, rank=rank, world_size=world_size)
+        stream = ClipStream(manifest, 8, batch_size, SEED, rank=rank, world_size=world_size, epochs=epochs + (rest > 0))
         stream.load_state_dict({**stream.state_dict(), "step": first, "sample": first * batch_size})
         loader = DataLoader(
             stream, batch_size=None, num_workers=num_workers, multiprocessing_context=context if num_workers else None
         )
-        for number, batch in enumerate(islice(loader, n_steps)):
+        for number, batch in enumerate(loader):
             assert batch.step == first + number
-            steps[number] += clips_of(batch)
+            if number < n_steps:
+                steps[number] += clips_of(batch)
     return steps
 
 
