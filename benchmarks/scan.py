@@ -39,6 +39,8 @@ STATES = 16
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIMIT_S, LARGE = 20.0, 10_000_000
 """On the CPU: a peer that would take more seconds for a run is not run; a shape of more (t,d) is large."""
+LONGEST_BACKWARD = 1 << 13
+"""Tokens of a sequence whose peers' backward still fits into 16 GB."""
 
 
 @dataclass(frozen=True)
@@ -249,8 +251,10 @@ def peer_rows(shape: Shape, kind: str, device: str, floor: Floor, budget: float)
         for name, work in (("forward", _forward_only), ("backward", with_backward)):
             row = {"shape": shape.name, "type": kind, "pass": name, "backend": peer}
             missing = row | dict.fromkeys(("ns_per_td", "share_of_floor", "peak_bytes", "error"))
-            # On the CPU the peers compute in float32 whatever they are given: one type is enough.
-            if device == "cpu" and kind != "fp32":
+            # On the CPU the peers compute in float32 whatever they are given: one type is enough. Their backward keeps
+            # every state there ever was: none where the forward took too long, or where those would not fit.
+            too_large = name == "backward" and (forward == 0.0 or shape.length > LONGEST_BACKWARD)
+            if device == "cpu" and (kind != "fp32" or too_large):
                 yield missing
                 continue
             parts = list(sequences(shape, inputs, at_once, channels_first=peer == "mamba-ssm"))
