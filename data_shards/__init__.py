@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from boldforge.data_shards.append import AppendReport, append_shards
-from boldforge.data_shards.atlas import Atlas, AtlasError, atlas_on_grid, load_atlas
+from boldforge.data_shards.atlas import Atlas, AtlasError, atlas_on_grid, load_atlas, load_groups
 from boldforge.data_shards.batch import ClipBatch, SkippedClip
 from boldforge.data_shards.build import BuildReport, build_shards
 from boldforge.data_shards.grid import Grid, GridError, brain_mask, get_grid, mask_centres, mask_hash
@@ -57,6 +57,7 @@ __all__ = [
     "Atlas",
     "AtlasError",
     "load_atlas",
+    "load_groups",
     "atlas_on_grid",
     "Bold",
     "HeaderError",

@@ -1,6 +1,7 @@
 """Atlases: integer label volumes with names, and the same labels on a grid."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from boldforge.data_shards.grid import Affine, Grid, mask_centres
 from boldforge.data_shards.nifti import HeaderError, read_volume
 
 _FOLDER = Path(__file__).parent / "atlas"
-_PACKAGED = {"aal3": (_FOLDER / "AAL3v1_1mm.nii.gz", _FOLDER / "AAL3v1_labels.txt")}
+_PACKAGED = {"aal3": (_FOLDER / "AAL3v1_1mm.nii.gz", _FOLDER / "AAL3v1_labels.txt", _FOLDER / "AAL3v1_groups.txt")}
 
 
 class AtlasError(BoldForgeError):
@@ -21,13 +22,17 @@ class AtlasError(BoldForgeError):
 
 @dataclass(frozen=True, eq=False)
 class Atlas:
-    """A label volume, int32 [X, Y, Z], its affine [4, 4] to RAS+ mm, and the names of the ids that occur in it."""
+    """A label volume, int32 [X, Y, Z], its affine [4, 4] to RAS+ mm, and the names of the ids that occur in it.
+
+    ``groups`` is the table of groups of regions that the atlas came with; see `load_groups`.
+    """
 
     name: str
     volume: npt.NDArray[np.int32]
     affine: Affine
     labels: dict[int, str]
     sha256: str
+    groups: Path | None = None
 
     def ids(self, names: list[str]) -> list[int]:
         """Return the ids of the named regions, in the order given.
@@ -55,8 +60,8 @@ def load_atlas(name_or_path: str | Path = "aal3", labels: str | Path | None = No
     name_or_path
         ``aal3``, or the path of a 3D NIfTI file of whole numbers (0 is background).
     labels
-        A text file with one ``id name`` pair per line (spaces, tab or comma between). Without it, regions are named by
-        their number.
+        A text file with one ``id name`` pair per line (spaces, tab or comma between); a name is one word, and what
+        follows it is not read. Without a table, regions are named by their number.
 
     Raises
     ------
@@ -64,9 +69,10 @@ def load_atlas(name_or_path: str | Path = "aal3", labels: str | Path | None = No
         If a file is missing or unreadable, the volume is not 3D whole numbers, or a line of the table is malformed.
     """
     table = Path(labels) if labels is not None else None
+    groups = None
     if str(name_or_path) in _PACKAGED:
         name = str(name_or_path)
-        path, packaged_table = _PACKAGED[name]
+        path, packaged_table, groups = _PACKAGED[name]
         table = table or packaged_table
     else:
         path = Path(name_or_path)
@@ -85,7 +91,49 @@ def load_atlas(name_or_path: str | Path = "aal3", labels: str | Path | None = No
         affine=affine,
         labels={number: names.get(number, str(number)) for number in present},
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        groups=groups,
     )
+
+
+def load_groups(atlas: Atlas, table: str | Path | None = None) -> dict[str, tuple[int, ...]]:
+    """Read groups of regions: lobes, limbic, cerebellum and so on.
+
+    Parameters
+    ----------
+    table
+        A text file with one ``region group`` pair of names per line (spaces, tab or comma between). A region may be in
+        several groups, or in none. None: the table that the atlas came with.
+
+    Returns
+    -------
+    dict
+        Ids of the regions of each group, in the table's order.
+
+    Raises
+    ------
+    AtlasError
+        If the atlas has no table of its own and none is given, the file is missing, a line is malformed, or a region
+        does not exist.
+    """
+    path = Path(table) if table is not None else atlas.groups
+    if path is None:
+        raise AtlasError(
+            f"Atlas {atlas.name} comes without groups of regions; set mask.groups to a text file with one "
+            "'region group' pair per line."
+        )
+    known = {name: number for number, name in atlas.labels.items()}
+    groups: dict[str, list[int]] = {}
+    for line, region, group in _read_pairs(path, "region group"):
+        if region not in known:
+            raise AtlasError(
+                f"{path}: line {line} names region {region}, which atlas {atlas.name} does not have; "
+                f"its names look like {', '.join(list(known)[:3])}."
+            )
+        if known[region] not in groups.setdefault(group, []):
+            groups[group].append(known[region])
+    if not groups:
+        raise AtlasError(f"{path}: no group in it; expected one 'region group' pair per line.")
+    return {name: tuple(ids) for name, ids in groups.items()}
 
 
 def atlas_on_grid(atlas: Atlas, grid: Grid) -> npt.NDArray[np.int16]:
@@ -118,14 +166,29 @@ def _read_volume(path: Path) -> tuple[npt.NDArray[np.int32], Affine]:
 
 
 def _read_table(path: Path) -> dict[int, str]:
-    if not path.is_file():
-        raise AtlasError(f"{path}: no such label table; give a text file with one 'id name' pair per line.")
-    names = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        parts = line.replace(",", " ").split(maxsplit=1)
-        if not parts or line.startswith("#"):
-            continue
-        if len(parts) != 2 or not parts[0].isdigit():
-            raise AtlasError(f"{path}: line {number} is {line!r}, expected 'id name'.")
-        names[int(parts[0])] = parts[1].split()[0]
+    names: dict[int, str] = {}
+    for line, number, name in _read_pairs(path, "id name"):
+        if not number.isdigit():
+            raise AtlasError(f"{path}: line {line} begins with {number!r}, expected 'id name'.")
+        if name in names.values() and names.get(int(number)) != name:
+            raise AtlasError(
+                f"{path}: line {line} gives a second region the name {name}; names are one word each and unlike, as "
+                "Left_Thalamus is."
+            )
+        names[int(number)] = name
     return names
+
+
+def _read_pairs(path: Path, expected: str) -> Iterator[tuple[int, str, str]]:
+    """Yield number, first and second word of each line that is neither empty nor a comment."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise AtlasError(f"{path}: no such table; give a text file with one '{expected}' pair per line.") from None
+    for number, line in enumerate(lines, start=1):
+        words = line.replace(",", " ").split()
+        if not words or line.startswith("#"):
+            continue
+        if len(words) < 2:
+            raise AtlasError(f"{path}: line {number} is {line!r}, expected '{expected}'.")
+        yield number, words[0], words[1]

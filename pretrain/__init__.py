@@ -7,10 +7,11 @@ from boldforge.pretrain.config import LossConfig, OptimizerConfig, PretrainConfi
 from boldforge.pretrain.evaluate import HeldoutClips, HeldoutError
 from boldforge.pretrain.export import ExportError, Pretrained, build_model, load_pretrained, write_export
 from boldforge.pretrain.loss import reconstruction_loss
-from boldforge.pretrain.masking import MaskConfig, MaskSampler, RegionTokens, region_tokens
+from boldforge.pretrain.masking import MaskConfig, MaskSampler
 from boldforge.pretrain.metrics import read_metrics
 from boldforge.pretrain.model import NeuroStorm
 from boldforge.pretrain.model_config import ModelConfig
+from boldforge.pretrain.regions import RegionTokens, RegionVoxels, region_tokens, region_voxels
 from boldforge.pretrain.tokens import TokenGrid, gather_patches, scatter_patches
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "PretrainConfig",
     "Pretrained",
     "RegionTokens",
+    "RegionVoxels",
     "TokenGrid",
     "build_model",
     "gather_patches",
@@ -33,6 +35,7 @@ __all__ = [
     "read_metrics",
     "reconstruction_loss",
     "region_tokens",
+    "region_voxels",
     "scatter_patches",
     "write_export",
 ]

@@ -76,7 +76,8 @@ class PretrainConfig(StrictModel):
     def _hidden_tokens_are_rebuilt_from_their_own_token(self) -> "PretrainConfig":
         if not self.model.decoder:
             raise ValueError("model.decoder is false, but pretraining reconstructs; set it to true")
-        wanted = {"window": "window", "atlas": "atlas", "region": "atlas"}.get(self.mask.strategy, "random")
+        anatomy = dict.fromkeys(("region", "pair", "group", "atlas"), "atlas")
+        wanted = {"window": "window", **anatomy}.get(self.mask.strategy, "random")
         first = self.model.mask_tokens[0]
         if wanted in self.model.mask_tokens and first != wanted:
             raise ValueError(

@@ -8,8 +8,8 @@ which every strategy here but one meets exactly. The one is ``atlas``, which is 
 Shape suffixes: B clips · S spatial tokens of the first stage · T frames · L = S·T tokens · R regions.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,24 +18,24 @@ from pydantic import Field
 from torch import Tensor
 
 from boldforge.configs import ConfigError, StrictModel
-from boldforge.data_shards import Atlas, AtlasError, Grid
+from boldforge.pretrain.regions import RegionTokens, grouped, homologous_pairs
 from boldforge.pretrain.tokens import TokenGrid
 
-# A region hides a token of which it fills at least this share; below it, it would mostly hide its neighbours.
-_MEMBER_SHARE = 0.25
+_BY_ANATOMY = ("region", "pair", "group", "atlas")
 
 
 class MaskConfig(StrictModel):
     """What is hidden from the encoder during pretraining."""
 
-    strategy: Literal["random", "tube", "window", "region", "atlas"] = Field(
+    strategy: Literal["random", "tube", "window", "region", "pair", "group", "atlas"] = Field(
         "region",
         description="random: any tokens; tube: patches over all frames; window: whole windows of the first stage; "
-        "region: atlas regions over all frames; atlas: NeuroSTORM's, that share of the regions, however large.",
+        "region: atlas regions over all frames; pair: regions together with those of the other side; group: groups of "
+        "regions, see groups; atlas: NeuroSTORM's, that share of the regions, however large.",
     )
     time: Literal["random", "tube"] = Field(
         "random",
-        description="tube: what is hidden is hidden in all frames (tube, region and atlas always do).",
+        description="tube: what is hidden is hidden in all frames (tube and the strategies by anatomy always do).",
     )
     ratio: float = Field(
         0.5,
@@ -44,69 +44,19 @@ class MaskConfig(StrictModel):
         description="Share of the brain's tokens hidden, the same for every strategy but atlas (of its regions).",
     )
     atlas: str = Field(
-        "aal3", description="Atlas name, or a NIfTI label file, for the region and atlas strategies and for reports."
+        "aal3",
+        description="Atlas name, or a NIfTI label file: what the strategies by anatomy hide, the regional terms of the "
+        "loss count and reports name.",
     )
-
-
-@dataclass(frozen=True)
-class RegionTokens:
-    """Which tokens belong to which atlas region.
-
-    Attributes
-    ----------
-    ids, names
-        Label and name of each region that is present on the grid (R of them).
-    share
-        float32 [S, R]: the share of the token's volume that the region fills.
-    member
-        bool [S, R]: true where hiding the region hides the token. Every region has at least one token: the one that
-        holds most of it, however small the region is.
-    """
-
-    ids: tuple[int, ...]
-    names: tuple[str, ...]
-    share: np.ndarray
-    member: np.ndarray
-
-
-def region_tokens(atlas: Atlas, grid: Grid, token_grid: TokenGrid) -> RegionTokens:
-    """Measure how much of every first-stage token each region fills.
-
-    Every voxel of the atlas, at the atlas's own resolution, is put into the token that holds its centre in millimetres:
-    a region of a few cubic millimetres is not lost on a coarse grid.
-
-    Raises
-    ------
-    AtlasError
-        If no region of the atlas holds a token: it lies in another space.
-    """
-    stage, ids = token_grid.stages[0], np.array(sorted(atlas.labels))
-    labelled = np.argwhere(np.isin(atlas.volume, ids))
-    to_grid = np.linalg.inv(grid.affine) @ atlas.affine
-    # Rounded first: a voxel on the border of two tokens must fall on the same side on every machine.
-    voxel = np.floor(np.round(labelled @ to_grid[:3, :3].T + to_grid[:3, 3], 6) + 0.5).astype(np.int64)
-    patch = voxel // np.array(token_grid.patch_size)
-    inside = ((voxel >= 0) & (patch < np.array(stage.grid))).all(axis=1)
-    token = np.full(len(labelled), stage.n_tokens)
-    token[inside] = stage.numbers[tuple(patch[inside].T)]
-    region = np.searchsorted(ids, atlas.volume[tuple(labelled.T)])
-    counts = np.zeros((stage.n_tokens + 1, len(ids)), dtype=np.int64)
-    np.add.at(counts, (token, region), 1)
-    counts = counts[:-1]
-    present = counts.any(axis=0)
-    if not present.any():
-        raise AtlasError(
-            f"Atlas {atlas.name}: none of its {len(ids)} regions meets the brain of grid {grid.name}; check that it is "
-            "in MNI space and that its affine is right."
-        )
-    ids, counts = ids[present], counts[:, present]
-    voxel_volume = abs(np.linalg.det(atlas.affine[:3, :3]))
-    token_volume = abs(np.linalg.det(grid.affine[:3, :3])) * np.prod(token_grid.patch_size)
-    share = (counts * (voxel_volume / token_volume)).astype(np.float32)
-    member = share >= _MEMBER_SHARE
-    member[share.argmax(axis=0), np.arange(len(ids))] = True
-    names = tuple(atlas.labels[int(label)] for label in ids)
-    return RegionTokens(ids=tuple(int(label) for label in ids), names=names, share=share, member=member)
+    labels: Path | None = Field(
+        None,
+        description="Label table of the atlas, one 'id name' per line. None: the atlas's own, or numbers as names.",
+    )
+    groups: Path | None = Field(
+        None,
+        description="Table of the group strategy, one 'region group' per line. None: the atlas's own (AAL3: lobes, "
+        "insula, limbic, basal ganglia, thalamus, brainstem, cerebellum).",
+    )
 
 
 class MaskSampler:
@@ -119,9 +69,11 @@ class MaskSampler:
     config
         Strategy and ratio.
     regions
-        Needed for the ``region`` and ``atlas`` strategies.
+        Needed for the strategies by anatomy.
     window
         Tokens along x, y, z, t of what the ``window`` strategy hides at once.
+    groups
+        Needed for the ``group`` strategy: the ids of each group's regions.
 
     Attributes
     ----------
@@ -131,7 +83,7 @@ class MaskSampler:
     Raises
     ------
     ConfigError
-        If the ratio leaves no visible token.
+        If the ratio leaves no visible token, or the atlas has no pairs or groups to hide.
     """
 
     def __init__(
@@ -140,6 +92,7 @@ class MaskSampler:
         config: MaskConfig,
         regions: RegionTokens | None = None,
         window: tuple[int, int, int, int] = (4, 4, 4, 4),
+        groups: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self.config = config
         self.frames = token_grid.frames
@@ -150,7 +103,7 @@ class MaskSampler:
                 f"mask.ratio is {config.ratio:g}, which hides all {self.n_spatial} patches of this grid, so that "
                 f"nothing is left to see; use at most {max(0.0, 1 - 1 / self.n_spatial):.3g}."
             )
-        if config.strategy in ("region", "atlas"):
+        if config.strategy in _BY_ANATOMY:
             if regions is None:
                 raise ValueError(f"the {config.strategy} strategy needs the regions' tokens")
             if len(regions.share) != self.n_spatial:
@@ -159,11 +112,12 @@ class MaskSampler:
                     f"{self.n_spatial}; measure them again with region_tokens"
                 )
         self._regions = regions
+        self._units = _units(config.strategy, regions, groups)
         coordinates = token_grid.stages[0].coordinates // window[:3]
         _, windows_S = np.unique(coordinates, axis=0, return_inverse=True)
         self._windows_S = windows_S.reshape(-1)
         self._windows_T = np.arange(self.frames) // window[3]
-        whole = config.strategy in ("tube", "region", "atlas") or config.time == "tube"
+        whole = config.strategy in ("tube", *_BY_ANATOMY) or config.time == "tube"
         self.n_hidden = None if config.strategy == "atlas" else self.n_hidden_spatial * self.frames
         self._draw = self._one_frame if whole else self._all_tokens
 
@@ -201,8 +155,8 @@ class MaskSampler:
             hidden = self._share_of_regions(rng)
         elif self.config.strategy == "window":
             hidden[_by_group(rng, self._windows_S)[: self.n_hidden_spatial]] = True
-        elif self.config.strategy == "region":
-            hidden[self._by_region(rng)[: self.n_hidden_spatial]] = True
+        elif self.config.strategy in _BY_ANATOMY:
+            hidden[self._by_unit(rng)[: self.n_hidden_spatial]] = True
         else:
             hidden[rng.permutation(self.n_spatial)[: self.n_hidden_spatial]] = True
         return np.repeat(hidden, self.frames)
@@ -216,20 +170,45 @@ class MaskSampler:
         drawn = rng.permutation(labels)[: max(1, int(self.config.ratio * len(labels)))]
         return np.isin(label_S, drawn)
 
-    def _by_region(self, rng: np.random.Generator) -> np.ndarray:
-        """Tokens in the order in which they are hidden: region after region, then the tokens without a region.
+    def _by_unit(self, rng: np.random.Generator) -> np.ndarray:
+        """Tokens in the order in which they are hidden: unit after unit, then the tokens that no unit hides.
 
-        The last region that fits is trimmed from its border (the tokens it fills least come last).
+        A unit is a region, a pair or a group; inside it, region goes after region. The last one that fits is trimmed
+        from its border (the tokens it fills least come last).
         """
         assert self._regions is not None
         order: list[np.ndarray] = []
-        for region in rng.permutation(len(self._regions.ids)):
-            tokens = np.flatnonzero(self._regions.member[:, region])
-            order.append(tokens[np.argsort(-self._regions.share[tokens, region], kind="stable")])
+        for unit in rng.permutation(len(self._units)):
+            for region in rng.permutation(self._units[unit]):
+                tokens = np.flatnonzero(self._regions.member[:, region])
+                order.append(tokens[np.argsort(-self._regions.share[tokens, region], kind="stable")])
         order.append(rng.permutation(self.n_spatial))
         tokens = np.concatenate(order)
         _, first = np.unique(tokens, return_index=True)
         return tokens[np.sort(first)]
+
+
+def sample_keys(seed: int, first: int, count: int) -> list[tuple[int, ...]]:
+    """Return the keys of the masks of `count` training samples from `first` on.
+
+    A sample's number is its place in the stream, which depends neither on ranks, workers nor micro-batches.
+    """
+    return [(0, seed, sample) for sample in range(first, first + count)]
+
+
+def _units(
+    strategy: str, regions: RegionTokens | None, groups: Mapping[str, Sequence[int]] | None
+) -> list[tuple[int, ...]]:
+    """Return what a strategy by anatomy hides at once, as places in the regions' list."""
+    if regions is None or strategy not in ("region", "pair", "group"):
+        return []
+    if strategy == "pair":
+        return homologous_pairs(regions)
+    if strategy == "group":
+        if groups is None:
+            raise ValueError("the group strategy needs the groups' regions")
+        return grouped(regions, groups)
+    return [(number,) for number in range(len(regions.ids))]
 
 
 def _by_group(rng: np.random.Generator, group: np.ndarray) -> np.ndarray:

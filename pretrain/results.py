@@ -16,7 +16,7 @@ from boldforge.pretrain.checkpoint import newest_checkpoint
 from boldforge.pretrain.config import PretrainConfig
 from boldforge.pretrain.evaluate import HeldoutError
 from boldforge.pretrain.export import write_export
-from boldforge.pretrain.masking import RegionTokens
+from boldforge.pretrain.regions import RegionTokens
 from boldforge.pretrain.run import Run
 from boldforge.pretrain.tokens import scatter_patches
 
@@ -85,7 +85,7 @@ def export_checkpoint(run_dir: str | Path, out: str | Path, checkpoint: Path) ->
     step = json.loads((checkpoint / "checkpoint.json").read_text())["step"]
     description = {
         "model": config.model.model_dump(mode="json"),
-        "data": data_recipe(config, manifest, load_atlas(config.mask.atlas)),
+        "data": data_recipe(config, manifest, load_atlas(config.mask.atlas, config.mask.labels)),
         "training": {**training, "step": step},
     }
     return write_export(_trained_weights(checkpoint, config.zero_stage), description, Path(out))

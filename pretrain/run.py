@@ -19,14 +19,16 @@ from boldforge.data_shards import (
     Segment,
     ShardReader,
     load_atlas,
+    load_groups,
     load_manifest,
     split_segments,
 )
 from boldforge.pretrain.checkpoint import newest_checkpoint
 from boldforge.pretrain.config import PretrainConfig
 from boldforge.pretrain.evaluate import HeldoutClips, HeldoutError
-from boldforge.pretrain.masking import MaskSampler, RegionTokens, region_tokens
+from boldforge.pretrain.masking import MaskSampler
 from boldforge.pretrain.model import NeuroStorm
+from boldforge.pretrain.regions import RegionTokens, region_tokens
 from boldforge.pretrain.tokens import TokenGrid
 
 logger = logging.getLogger(__name__)
@@ -78,9 +80,10 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
     mask = manifest.brain_mask()
     patch_size = config.model.patch_size(manifest.grid.voxel_size)
     token_grid = TokenGrid(mask, patch_size, config.model.frames, config.model.n_stages)
-    atlas = load_atlas(config.mask.atlas)
+    atlas = load_atlas(config.mask.atlas, config.mask.labels)
+    groups = load_groups(atlas, config.mask.groups) if config.mask.strategy == "group" else None
     regions = region_tokens(atlas, manifest.grid, token_grid)
-    sampler = MaskSampler(token_grid, config.mask, regions, config.model.window)
+    sampler = MaskSampler(token_grid, config.mask, regions, config.model.window, groups)
     torch.manual_seed(config.seed)
     model = NeuroStorm(config.model, token_grid)
     engine, _, _, _ = deepspeed.initialize(

@@ -20,6 +20,7 @@ from boldforge.data_shards import ClipBatch
 from boldforge.pretrain.config import PretrainConfig
 from boldforge.pretrain.evaluate import counted_voxels
 from boldforge.pretrain.loss import squared_error
+from boldforge.pretrain.masking import sample_keys
 from boldforge.pretrain.metrics import MetricsWriter
 from boldforge.pretrain.ranks import accelerator_ready, join_ranks
 from boldforge.pretrain.schedule import learning_rate
@@ -137,8 +138,8 @@ def lost(run: Run, batch: ClipBatch, step: int) -> BoldForgeError:
 def hide(run: Run, batch: ClipBatch, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bring this rank's clips to the device: values_BTV float32, hidden tokens mask_BL, counted voxels_BLP bool."""
     clips = len(batch.run)
-    places = range(run.rank * clips, (run.rank + 1) * clips)
-    mask_BL = run.sampler.sample([(0, run.config.seed, step, place) for place in places]).to(run.device)
+    first = step * run.config.batch_size + run.rank * clips
+    mask_BL = run.sampler.sample(sample_keys(run.config.seed, first, clips)).to(run.device)
     signal_BV = batch.signal().to(run.device) | run.config.loss.background
     counted_BLP = counted_voxels(mask_BL, signal_BV, run.patch_voxels)
     return batch.dequantise(run.device, torch.float32), mask_BL, counted_BLP
