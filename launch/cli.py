@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 import boldforge
-from boldforge.configs import BoldForgeError
+from boldforge.configs import BoldForgeError, ConfigError
 from boldforge.launch.importing import app as import_app
 
 app = typer.Typer(
@@ -73,6 +73,12 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _stated(context: typer.Context) -> list[str]:
+    """Return the names of the parameters that the command line gives."""
+    # By its name, because typer brings its own copy of click.
+    return [name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+
+
 @app.callback()
 def _options(
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version")] = False,
@@ -92,17 +98,31 @@ def demo(
     run_demo(data, out, fresh=fresh)
 
 
-@app.command(epilog="Example: boldforge inspect /data/fmriprep")
+@app.command(epilog="Example: boldforge inspect shards/study --html quality.html")
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="Folder of 4D NIfTI files, or a table of runs")],
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="Folder of 4D NIfTI files, a table of runs, or a folder of shards")],
     layout: LayoutOption = "auto",
     tr: TrOption = None,
     root: RootOption = None,
+    html: Annotated[Path | None, typer.Option(help="Write the quality page of a folder of shards here")] = None,
+    anonymous: Annotated[
+        bool, typer.Option("--anonymous", help="With --html: numbers in place of run keys and sites")
+    ] = False,
 ) -> None:
-    """Show which runs a folder holds, and which would be skipped and why; nothing is written."""
-    from boldforge.launch.sharding import print_inspection
+    """Show which runs a folder holds, and which would be skipped and why; of shards, what is in them and how good."""
+    from boldforge.launch import quality, sharding
 
-    print_inspection(folder, layout, tr, Console(), root)
+    if html is None and anonymous:
+        raise ConfigError("--anonymous says how a page names its runs; pass --html OUT.html too.")
+    if html is not None or quality.is_dataset(folder):
+        sharding.check_alone([name for name in _stated(context) if name not in {"html", "anonymous"}], "inspect")
+        if html is None:
+            quality.print_summary(folder, Console())
+        else:
+            print(f"Quality page written to {quality.write_quality_page(folder, html, anonymous)}")
+        return
+    sharding.print_inspection(folder, layout, tr, Console(), root)
 
 
 @app.command(epilog="Example: boldforge shard /data/fmriprep --out shards/study --grid mni4mm --tr 2.0 --workers 4")
@@ -153,10 +173,7 @@ def shard(
     from boldforge.data_shards import DataRecipe
     from boldforge.launch import sharding
 
-    # By its name, because typer brings its own copy of click.
-    stated = [
-        name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
+    stated = _stated(context)
     if verify or export_zarr is not None:
         sharding.check_alone(stated, "verify" if verify else "export_zarr")
         if export_zarr is not None:

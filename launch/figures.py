@@ -20,7 +20,7 @@ BLUE, ORANGE, GREY = "#3d7fc1", "#d9822b", "#8a8f98"
 # The outline of what was hidden: it must show on grey anatomy and on red and blue activity.
 _OUTLINE = "#0fa37f"
 # Stands for the page's text colour until the SVG is written; no series uses it.
-_INK = "#010203"
+INK = "#010203"
 _SLICES = 3
 _ACTIVITY = mpl.colormaps["RdBu_r"]
 
@@ -62,7 +62,7 @@ class SliceRow:
 
 def loss_figure(rows: Sequence[dict[str, float]]) -> str:
     """Draw training loss, held-out error and its baseline against the step; rows as `read_metrics` gives them."""
-    figure, axes = _figure(6.4, 3.0)
+    figure, axes = plot_axes(6.4, 3.0)
     steps = [row["step"] for row in rows]
     losses = np.array([row["loss"] for row in rows])
     axes.plot(steps, losses, color=BLUE, lw=0.8, alpha=0.35)
@@ -72,21 +72,21 @@ def loss_figure(rows: Sequence[dict[str, float]]) -> str:
         at = [row["step"] for row in held]
         axes.plot(at, [row["heldout_error"] for row in held], "o-", color=ORANGE, ms=4, lw=1.8, label="held-out frames")
         baseline = [row["heldout_baseline"] for row in held]
-        axes.plot(at, baseline, color=_INK, lw=1, ls=(0, (4, 3)), label="held-out: predicting the mean frame")
+        axes.plot(at, baseline, color=INK, lw=1, ls=(0, (4, 3)), label="held-out: predicting the mean frame")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("mean squared error")
-    _legend(axes)
-    return _svg(figure, "loss")
+    add_legend(axes)
+    return inline_svg(figure, "loss")
 
 
 def roc_figure(fpr: Sequence[float], tpr: Sequence[float], auc: float, n: int) -> str:
     """Draw a ROC curve with its area and the number of subjects behind it."""
-    figure, axes = _figure(3.6, 3.4)
-    axes.plot([0, 1], [0, 1], color=_INK, lw=1, ls=(0, (4, 3)), label="chance")
+    figure, axes = plot_axes(3.6, 3.4)
+    axes.plot([0, 1], [0, 1], color=INK, lw=1, ls=(0, (4, 3)), label="chance")
     axes.plot(fpr, tpr, color=ORANGE, lw=2, drawstyle="steps-post", label=f"AUC {auc:.2f}, n = {n}")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="1 − specificity", ylabel="sensitivity", aspect="equal")
-    _legend(axes, loc="lower right")
-    return _svg(figure, "roc")
+    add_legend(axes, loc="lower right")
+    return inline_svg(figure, "roc")
 
 
 def colour_bar() -> str:
@@ -138,32 +138,39 @@ def slice_rows(example: Example) -> list[SliceRow]:
     return rows
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def plot_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return an empty plot of a size in inches, in the page's colours."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
-    axes.set_facecolor("none")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set(color=_INK, alpha=0.4)
-    axes.tick_params(colors=_INK, labelsize=9, width=0.6)
-    axes.xaxis.label.set(color=_INK, size=10)
-    axes.yaxis.label.set(color=_INK, size=10)
-    axes.grid(True, color=_INK, alpha=0.08, lw=0.8)
+    style_axes(axes)
     return figure, axes
 
 
-def _legend(axes: Axes, loc: Literal["best", "lower right"] = "best") -> None:
-    axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc=loc)
+def style_axes(axes: Axes) -> None:
+    """Give axes the page's colours."""
+    axes.set_facecolor("none")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set(color=INK, alpha=0.4)
+    axes.tick_params(colors=INK, labelsize=9, width=0.6)
+    axes.xaxis.label.set(color=INK, size=10)
+    axes.yaxis.label.set(color=INK, size=10)
+    axes.grid(True, color=INK, alpha=0.08, lw=0.8)
 
 
-def _svg(figure: Figure, name: str) -> str:
+def add_legend(axes: Axes, loc: Literal["best", "lower right"] = "best") -> None:
+    """Add a plain legend."""
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc=loc)
+
+
+def inline_svg(figure: Figure, name: str) -> str:
     """Write a figure as an inline SVG element: page font, page colour, no ids that another figure could share."""
     stream = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
         figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
     text = stream.getvalue()
-    return text[text.index("<svg") :].replace(_INK, "currentColor")
+    return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
 def _smooth(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:

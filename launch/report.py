@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 import boldforge
@@ -92,6 +92,16 @@ def read_section(folder: Path) -> Section:
 
 def render_page(sections: Sequence[Section]) -> str:
     """Render the sections as one HTML page; every text is escaped, figures are inline."""
+    return page_template("report.html.j2").render(
+        sections=sections,
+        measured=[section for section in sections if section.kind != "release"],
+        colour_bar=Markup(figures.colour_bar()),  # noqa: S704  (hex colours of our own)
+        versions=_versions(),
+    )
+
+
+def page_template(name: str) -> Template:
+    """Return a template of a page: texts are escaped, an unknown name is an error, filters `figure` and `percent`."""
     environment = Environment(
         loader=PackageLoader("boldforge.launch"),
         undefined=StrictUndefined,
@@ -100,12 +110,7 @@ def render_page(sections: Sequence[Section]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(figure=_show_number, percent=_show_percent)
-    return environment.get_template("report.html.j2").render(
-        sections=sections,
-        measured=[section for section in sections if section.kind != "release"],
-        colour_bar=Markup(figures.colour_bar()),  # noqa: S704  (hex colours of our own)
-        versions=_versions(),
-    )
+    return environment.get_template(name)
 
 
 def _read_pretraining(folder: Path) -> Section:
