@@ -111,16 +111,18 @@ def inspect(
     ] = False,
 ) -> None:
     """Show which runs a folder holds, and which would be skipped and why; of shards, what is in them and how good."""
-    from boldforge.launch import quality, sharding
+    from boldforge.launch import sharding
 
     if html is None and anonymous:
         raise ConfigError("--anonymous says how a page names its runs; pass --html OUT.html too.")
-    if html is not None or quality.is_dataset(folder):
+    if html is not None or sharding.is_dataset(folder):
         sharding.check_alone([name for name in _stated(context) if name not in {"html", "anonymous"}], "inspect")
         if html is None:
-            quality.print_summary(folder, Console())
+            sharding.print_summary(folder, Console())
         else:
-            print(f"Quality page written to {quality.write_quality_page(folder, html, anonymous)}")
+            from boldforge.launch.quality import write_quality_page  # draws, so it takes a second to import
+
+            print(f"Quality page written to {write_quality_page(folder, html, anonymous)}")
         return
     sharding.print_inspection(folder, layout, tr, Console(), root)
 

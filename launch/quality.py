@@ -1,8 +1,6 @@
-"""``boldforge inspect`` on shards: a short table, or the quality page, one HTML file that makes no request."""
+"""The quality page of a dataset: one HTML file that makes no request to anywhere."""
 
-import csv
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,14 +8,12 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
-from rich.console import Console
-from rich.table import Table
 
 import boldforge
 from boldforge.configs import ConfigError
-from boldforge.data_shards import Manifest, ShardReader, load_manifest
+from boldforge.data_shards import ShardReader, load_manifest
 from boldforge.data_shards.carpet import draw_carpet, tissues_of
-from boldforge.data_shards.manifest import MANIFEST_FILE, REJECTED_FILE
+from boldforge.data_shards.manifest import REJECTED_FILE
 from boldforge.data_shards.quality import (
     DVARS_EDGES,
     FLAG_Z,
@@ -35,6 +31,7 @@ from boldforge.data_shards.tables import write_atomic
 from boldforge.launch import quality_figures as draw
 from boldforge.launch.progress import progress
 from boldforge.launch.report import page_template
+from boldforge.launch.sharding import count_repetition_times, files_left_out, hours_of
 
 # What a page shows of a large dataset, so that it stays a page.
 MOST_CHOSEN, MOST_FLAGGED, MOST_FLAGS, MOST_SITES, MOST_RUNS = 8, 16, 100, 40, 500
@@ -66,38 +63,6 @@ class Names:
     def site(self, site: str | None) -> str:
         """Return a site's name or number; a dash where none is known."""
         return "–" if site is None else self._sites[site]
-
-
-def is_dataset(path: Path) -> bool:
-    """Say whether a path is a folder of shards, or its manifest."""
-    return (path / MANIFEST_FILE).is_file() or (path.name == MANIFEST_FILE and path.is_file())
-
-
-def print_summary(path: Path, console: Console) -> None:
-    """Print what a dataset holds, from its manifest alone."""
-    manifest = load_manifest(path)
-    runs = list(manifest.runs)
-    sites = {run.site for run in runs} - {None}
-    coverage, fidelity = ([getattr(run, name) for run in runs] for name in ("coverage", "tsnr_db"))
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
-    rows = {
-        "runs": f"{len(runs)} of {len({run.subject for run in runs})} subjects, {len(sites) or 'no named'} sites",
-        "frames": f"{manifest.n_frames}, {_hours(manifest.n_frames, manifest):.2f} hours",
-        "recipe": manifest.recipe.as_options() + f" --dtype {manifest.recipe.dtype}",
-        "source TR (s)": ", ".join(f"{tr:g} ({n})" for tr, n in _repetition_times([run.source_tr for run in runs])),
-        "coverage": f"{np.median(coverage):.3f}, lowest {min(coverage):.3f}",
-        "storage SNR": f"{np.median(fidelity):.1f} dB, lowest {min(fidelity):.1f}",
-        "simulated": f"{sum(run.simulated for run in runs)} runs",
-        "left out": f"{_rejected(manifest)} files, see {REJECTED_FILE}",
-    }
-    for name, text in rows.items():
-        table.add_row(name, text)
-    console.print(table, highlight=False, markup=False)
-    console.print(
-        f"For figures of every run: boldforge inspect {path} --html quality.html", highlight=False, soft_wrap=True
-    )
 
 
 def write_quality_page(path: Path, out: Path, anonymous: bool = False) -> Path:
@@ -186,22 +151,6 @@ def _check_target(out: Path) -> None:
         raise ConfigError(f"{out.parent}: cannot be written to; choose another folder for the page.")
 
 
-def _hours(frames: int, manifest: Manifest) -> float:
-    return frames * manifest.recipe.tr / 3600
-
-
-def _rejected(manifest: Manifest) -> int:
-    path = manifest.folder / REJECTED_FILE
-    if not path.is_file():
-        return 0
-    with path.open(newline="", encoding="utf-8") as file:
-        return max(sum(1 for _ in csv.reader(file, delimiter="\t")) - 1, 0)
-
-
-def _repetition_times(times: Sequence[float]) -> list[tuple[float, int]]:
-    return sorted(Counter(round(tr, 3) for tr in times).items())
-
-
 def _spaced(number: int) -> str:
     return f"{number:,}".replace(",", " ")
 
@@ -209,8 +158,8 @@ def _spaced(number: int) -> str:
 def _numbers(quality: DatasetQuality, flagged: set[int]) -> list[tuple[str, str]]:
     manifest, runs = quality.manifest, quality.runs
     sites = {run.site for run in runs} - {None}
-    hours = _hours(manifest.n_frames, manifest)
-    left_out = _rejected(manifest)
+    hours = hours_of(manifest.n_frames, manifest)
+    left_out = files_left_out(manifest)
     rejected = [(_spaced(left_out), f"files left out, see {REJECTED_FILE}")] if left_out else []
     return [
         (_spaced(len(runs)), "runs"),
@@ -248,7 +197,7 @@ def _distributions(quality: DatasetQuality) -> list[Markup]:
 
 
 def _repetition_figure(times: Sequence[float]) -> str:
-    counted = _repetition_times(times)
+    counted = count_repetition_times(times)
     if len(counted) > 12:
         return draw.histogram(times, "TR of the source (s)", "tr")
     return draw.bars([f"{tr:g}" for tr, _ in counted], [n for _, n in counted], "TR of the source (s)", "tr")
@@ -321,8 +270,8 @@ def _site_rows(quality: DatasetQuality, names: Names, flagged: set[int]) -> list
             "site": names.site(site),
             "runs": len(runs),
             "subjects": len({run.subject for run in runs}),
-            "hours": _hours(sum(run.frames for run in runs), quality.manifest),
-            "tr": ", ".join(f"{tr:g}" for tr, _ in _repetition_times([run.source_tr for run in runs])),
+            "hours": hours_of(sum(run.frames for run in runs), quality.manifest),
+            "tr": ", ".join(f"{tr:g}" for tr, _ in count_repetition_times([run.source_tr for run in runs])),
             "flagged": sum(run.number in flagged for run in runs),
             **{measure: _median([getattr(run, measure) for run in runs]) for measure in MEASURES},
         }

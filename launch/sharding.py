@@ -1,9 +1,11 @@
 """The verbs ``inspect`` and ``shard``: what they print about the data layer's work."""
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +24,7 @@ from boldforge.data_shards import (
     open_bold,
     verify_shards,
 )
+from boldforge.data_shards.manifest import MANIFEST_FILE, REJECTED_FILE
 from boldforge.data_shards.runs import Layout
 from boldforge.launch.progress import progress
 
@@ -44,6 +47,59 @@ def print_inspection(
         console.print(note, highlight=False, soft_wrap=True)
     for path, reason in found.skipped:
         console.print(Text(f"skipped {_below(path, folder)}: {reason.removeprefix(f'{path}: ')}"), soft_wrap=True)
+
+
+def is_dataset(path: Path) -> bool:
+    """Say whether a path is a folder of shards, or its manifest."""
+    return (path / MANIFEST_FILE).is_file() or (path.name == MANIFEST_FILE and path.is_file())
+
+
+def print_summary(path: Path, console: Console) -> None:
+    """Print what a dataset holds, from its manifest alone."""
+    manifest = load_manifest(path)
+    runs = list(manifest.runs)
+    sites = {run.site for run in runs} - {None}
+    coverage, fidelity = ([getattr(run, name) for run in runs] for name in ("coverage", "tsnr_db"))
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    rows = {
+        "runs": f"{len(runs)} of {len({run.subject for run in runs})} subjects, {len(sites) or 'no named'} sites",
+        "frames": f"{manifest.n_frames}, {hours_of(manifest.n_frames, manifest):.2f} hours",
+        "recipe": manifest.recipe.as_options() + f" --dtype {manifest.recipe.dtype}",
+        "source TR (s)": ", ".join(
+            f"{tr:g} ({n})" for tr, n in count_repetition_times([run.source_tr for run in runs])
+        ),
+        "coverage": f"{np.median(coverage):.3f}, lowest {min(coverage):.3f}",
+        "storage SNR": f"{np.median(fidelity):.1f} dB, lowest {min(fidelity):.1f}",
+        "simulated": f"{sum(run.simulated for run in runs)} runs",
+        "left out": f"{files_left_out(manifest)} files, see {REJECTED_FILE}",
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    console.print(table, highlight=False, markup=False)
+    console.print(
+        f"For figures of every run: boldforge inspect {path} --html quality.html", highlight=False, soft_wrap=True
+    )
+
+
+def hours_of(frames: int, manifest: Manifest) -> float:
+    """Return how long stored frames last."""
+    return frames * manifest.recipe.tr / 3600
+
+
+def files_left_out(manifest: Manifest) -> int:
+    """Return how many files the build left out."""
+    path = manifest.folder / REJECTED_FILE
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return max(sum(1 for _ in file) - 1, 0)
+
+
+def count_repetition_times(times: Sequence[float]) -> list[tuple[float, int]]:
+    """Return the repetition times and how many runs have each, shortest first."""
+    return sorted(Counter(round(tr, 3) for tr in times).items())
 
 
 class Source(NamedTuple):
