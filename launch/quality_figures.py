@@ -142,7 +142,8 @@ def carpet_figure(carpet: Carpet, dvars: npt.NDArray[np.float64], spike: float, 
     above.plot(seconds, heights, color=BLUE, lw=1)
     if np.isfinite(spike):
         above.axhline(spike, color=INK, lw=0.8, ls=(0, (4, 3)))
-    above.set(ylim=(0, max(1.0, 1.08 * float(np.max(dvars, initial=0)))), ylabel="DVARS")
+    highest = max(float(np.max(dvars, initial=0)), spike if np.isfinite(spike) else 0)
+    above.set(ylim=(0, max(1.0, 1.08 * highest)), ylabel="DVARS")
     end = (len(dvars) + 1) * tr
     below.imshow(
         np.clip(np.round(carpet.values * 8) / 8, -CARPET_Z, CARPET_Z),  # 33 greys: what more would cost, none could see
