@@ -115,7 +115,7 @@ def variants(types: Sequence[str] = tuple(TYPES), states: Sequence[int] = STATES
             if n > triton_scan_backward.MAX_STATES:
                 continue
             yield from _backward_variants(dtype, n, {"PACKED": packed, **_OPTIONAL, **_WHOLE})
-        constants = triton_conv.constants(4)
+        constants = triton_conv.constants(4) | {"BIG": False}
         elements = triton_conv.TOKENS * triton_conv.CHANNELS
         for name in ("forward", "backward", "input_gradient"):
             kernel = getattr(triton_conv, f"conv_{name}_kernel")
@@ -127,6 +127,7 @@ def _passes_of_long_sequences(dtype: str, n: int, channels: int, packed: bool) -
     kernel = triton_scan_chunked.scan_ends_kernel
     for name, reverse in (("scan_ends", False), ("scan_ends_back", True)):
         constants = {"N": n, "CHANNELS": channels, "PACKED": packed, "HAS_Z": reverse, "HAS_BIAS": True}
+        constants["BIG"] = False
         yield Variant(f"{name} {dtype} N={n}", kernel, dtype, constants | {"REVERSE": reverse}, 1, channels)
     if dtype == "fp32":  # all that it reads is float32, whatever the inputs are
         lanes, steps = triton_scan_chunked.CARRY_LANES, triton_scan_chunked.CARRY_STEPS

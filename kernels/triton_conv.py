@@ -24,17 +24,21 @@ TOKENS, CHANNELS = 16, 64
 
 
 @triton.jit
-def _tile(n_tokens, n_channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Return tokens [T, 1], channels [1, D] and which of them exist [T, D]."""
+def _tile(n_tokens, n_channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, BIG: tl.constexpr):
+    """Return tokens [T, 1], in 64 bits where the clip is BIG, channels [1, D] and which of them exist [T, D]."""
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    if BIG:
+        token = token.to(tl.int64)
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     return token, channel, (token < n_tokens) & (channel < n_channels)
 
 
 @triton.jit
-def _neighbour(x_ptr, table_ptr, row, token, channel, exists, n_tokens, x_row):
+def _neighbour(x_ptr, table_ptr, row, token, channel, exists, n_tokens, x_row, BIG: tl.constexpr):
     """Return the values of the tokens that one row of the table names; zero where it names none."""
     other = tl.load(table_ptr + row * n_tokens + token, mask=token < n_tokens, other=0)
+    if BIG:
+        other = other.to(tl.int64)
     return tl.load(x_ptr + other * x_row + channel, mask=exists & (other < n_tokens), other=0.0).to(tl.float32)
 
 
@@ -52,13 +56,14 @@ def _total(
     x_row,
     TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    BIG: tl.constexpr,
 ):
     """Return the convolution before SiLU, and x itself."""
     x = tl.load(x_ptr + token * x_row + channel, mask=exists, other=0.0).to(tl.float32)
     total = x * tl.load(weight_ptr + channel * TAPS + TAPS - 1, mask=channel < n_channels, other=0.0).to(tl.float32)
     for back in tl.static_range(1, TAPS):
         tap = tl.load(weight_ptr + channel * TAPS + TAPS - 1 - back, mask=channel < n_channels, other=0.0)
-        past = _neighbour(x_ptr, before_ptr, back - 1, token, channel, exists, n_tokens, x_row)
+        past = _neighbour(x_ptr, before_ptr, back - 1, token, channel, exists, n_tokens, x_row, BIG)
         total += past * tap.to(tl.float32)
     if HAS_BIAS:
         total += tl.load(bias_ptr + channel, mask=channel < n_channels, other=0.0).to(tl.float32)
@@ -79,15 +84,17 @@ def conv_forward_kernel(
     HAS_BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    BIG: tl.constexpr,
 ):
     """One program: TOKENS tokens (axis 0), CHANNELS channels (axis 1), one clip (axis 2)."""
     first_row = tl.program_id(2).to(tl.int64) * n_tokens
     x_ptr += first_row * x_row
     y_ptr += first_row * n_channels
-    token, channel, exists = _tile(n_tokens, n_channels, TOKENS, CHANNELS)
+    token, channel, exists = _tile(n_tokens, n_channels, TOKENS, CHANNELS, BIG)
     total, _ = _total(
-        x_ptr, weight_ptr, bias_ptr, before_ptr, token, channel, exists, n_tokens, n_channels, x_row, TAPS, HAS_BIAS
-    )
+        x_ptr, weight_ptr, bias_ptr, before_ptr, token, channel, exists, n_tokens, n_channels, x_row,
+        TAPS, HAS_BIAS, BIG,
+    )  # fmt: skip
     y = total / (1.0 + tl.exp2(-total * 1.4426950408889634))
     tl.store(y_ptr + token * n_channels + channel, y.to(y_ptr.dtype.element_ty), mask=exists)
 
@@ -110,16 +117,18 @@ def conv_backward_kernel(
     HAS_BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    BIG: tl.constexpr,
 ):
     """Write the gradient of the convolution before SiLU, and a share of those of the taps and the bias."""
     first_row = tl.program_id(2).to(tl.int64) * n_tokens
     dout_ptr += first_row * dout_row
     x_ptr += first_row * x_row
     dtotal_ptr += first_row * n_channels
-    token, channel, exists = _tile(n_tokens, n_channels, TOKENS, CHANNELS)
+    token, channel, exists = _tile(n_tokens, n_channels, TOKENS, CHANNELS, BIG)
     total, x = _total(
-        x_ptr, weight_ptr, bias_ptr, before_ptr, token, channel, exists, n_tokens, n_channels, x_row, TAPS, HAS_BIAS
-    )
+        x_ptr, weight_ptr, bias_ptr, before_ptr, token, channel, exists, n_tokens, n_channels, x_row,
+        TAPS, HAS_BIAS, BIG,
+    )  # fmt: skip
     gate = 1.0 / (1.0 + tl.exp2(-total * 1.4426950408889634))
     dout = tl.load(dout_ptr + token * dout_row + channel, mask=exists, other=0.0).to(tl.float32)
     dtotal = dout * gate * (1.0 + total * (1.0 - gate))
@@ -130,7 +139,7 @@ def conv_backward_kernel(
     dweight_ptr += share * TAPS * n_channels
     tl.store(dweight_ptr + (TAPS - 1) * n_channels + target, tl.sum(dtotal * x, axis=0), mask=target < n_channels)
     for back in tl.static_range(1, TAPS):
-        past = _neighbour(x_ptr, before_ptr, back - 1, token, channel, exists, n_tokens, x_row)
+        past = _neighbour(x_ptr, before_ptr, back - 1, token, channel, exists, n_tokens, x_row, BIG)
         dtap = tl.sum(dtotal * past, axis=0)
         tl.store(dweight_ptr + (TAPS - 1 - back) * n_channels + target, dtap, mask=target < n_channels)
 
@@ -146,17 +155,18 @@ def conv_input_gradient_kernel(
     TAPS: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    BIG: tl.constexpr,
 ):
     """Write the gradient of x: what every token did to itself and to those ahead of it."""
     first_row = tl.program_id(2).to(tl.int64) * n_tokens
     dtotal_ptr += first_row * n_channels
     dx_ptr += first_row * n_channels
-    token, channel, exists = _tile(n_tokens, n_channels, TOKENS, CHANNELS)
+    token, channel, exists = _tile(n_tokens, n_channels, TOKENS, CHANNELS, BIG)
     dtotal = tl.load(dtotal_ptr + token * n_channels + channel, mask=exists, other=0.0)
     dx = dtotal * tl.load(weight_ptr + channel * TAPS + TAPS - 1, mask=channel < n_channels, other=0.0).to(tl.float32)
     for ahead in tl.static_range(1, TAPS):
         tap = tl.load(weight_ptr + channel * TAPS + TAPS - 1 - ahead, mask=channel < n_channels, other=0.0)
-        future = _neighbour(dtotal_ptr, after_ptr, ahead - 1, token, channel, exists, n_tokens, n_channels)
+        future = _neighbour(dtotal_ptr, after_ptr, ahead - 1, token, channel, exists, n_tokens, n_channels, BIG)
         dx += future * tap.to(tl.float32)
     tl.store(dx_ptr + token * n_channels + channel, dx.to(dx_ptr.dtype.element_ty), mask=exists)
 
@@ -176,6 +186,7 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: ScanInde
         n_channels,
         x.stride(1),
         HAS_BIAS=bias is not None,
+        BIG=_is_big(x),
         **constants(weight.shape[1]),
         **compile_options(),
     )
@@ -207,13 +218,14 @@ def conv_backward(
         dout.stride(1),
         x.stride(1),
         HAS_BIAS=bias is not None,
+        BIG=_is_big(dout, x),
         **constants(taps),
         **compile_options(),
     )
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     after = _neighbours(index, 1 - taps)
     conv_input_gradient_kernel[grid](
-        dtotal, weight, after, dx, n_tokens, n_channels, **constants(taps), **compile_options()
+        dtotal, weight, after, dx, n_tokens, n_channels, BIG=_is_big(dx), **constants(taps), **compile_options()
     )
     return dx, dweight.sum(0).T.to(weight.dtype), None if bias is None else dbias.sum(0).to(bias.dtype)
 
@@ -228,6 +240,11 @@ def _neighbours(index: ScanIndex, steps: int) -> Tensor:
     return index.cached(
         ("int32 neighbours", steps), lambda: index.neighbours(steps).int() if steps else index.rows.new_empty(1)
     )
+
+
+def _is_big(*tensors: Tensor) -> bool:
+    """Return whether 32 bits do not reach every element of a clip."""
+    return any(tensor.shape[1] * max(tensor.stride(1), tensor.shape[2]) >= 2**31 for tensor in tensors)
 
 
 def _grid(x: Tensor) -> tuple[int, int, int]:

@@ -34,6 +34,7 @@ from boldforge.kernels.triton_scan_parts import (
     packed,
     softplus,
     store_state,
+    token,
 )
 
 # The rule is of shapes only, so that a result does not depend on the device: an H100 has 132 multiprocessors of 512
@@ -73,6 +74,7 @@ def scan_ends_kernel(
     HAS_BIAS: tl.constexpr,
     PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
+    BIG: tl.constexpr,
 ):
     """One program: one chunk (axis 0), CHANNELS channels (axis 1), one clip (axis 2); sequential in time from zero.
 
@@ -103,7 +105,7 @@ def scan_ends_kernel(
         else:
             place = start + done
         code = tl.load(rows_ptr + place)
-        row = code & 0x7FFFFFFF
+        row = token(code, BIG)
         # A restart as an exponent: 2^-1e30 is zero, and the addition fuses into the multiplication.
         cut = tl.where(code < 0, -1.0e30, 0.0)
         x = tl.load(x_ptr + row * x_row + channel, mask=exists, other=0.0).to(tl.float32)
@@ -355,6 +357,7 @@ def _chunk_ends(
         HAS_BIAS=dt_bias is not None,
         PACKED=packed(weight),
         REVERSE=total is None,
+        BIG=x.shape[1] * max(tensor.stride(1) for tensor in (x, dt, weight, z_rows)) >= 2**31,
         num_warps=1,
         num_stages=1,
         **compile_options(),

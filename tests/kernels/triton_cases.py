@@ -5,10 +5,12 @@ import torch
 
 from boldforge.kernels import (
     available_backends,
+    conv_oracle,
     scan_oracle,
     shifted_conv,
     shifted_scan,
     triton_scan,
+    triton_scan_chunked,
     window_index,
 )
 from tests.kernels.conftest import SCAN_ARGUMENTS, relative_error, scan_inputs
@@ -117,15 +119,34 @@ def test_a_bad_value_does_not_cross_a_restart(channels, bad):
     assert torch.equal(y[0, others], wanted[0, others])
 
 
+def far_apart(path, values):
+    """The same values [1, 3, D] in a file with holes in it: rows 2^30 elements apart."""
+    channels = values.shape[2]
+    storage = torch.from_file(str(path), shared=True, size=2**31 + channels, dtype=torch.float32)
+    return storage.as_strided((1, 3, channels), (3 * 2**30, 2**30, 1)).copy_(values)
+
+
+def test_offsets_beyond_32_bits_in_a_convolution_and_in_the_passes_of_long_sequences(tmp_path):
+    index = window_index((3,), (3,), (0,))
+    inputs = scan_inputs(index, 1, 3, 2, torch.float32)
+    u = far_apart(tmp_path / "u", inputs["u"])
+    y = triton_scan_chunked.scan_forward(**(inputs | {"u": u}), index=index, chunk=2)
+    assert relative_error(y, scan_oracle(**inputs, index=index)) < 1e-6
+    weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(2))
+    for x in (inputs["u"].requires_grad_(), u.requires_grad_()):
+        shifted_conv(x, weight, None, index, backend="triton" if x is u else "torch").square().sum().backward()
+    assert relative_error(u.grad, inputs["u"].grad) < 2e-6
+    with torch.no_grad():
+        found = shifted_conv(u, weight, None, index, backend="triton")
+        assert relative_error(found, conv_oracle(inputs["u"], weight, None, index)) < 1e-6
+
+
 @pytest.mark.parametrize("channels", [3, 64])
 def test_offsets_beyond_32_bits(tmp_path, channels):
     index = window_index((3,), (3,), (0,))
     inputs = scan_inputs(index, 1, channels, 2, torch.float32)
     wanted = scan_oracle(**inputs, index=index)
-    # A file with a hole in it: three rows, 2^30 elements apart.
-    storage = torch.from_file(str(tmp_path / "u"), shared=True, size=2**31 + channels, dtype=torch.float32)
-    u = storage.as_strided((1, 3, channels), (3 * 2**30, 2**30, 1))
-    u.copy_(inputs["u"])
+    u = far_apart(tmp_path / "u", inputs["u"])
     y = shifted_scan(**(inputs | {"u": u}), index=index, backend="triton")
     assert relative_error(y, wanted) < 1e-6
 
