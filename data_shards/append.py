@@ -21,7 +21,7 @@ from boldforge.data_shards.manifest import REJECTED_FILE, Manifest, load_manifes
 from boldforge.data_shards.plan import plan_shards
 from boldforge.data_shards.runs import Run, RunList, Skipped
 from boldforge.data_shards.staging import STAGING, Staging
-from boldforge.data_shards.tables import write_atomic
+from boldforge.data_shards.tables import RunEntry, write_atomic
 from boldforge.data_shards.work import BuildError, Progress, fill_shards
 
 
@@ -50,7 +50,7 @@ def append_shards(
     Parameters
     ----------
     runs
-        From `find_runs`. Runs whose key the dataset holds are passed over.
+        From `find_runs`. Those that the dataset holds are passed over; another recording of the same name is rejected.
     out
         The dataset's folder.
     workers, on_progress, address
@@ -71,11 +71,12 @@ def append_shards(
     with writing_into(out):
         old = load_manifest(out)
         _check_mask(old)
-        held = {run.key for run in old.runs}
-        new = [run for run in given if run.key not in held]
+        held = {run.key: run for run in old.runs}
+        # Another recording of the same name is no known run: the plan names it and leaves it out.
+        new = [run for run in given if run.key not in held or not _is_known(run, held[run.key])]
         published = [shard.file for shard in old.shards]
         first = 1 + max(int(file[6:12]) for file in published)
-        plan, unusable = plan_shards(new, old.recipe, old.n_voxels, first)
+        plan, unusable = plan_shards(new, old.recipe, old.n_voxels, first, held)
         staging = Staging(out / STAGING)
         with kept_when_stopped(staging):
             staging.open(out, plan, frozenset(published))
@@ -102,6 +103,12 @@ def append_shards(
             publish(staging, out)
             _remove(out, TABLE_FILES, [table.file for table in manifest.tables.values()])
     return AppendReport(manifest.placed_in(out), len(entries), len(given) - len(new), tuple(rejected))
+
+
+def _is_known(run: Run, held: RunEntry) -> bool:
+    """Say whether a run that is given is the one that the dataset holds under its key."""
+    given = (run.subject, run.session, run.site, run.task, run.path.name)
+    return given == (held.subject, held.session, held.site, held.task, held.source_file)
 
 
 def _check_mask(manifest: Manifest) -> None:

@@ -140,3 +140,17 @@ def test_there_must_be_a_dataset(tmp_path, write_bold):
     with pytest.raises(ShardError, match="no manifest here"):
         append_shards(found, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_another_recording_of_a_known_name_is_named_and_not_taken_for_the_known_one(write_bold, tmp_path):
+    def table(subject, path):
+        (tmp_path / "runs.tsv").write_text(f"path\tsubject\n{path.name}\t{subject}\n")
+        return find_runs(tmp_path / "runs.tsv")
+
+    first, other = write_bold("a_bold.nii.gz", seed=1), write_bold("b_bold.nii.gz", seed=2)
+    build_shards(table("01", first), tmp_path / "out", RECIPE)
+    report = append_shards(table("0-1", other), tmp_path / "out")  # a key has no dashes
+    assert (report.added, report.known) == (0, 0)
+    assert "is taken by another run" in report.rejected[0].reason
+    assert other.name in (tmp_path / "out" / "rejected.tsv").read_text()
+    assert append_shards(table("01", first), tmp_path / "out").known == 1
