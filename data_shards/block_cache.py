@@ -96,13 +96,13 @@ class BlockCache:
 
     def _add(self, path: Path, length: int, fetch: Callable[[], bytes]) -> bytes:
         # One of several processes that miss a block fetches it, the others wait for that one.
-        with self._lock(_stripe(path.name)):
+        with self.locked(_stripe(path.name)):
             data = bytearray(length)
             if _copy(path, length, 0, memoryview(data)):
                 return bytes(data)
             fetched = fetch()
             unfinished = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-            with self._lock("space"):
+            with self.locked("space"):
                 self._make_room(length)
                 try:
                     unfinished.write_bytes(fetched)
@@ -142,10 +142,15 @@ class BlockCache:
         return found
 
     @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
+    def locked(self, name: str) -> Iterator[None]:
+        """Keep what a name stands for to this thread, of all threads and processes that share the cache."""
         with (self.folder / "locks" / name).open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            finally:
+                # Closing is not enough: a process that was forked meanwhile has the file too, and would keep the lock.
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _stripe(name: str) -> str:
@@ -163,7 +168,10 @@ def _copy(path: Path, length: int, within: int, buffer: memoryview) -> bool:
             return False
         done = 0
         while done < len(buffer):
-            done += os.preadv(file, [buffer[done:]], within + done)
+            count = os.preadv(file, [buffer[done:]], within + done)
+            if count == 0:
+                return False
+            done += count
         os.utime(file)
         return True
     finally:

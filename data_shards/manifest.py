@@ -171,26 +171,44 @@ def load_manifest(path: str | Path) -> Manifest:
     path = path / MANIFEST_FILE if path.is_dir() else path
     if not path.is_file():
         raise ShardError(f"{path}: no manifest here; build the shards with: boldforge shard INPUT --out {path.parent}")
+    manifest = parse_manifest(path.read_bytes(), str(path), str(path.parent)).placed_in(path.parent)
+    if len(manifest.runs) != manifest.n_runs:
+        raise ShardError(
+            f"{path}: names {manifest.n_runs} runs, its index {len(manifest.runs)}; build the shards again."
+        )
+    return manifest
+
+
+def parse_manifest(data: bytes, name: str, folder: str) -> Manifest:
+    """Return the manifest that these bytes are, checked by itself; its tables are not looked at.
+
+    Parameters
+    ----------
+    data
+        Of a ``manifest.json``.
+    name, folder
+        What an error calls the file and the dataset's folder.
+
+    Raises
+    ------
+    ShardError
+        If it is not valid, was edited, or was written by a newer version.
+    """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(data)
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
             age = "an older" if isinstance(version, int) and version < SCHEMA_VERSION else "another"
             raise ShardError(
-                f"{path}: was built by {age} release (schema version {version}, this one reads {SCHEMA_VERSION}); "
-                f"build the shards again: boldforge shard INPUT --out {path.parent} --overwrite"
+                f"{name}: was built by {age} release (schema version {version}, this one reads {SCHEMA_VERSION}); "
+                f"build the shards again: boldforge shard INPUT --out {folder} --overwrite"
             )
         manifest = Manifest.model_validate(content)
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0]
-        raise ShardError(f"{path}: is not a valid manifest ({first}); build the shards again.") from None
+        raise ShardError(f"{name}: is not a valid manifest ({first}); build the shards again.") from None
     if manifest.computed_hash() != manifest.content_hash or software_xxh3(manifest.software) != manifest.software_xxh3:
         raise ShardError(
-            f"{path}: does not match its content hash, so it was changed or damaged; build the shards again."
-        )
-    manifest = manifest.placed_in(path.parent)
-    if len(manifest.runs) != manifest.n_runs:
-        raise ShardError(
-            f"{path}: names {manifest.n_runs} runs, its index {len(manifest.runs)}; build the shards again."
+            f"{name}: does not match its content hash, so it was changed or damaged; build the shards again."
         )
     return manifest

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import xxhash
-from pydantic import ValidationError
 
 from boldforge.configs import BoldForgeError
 from boldforge.data_shards.block_cache import BLOCK_BYTES, BlockCache
-from boldforge.data_shards.manifest import MANIFEST_FILE, MASK_FILE, Manifest, load_manifest
+from boldforge.data_shards.manifest import MANIFEST_FILE, MASK_FILE, Manifest, load_manifest, parse_manifest
 from boldforge.data_shards.tables import ShardEntry, ShardError, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -82,24 +81,28 @@ class RemoteShards:
 
     def manifest(self) -> Manifest:
         """Return the manifest, its tables and mask on the local disk; the cached one where there is no connection."""
-        folder = self.cache.folder / "datasets" / xxhash.xxh3_64_hexdigest(self.url.encode())
+        place = xxhash.xxh3_64_hexdigest(self.url.encode())
+        folder = self.cache.folder / "datasets" / place
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / MANIFEST_FILE
-        try:
-            data = self._fetch(MANIFEST_FILE)
+        with self.cache.locked(f"dataset-{place}"):  # all ranks of a machine come here at once
+            try:
+                data = self._fetch(MANIFEST_FILE)
+            except RemoteError as error:
+                if not path.exists():
+                    raise
+                logger.warning("%s Going on with the manifest in the cache.", error)
+                data = path.read_bytes()
+            # Before it takes the place of the cached one: a network that wants a login answers with a page.
+            found = parse_manifest(data, f"{self.url}/{MANIFEST_FILE}", self.url)
             if not path.exists() or path.read_bytes() != data:
                 # Another dataset at the same address: its mask has the same name.
                 (folder / MASK_FILE).unlink(missing_ok=True)
                 write_atomic(path, data)
-        except RemoteError as error:
-            if not path.exists():
-                raise
-            logger.warning("%s Going on with the manifest in the cache.", error)
-
-        for name in (MASK_FILE, *_tables_of(path)):
-            if not (folder / name).exists():
-                write_atomic(folder / name, self._fetch(name))
-        return load_manifest(path).read_from(self)
+            for name in (MASK_FILE, *(table.file for table in found.tables.values())):
+                if not (folder / name).exists():
+                    write_atomic(folder / name, self._fetch(name))
+            return load_manifest(path).read_from(self)
 
     def fill(self, shard: ShardEntry, offset: int, buffer: memoryview) -> None:
         """Copy bytes of a shard into a buffer.
@@ -156,14 +159,6 @@ class RemoteShards:
             protocol = self.url.partition("://")[0]
             self._connection = (os.getpid(), fsspec.filesystem(protocol, skip_instance_cache=True))
         return self._connection[1]
-
-
-def _tables_of(path: Path) -> list[str]:
-    """Return the names of a manifest's tables, none if it is not valid: `load_manifest` then says what is wrong."""
-    try:
-        return [entry.file for entry in Manifest.model_validate_json(path.read_bytes()).tables.values()]
-    except ValidationError:
-        return []
 
 
 def _patiently(work: Callable[[], Result]) -> Result:

@@ -1,11 +1,13 @@
 """Datasets at an address: read through a bounded cache that several processes share, also without a connection."""
 
+import fcntl
 import http.server
 import multiprocessing
 import os
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -299,3 +301,45 @@ def test_forked_workers_read_over_http_after_their_parent_has(real_shards, serve
     loader = DataLoader(stream, batch_size=None, num_workers=2, multiprocessing_context="fork")
     for found, wanted in zip(islice(loader, 4), ClipStream(real_shards, 8, 3, SEED), strict=False):
         assert (found.q == wanted.q).all()
+
+
+def test_processes_that_open_a_dataset_at_once_all_get_it(in_memory, tmp_path):
+    n_ranks = 8
+    for attempt in range(3):
+        together = threading.Barrier(n_ranks)
+
+        def rank(number, cache=tmp_path / str(attempt), together=together):
+            together.wait()
+            return open_remote(in_memory[0], cache).brain_mask().sum()
+
+        with ThreadPoolExecutor(n_ranks) as pool:
+            assert len(set(pool.map(rank, range(n_ranks)))) == 1
+
+
+def test_a_page_in_place_of_the_manifest_does_not_spoil_the_cache(in_memory, tmp_path, monkeypatch):
+    url, system = in_memory
+    wanted = open_remote(url, tmp_path).content_hash
+    system.pipe_file(f"{url.removeprefix('memory:/')}/manifest.json", b"<html>Log in to this network.</html>")
+    with pytest.raises(ShardError, match="not a valid manifest"):
+        open_remote(url, tmp_path)
+    monkeypatch.setattr(remote.RemoteShards, "_filesystem", lambda self: 1 / 0)
+    assert open_remote(url, tmp_path).content_hash == wanted
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_forked_while_a_block_is_fetched_does_not_keep_its_lock(tmp_path):
+    cache = BlockCache(tmp_path, 8 * BLOCK, BLOCK)
+    waits, goes_on = os.pipe()
+    with cache.locked("stripe-1"):
+        child = os.fork()
+        if child == 0:
+            os.read(waits, 1)
+            os._exit(0)
+    try:
+        with (tmp_path / "locks" / "stripe-1").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.write(goes_on, b".")
+        os.waitpid(child, 0)
+        os.close(waits)
+        os.close(goes_on)
