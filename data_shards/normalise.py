@@ -16,6 +16,7 @@ Values = npt.NDArray[np.float32]
 _FLAT = "its brain voxels do not vary over time, so there is nothing to store."
 # Percent of a mean near zero means nothing: a voxel needs this share of the brain's median mean.
 _LOWEST_MEAN = 0.01
+_NO_ERROR = 1e-30
 
 
 class NormaliseError(BoldForgeError):
@@ -218,7 +219,8 @@ def fidelity(values_TV: Values, stored: Quantised) -> Fidelity:
 def decibels(parts: list[Fidelity]) -> float:
     """Return the temporal SNR of a run's parts together: variance over time against mean square error, in dB."""
     variance, error = sum(part.variance for part in parts), sum(part.error for part in parts)
-    return float(10 * np.log10(variance / max(error, np.finfo(np.float64).tiny)))
+    # Of a run without any error, a figure still: JSON has no infinity.
+    return float(10 * np.log10(variance / max(error, _NO_ERROR * variance)))
 
 
 def temporal_snr(values_TV: Values, stored: Quantised) -> float:

@@ -1,5 +1,6 @@
 """Read stretches of stored runs by position, and never hand out bytes that fail their checksum."""
 
+import errno
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -9,12 +10,17 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from boldforge.configs import BoldForgeError
 from boldforge.data_shards.manifest import Manifest
 from boldforge.data_shards.tables import ShardError, frame_hashes
 
 _OPEN_FILES = 64  # a dataset may have more shards than a process may open files
 _CACHED_RUNS = 64
 LOOK_AT = 4096
+
+
+class OpenFilesError(BoldForgeError):
+    """Too many files are open in a process: no fault of a shard, so nothing that would be skipped."""
 
 
 class QuantisedClip(NamedTuple):
@@ -167,7 +173,7 @@ class ShardReader:
             entry = self.manifest.shards[shard]
             path = self.manifest.folder / entry.file
             try:
-                number = os.open(path, os.O_RDONLY)
+                number = self._open(path)
             except FileNotFoundError:
                 self._check_size(path, None, entry.n_bytes)
                 raise
@@ -183,6 +189,21 @@ class ShardReader:
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(shard)
         return self._files[shard]
+
+    def _open(self, path: Path) -> int:
+        for last_try in (False, True):
+            try:
+                return os.open(path, os.O_RDONLY)
+            except OSError as error:
+                if error.errno not in {errno.EMFILE, errno.ENFILE}:
+                    raise
+                if last_try:
+                    raise OpenFilesError(
+                        f"{path}: cannot be opened, because too many files are open already; raise the limit "
+                        "(ulimit -n) or read with fewer workers."
+                    ) from None
+                self.close()  # those of other shards, which are opened again when they are needed
+        raise AssertionError
 
     def _check_size(self, path: Path, size: int | None, expected: int) -> None:
         if size != expected:

@@ -2,13 +2,16 @@
 
 import errno
 import os
+import resource
 import shutil
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 
 import pytest
 import torch
 
 from boldforge.data_shards import ClipStream, Segment, ShardError, ShardReader, load_manifest
+from boldforge.data_shards.reader import OpenFilesError
 
 SEED = 7
 
@@ -126,3 +129,32 @@ def test_a_disk_that_fails_is_damage_like_any_other(real_shards, monkeypatch):
         with pytest.raises(ShardError, match="which the disk does not give: Input/output error"):
             ClipStream(real_shards, 8, 2, SEED).batch(0)
     assert stream.batch(0).valid.all()
+
+
+@contextmanager
+def no_file_left_to_open():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as opened:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with suppress(OSError):
+            while True:
+                opened.enter_context(open(os.devnull))
+        yield
+
+
+def test_a_sound_clip_is_not_skipped_where_too_many_files_are_open(real_shards):
+    manifest = load_manifest(real_shards.folder)
+    stream = ClipStream(manifest, 20, 2, SEED, damage="skip")
+    assert len(manifest.runs) == 2  # so that the tables are open
+    with no_file_left_to_open(), pytest.raises(OpenFilesError, match="too many files are open already"):
+        stream.batch(0)
+    assert stream.batch(0).valid.all()
+
+
+def test_a_reader_closes_its_own_files_before_it_gives_up(real_shards, tmp_path):
+    reader = ShardReader(load_manifest(real_shards.folder))
+    wanted = reader.read(0, 0, 3).q.copy()
+    with no_file_left_to_open():
+        os.close(reader._open(real_shards.folder / real_shards.shards[0].file))
+    assert (reader.read(0, 0, 3).q == wanted).all()

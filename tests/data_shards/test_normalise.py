@@ -3,7 +3,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from boldforge.data_shards.normalise import NormaliseError, dequantise, normalise, quantise, temporal_snr
+from boldforge.data_shards.normalise import (
+    Fidelity,
+    NormaliseError,
+    decibels,
+    dequantise,
+    normalise,
+    quantise,
+    temporal_snr,
+)
 
 
 def made(n_frames=30, n_voxels=41, seed=0):
@@ -140,3 +148,8 @@ def test_statistics_are_those_of_float64_arithmetic(method):
     }[method]
     result, _ = normalise(values, covered, method)
     np.testing.assert_allclose(result[:, covered], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_stored_without_any_error_has_a_finite_temporal_snr():
+    # JSON has no infinity: the run's line in the manifest could not be read again.
+    assert np.isfinite(decibels([Fidelity(n_voxels=9, variance=1e6, error=0.0)]))
