@@ -42,7 +42,7 @@ print(json.dumps({"peak_mb": peak / 1024, "imports_mb": before / 1024, "seconds"
 """
 
 
-def write_long_run(path: Path, n_frames: int = 1200, tr: float = 0.72, seed: int = 0) -> Path:
+def write_long_run(path: Path, n_frames: int = 1200, tr: float = 0.72, seed: int = 0, shift: float = 0.0) -> Path:
     """Write a simulated run on the MNI 2 mm grid, int16, zero outside the brain, a few frames at a time.
 
     Parameters
@@ -51,6 +51,8 @@ def write_long_run(path: Path, n_frames: int = 1200, tr: float = 0.72, seed: int
         Ends in ``.nii`` or ``.nii.gz``.
     n_frames, tr, seed
         Frames, seconds between them, and what the noise is drawn from.
+    shift
+        How many mm along each axis the file's lattice lies off FSL's.
     """
     from boldforge.data_shards.grid import Grid, brain_mask
 
@@ -62,7 +64,9 @@ def write_long_run(path: Path, n_frames: int = 1200, tr: float = 0.72, seed: int
     header.set_data_dtype(np.int16)
     header.set_data_shape((*MNI_SHAPE, n_frames))
     header.set_xyzt_units("mm", "sec")
-    header.set_sform(MNI_AFFINE, code=4)
+    affine = MNI_AFFINE.copy()
+    affine[:3, 3] += shift
+    header.set_sform(affine, code=4)
     header["pixdim"][1:5] = (2, 2, 2, tr)
     header["magic"] = b"n+1"
     header["vox_offset"] = 352

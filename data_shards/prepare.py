@@ -34,7 +34,7 @@ from boldforge.data_shards.normalise import (
     quantise,
 )
 from boldforge.data_shards.recipe import DataRecipe, NormalisationName
-from boldforge.data_shards.resample import ResampleError, frames_at, same_tr, to_grid, to_tr
+from boldforge.data_shards.resample import ResampleError, Series, frames_at, same_tr, to_grid, to_tr
 from boldforge.data_shards.runs import Run
 from boldforge.data_shards.spool import Spool
 
@@ -127,9 +127,9 @@ def store_run(run: Run, recipe: DataRecipe, scratch: Path | None = None) -> Stor
 
 @dataclass(frozen=True, eq=False)
 class _Series:
-    """A run on the grid and in the recipe's time, not yet normalised: a spool float32 [T, V] and its figures."""
+    """A run on the grid and in the recipe's time, not yet normalised: values float32 [T, V] and its figures."""
 
-    values: Spool
+    values: Series
     covered: Bools
     moments: Moments
     normalisation: Normalisation
@@ -202,7 +202,7 @@ class _TimePlan:
             stored += length
         return tuple(stretches)
 
-    def apply(self, values: Spool, covered: Bools, scratch: Path | None) -> Spool:
+    def apply(self, values: Series, covered: Bools, scratch: Path | None) -> Series:
         """Return a spool [T', V] and close the one given, unless nothing changes."""
         n_frames = self.stored_stretches()[-1].stop
         if not self.recipe.cleans and self.kept.all() and same_tr(self.tr, self.recipe.tr):
@@ -246,7 +246,7 @@ def _plan_time(run: Run, bold: Bold, recipe: DataRecipe) -> _TimePlan:
     return _TimePlan(recipe, bold.tr, confounds, kept, tuple(pieces))
 
 
-def _measure(values: Spool, method: NormalisationName) -> Moments:
+def _measure(values: Series, method: NormalisationName) -> Moments:
     blocks = _voxel_blocks(values.shape[1])
     parts = [measure(values.read_columns(block.start, block.stop), method) for block in blocks]
     return Moments(*(np.concatenate(part) for part in zip(*parts, strict=True)))

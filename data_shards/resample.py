@@ -6,6 +6,7 @@ Shape suffixes: T frames, V brain voxels of the grid.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ _SNAP = 1e-4
 # A voxel counts as covered when at least this share of its interpolation weight lies on voxels that hold signal.
 _COVERED = 0.5
 _FRAMES_AT_ONCE = 32
+_TURNED_AT_ONCE = 2048
 # Repetition times that differ by less than this are the same: over 300 frames the drift stays below 3 frames.
 _SAME_TR = 0.01
 # Gaussian whose gain at the Nyquist frequency is one half: exp(-2 π² σ² f²) = 1/2 at f = 1 / (2 step) gives σ / step.
@@ -68,10 +70,14 @@ def sampling_matrix(shape: tuple[int, int, int], affine: Affine, points: npt.NDA
     low = np.floor(clamped).astype(np.int64)
     share = clamped - low
     strides = np.array([1, shape[0], shape[0] * shape[1]])
+    per_axis = [(1 - part, part) for part in share.T]
     rows, columns, weights = [], [], []
     for corner in np.ndindex(2, 2, 2):
-        weight = np.prod(np.where(corner, share, 1 - share), axis=1)
+        x, y, z = (parts[high] for parts, high in zip(per_axis, corner, strict=True))
+        weight = x * y * z
         used = weight > 0  # an unused corner may lie beyond the border
+        if corner != (0, 0, 0) and not used.any():
+            continue
         rows.append(kept[used])
         columns.append(((low + corner) @ strides)[used])
         weights.append(weight[used])
@@ -100,7 +106,7 @@ class Frames(Protocol):
 
 def to_grid(
     run: Frames, points: npt.NDArray[np.float64], antialias_mm: float | None = None, scratch: Path | None = None
-) -> tuple[Spool, npt.NDArray[np.bool_]]:
+) -> "tuple[Series, npt.NDArray[np.bool_]]":
     """Interpolate a run at points in mm, reading it once and holding a few frames of it at a time.
 
     Native voxels without signal (constant in time, or not finite) take no part: their weight goes to the others, so the
@@ -122,7 +128,7 @@ def to_grid(
 
     Returns
     -------
-    values, a spool of float32 [T, V], 0 where not covered; covered bool [V].
+    values, a spool or `Copied`, float32 [T, V], 0 where not covered; covered bool [V].
 
     Raises
     ------
@@ -131,9 +137,11 @@ def to_grid(
     """
     matrix = sampling_matrix(run.shape, run.affine, points)
     sigma = _antialias_sigma(run.affine, antialias_mm)
-    needed = np.unique(matrix.indices) if sigma is None else _box_around(matrix, run.shape, sigma)
-    if needed.size == 0:
+    if matrix.nnz == 0:
         raise ResampleError(_ELSEWHERE)
+    if sigma is None and (matrix.data == 1).all():
+        return _copy(run, matrix, scratch)
+    needed = _used_columns(matrix) if sigma is None else _box_around(matrix, run.shape, sigma)
     native, signal = _lay_by(run, needed, scratch)
     with native:
         matrix = matrix[:, needed]
@@ -154,6 +162,78 @@ def to_grid(
             rows = native.read_rows(start, min(start + _FRAMES_AT_ONCE, run.n_frames))
             values.write_rows(start, sample(rows))
     return values, covered
+
+
+def _copy(run: Frames, matrix: csr_array, scratch: Path | None) -> tuple["Copied", npt.NDArray[np.bool_]]:
+    """Do what `to_grid` does where every point lies on a voxel's centre: each value is one native value as it is."""
+    on_image = np.flatnonzero(np.diff(matrix.indptr))
+    native, signal = _lay_by(run, matrix.indices, scratch)
+    covered = np.zeros(matrix.shape[0], dtype=bool)
+    covered[on_image] = signal
+    if not covered.any():
+        native.close()
+        raise ResampleError(_ELSEWHERE)
+    return Copied(native, on_image, covered), covered
+
+
+class Copied:
+    """Read like a `Spool` of float32 [T, V], but kept in the file's own type, which takes half the room or less.
+
+    Parameters
+    ----------
+    native
+        [T, n], taken over: closed with this.
+    on_image
+        Which of the V points its columns are, ascending.
+    covered
+        bool [V]; the other points read as 0.
+    """
+
+    def __init__(self, native: Spool, on_image: npt.NDArray[np.int64], covered: npt.NDArray[np.bool_]) -> None:
+        self.shape = (native.shape[0], len(covered))
+        self._native, self._on_image, self._covered = native, on_image, covered.copy()
+
+    def __enter__(self) -> "Copied":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory or the disk space back."""
+        self._native.close()
+
+    def read_rows(self, start: int, stop: int) -> Values:
+        """Return frames `start` to `stop`, [n, V]."""
+        return self._placed(self._native.read_rows(start, stop), slice(0, self.shape[1]), self._on_image)
+
+    def read_columns(self, start: int, stop: int) -> Values:
+        """Return points `start` to `stop`, [T, n], in C order."""
+        first, last = np.searchsorted(self._on_image, (start, stop))
+        native = self._native.read_columns(int(first), int(last))
+        return self._placed(native, slice(start, stop), self._on_image[first:last] - start)
+
+    def _placed(self, native: npt.NDArray[Any], points: slice, where: npt.NDArray[np.int64]) -> Values:
+        covered = self._covered[points]
+        if len(where) == len(covered):
+            values = native.astype(np.float32, order="C")
+        else:
+            values = np.zeros((len(native), len(covered)), dtype=np.float32)
+            values[:, where] = native
+        if not covered.all():
+            values[:, ~covered] = 0
+        return values
+
+
+Series = Spool | Copied
+
+
+def _used_columns(matrix: csr_array) -> npt.NDArray[np.int64]:
+    used = np.zeros(matrix.shape[1], dtype=bool)
+    used[matrix.indices] = True
+    return np.flatnonzero(used)
 
 
 def _lay_by(run: Frames, needed: npt.NDArray[np.int64], scratch: Path | None) -> tuple[Spool, npt.NDArray[np.bool_]]:
@@ -189,8 +269,16 @@ class _Linear:
     factor_V: Values
 
     def __call__(self, rows: npt.NDArray[Any]) -> Values:
-        block = np.ascontiguousarray(np.take(rows, self.used, axis=1).T, dtype=np.float32)
-        sampled: Values = (self.matrix @ block).T * self.factor_V
+        # Turned around a cache's worth at a time: all at once, every value would touch another page.
+        block = np.empty((len(self.used), len(rows)), dtype=np.float32)
+        for start in range(0, len(block), _TURNED_AT_ONCE):
+            part = self.used[start : start + _TURNED_AT_ONCE]
+            block[start : start + len(part)] = np.take(rows, part, axis=1).T
+        sampled = np.empty((len(rows), len(self.factor_V)), dtype=np.float32)
+        whole = self.matrix @ block
+        for start in range(0, len(whole), _TURNED_AT_ONCE):
+            points = slice(start, start + _TURNED_AT_ONCE)
+            np.multiply(whole[points].T, self.factor_V[points], out=sampled[:, points])
         return sampled
 
 
@@ -237,9 +325,7 @@ def _box_around(
     matrix: csr_array, shape: tuple[int, int, int], sigma: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.int64]:
     """Return the voxels of the box that holds every sampled voxel and the Gaussian around it."""
-    used = np.unique(matrix.indices)
-    if used.size == 0:
-        return used
+    used = _used_columns(matrix)
     index = np.array(np.unravel_index(used, shape, order="F"))
     reach = np.ceil(4 * sigma).astype(int)  # where scipy cuts the Gaussian
     low = np.maximum(index.min(axis=1) - reach, 0)

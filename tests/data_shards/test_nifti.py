@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from boldforge.data_shards import HeaderError, ReadError, open_bold
+from boldforge.data_shards import nifti as nifti_module
 
 # Byte offsets in a NIfTI-1 header.
 DIM, PIXDIM, QFORM_CODE, SROW = 40, 76, 252, 280
@@ -205,3 +206,12 @@ def test_sform_wins_over_a_different_qform(write_bold, caplog):
     with caplog.at_level(logging.WARNING, logger="boldforge"):
         np.testing.assert_array_equal(open_bold(path.with_name("moved.nii.gz")).affine, image.get_sform())
     assert "sform and qform disagree" in caplog.text
+
+
+def test_the_fast_gzip_decoder_gives_the_bytes_of_the_plain_one(real_runs, monkeypatch):
+    igzip = pytest.importorskip("isal.igzip", reason="isal is an optional package")
+    path = real_runs.runs[0].path
+    monkeypatch.setattr(nifti_module, "igzip", igzip)
+    fast = open_bold(path).read()
+    monkeypatch.setattr(nifti_module, "igzip", None)
+    np.testing.assert_array_equal(fast, open_bold(path).read())

@@ -323,3 +323,25 @@ def test_antialiasing_leaves_runs_alone_that_are_not_finer(points):
     affine = affine.copy()
     affine[:3, :3] *= 2
     np.testing.assert_array_equal(to_grid(data, affine, points, 4.0)[0], to_grid(data, affine, points)[0])
+
+
+@pytest.mark.parametrize("in_memory", [2**40, 0], ids=["memory", "disk"])
+@pytest.mark.parametrize("dtype", ["int16", ">i2", "float32", "uint8"])
+def test_points_on_voxel_centres_are_copied_to_the_bits_of_interpolating(dtype, in_memory, monkeypatch):
+    monkeypatch.setattr(spool_module, "IN_MEMORY_BYTES", in_memory)
+    rng = np.random.default_rng(4)
+    data = rng.integers(0, 200, (6, 5, 4, 11)).astype(dtype)
+    data[rng.random((6, 5, 4)) < 0.3] = 7  # no signal
+    points = np.argwhere(np.ones((8, 6, 5))) @ np.diag([-1.0, 1, 1]) + [6, -1, 0]  # some lie beyond the image
+    whole, covered = whole_to_grid(data.astype(np.float32), np.eye(4), points)
+    values, covered_too = resample_module.to_grid(ArrayFrames(data, np.eye(4), 4), points)
+    assert isinstance(values, resample_module.Copied)
+    assert 0 < covered.sum() < len(points)
+    with values:
+        np.testing.assert_array_equal(covered_too, covered)
+        np.testing.assert_array_equal(values.read_rows(2, 9), whole[2:9])
+        for start, stop in ((0, len(points)), (3, 4), (17, 101), (0, 2)):
+            columns = values.read_columns(start, stop)
+            np.testing.assert_array_equal(columns, whole[:, start:stop])
+            assert columns.dtype == np.float32
+            assert columns.flags.c_contiguous
