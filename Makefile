@@ -50,8 +50,8 @@ lint: $(INSTALLED)
 	@PYTHONPATH=.links $(BIN)/lint-imports
 
 test: lint
-	@echo "pytest: everything that is not marked slow"
-	@$(ONE_THREAD) $(PYTEST) -m "not slow"
+	@echo "pytest: everything that is not marked slow, two files at a time"
+	@$(ONE_THREAD) $(PYTEST) -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	@$(ONE_THREAD) $(PYTEST) -m slow

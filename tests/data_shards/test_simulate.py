@@ -123,7 +123,7 @@ def test_simulated_files_stay_simulated_however_they_are_found(tmp_path):
     (tmp_path / paths[0].relative_to(tmp_path)).symlink_to(tmp_path / "bids/sub-1_space-MNI152_bold.nii.gz")
     recipe = DataRecipe(grid="mni4mm", tr=2.0)
     for source, layout, count in ((out.parent, "adhd200", 2), (tmp_path, "table", 2), (tmp_path / "bids", "bids", 1)):
-        found = find_runs(source)
+        found = find_runs(source, root=tmp_path)
         assert (found.layout, len(found.runs)) == (layout, count)
         assert all(run.simulated for run in check_headers(found).runs)
         manifest = build_shards(found, tmp_path / f"shards-{layout}", recipe).manifest
