@@ -98,11 +98,16 @@ def _fingerprint(run: Run, about: dict[str, object]) -> str:
 
 
 def _comparable(value: object) -> object:
-    """Return a file's name, size and time for a path, anything else as it is."""
+    """Return a file's name, size and time for a path, with those of the voxels beside a header; else the value."""
     if not isinstance(value, Path):
         return value
+    beside = [value.with_suffix(ending) for ending in (".img", ".img.gz")] if value.suffix == ".hdr" else []
+    return [_state(path) for path in (value, *filter(Path.exists, beside))] if beside else _state(value)
+
+
+def _state(path: Path) -> list[object]:
     try:
-        state = value.stat()
+        state = path.stat()
     except OSError:  # whoever reads it will say so
-        return [str(value.absolute())]
-    return [str(value.absolute()), state.st_size, state.st_mtime_ns]
+        return [str(path.absolute())]
+    return [str(path.absolute()), state.st_size, state.st_mtime_ns]

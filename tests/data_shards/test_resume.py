@@ -4,9 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
-from boldforge.data_shards import DataRecipe, build_shards, find_runs, load_manifest, plan, work
+from boldforge.data_shards import DataRecipe, Run, build_shards, find_runs, load_manifest, plan, work
 from boldforge.data_shards.verify import verify_shards
 
 RECIPE = DataRecipe(grid="mni4mm", tr=2.0)
@@ -176,3 +178,18 @@ def test_a_finished_shard_that_lost_its_end_is_written_again(data, tmp_path, mon
         file.truncate(shard.stat().st_size - 4096)
     build_shards(found, tmp_path / "out", RECIPE)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_other_voxels_beside_the_same_header_make_another_fingerprint(write_bold, tmp_path):
+    image = nib.load(write_bold())
+    nib.Nifti1Pair(np.asarray(image.dataobj), image.affine, image.header).to_filename(tmp_path / "pair.hdr")
+
+    def fingerprint():
+        run = Run("01", None, None, 2.0, tmp_path / "pair.hdr")
+        return plan.plan_shards([run], DataRecipe(grid="mni4mm"), 100)[0][0].runs[0].fingerprint
+
+    before, voxels = fingerprint(), tmp_path / "pair.img"
+    assert fingerprint() == before
+    voxels.write_bytes(voxels.read_bytes()[::-1])
+    os.utime(voxels, (1, 1))
+    assert fingerprint() != before
