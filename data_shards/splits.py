@@ -125,7 +125,8 @@ def split_segments(manifest: Manifest, holdout: Holdout) -> tuple[Segments, Segm
     """Split a dataset into (train, held out).
 
     ``frames`` holds out the last part of every run, in time, so that no held-out frame lies between two training
-    frames. ``subject`` holds out all runs of some subjects, drawn by the seed. ``split`` holds out one split of the
+    frames. ``subject`` holds out all runs of some subjects, drawn by the seed from those that are there: others once
+    subjects are added, so a dataset that grows needs stored splits. ``split`` holds out one split of the
     manifest's plan. Where the manifest has a plan, training never sees a subject who is not in its ``train`` split.
 
     Raises

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -72,8 +73,8 @@ class ClipStream(IterableDataset[ClipBatch]):
     Raises
     ------
     ShardError
-        If no segment holds a whole clip, the batch is smaller than the number of ranks, datasets cannot be mixed, or a
-        shard is missing.
+        If no segment holds a whole clip, one is not in the dataset, the batch is smaller than the number of ranks,
+        datasets cannot be mixed, or a shard is missing.
     """
 
     def __init__(
@@ -263,8 +264,23 @@ class ClipStream(IterableDataset[ClipBatch]):
 
 def _order(source: Source, clip_length: int, seed: int, clips_per_run: int | None, offsets: Offsets) -> ClipOrder:
     manifest = source.manifest
-    segments = (whole_runs(manifest) if source.segments is None else Segments(source.segments)).table
+    segments = (whole_runs(manifest) if source.segments is None else _checked(source.segments, manifest)).table
     return ClipOrder(str(manifest.folder), manifest.content_hash, segments, clip_length, seed, clips_per_run, offsets)
+
+
+def _checked(segments: Sequence[Segment], manifest: Manifest) -> Segments:
+    """Return segments that all lie within the dataset's runs."""
+    found, n_frames = Segments(segments), manifest.index["n_frames"].astype(np.int64)
+    run, start, stop = found.table.T
+    known = (run >= 0) & (run < len(n_frames))
+    sound = known & (start >= 0) & (start <= stop) & (stop <= n_frames[np.where(known, run, 0)])
+    if not sound.all():
+        worst = found[int(np.flatnonzero(~sound)[0])]
+        raise ShardError(
+            f"{manifest.folder}: frames {worst.start} to {worst.stop} of run {worst.run} are not in the dataset, which "
+            f"has {len(n_frames)} runs; take segments from split_segments of this manifest."
+        )
+    return found
 
 
 def _mixture(sources: Sequence[Source], orders: Sequence[ClipOrder]) -> Mixture | None:

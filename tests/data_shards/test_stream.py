@@ -200,3 +200,9 @@ def test_a_stream_stays_inside_its_segments(real_shards):
 def test_reading_outside_a_run_is_refused(real_shards):
     with pytest.raises(IndexError):
         ShardReader(real_shards).read(0, real_shards.runs[0].n_frames - 3, 4)
+
+
+@pytest.mark.parametrize("segment", [Segment(-1, 0, 40), Segment(2, 0, 40), Segment(0, -1, 40), Segment(0, 0, 10**6)])
+def test_segments_outside_the_dataset_are_refused(real_shards, segment):
+    with pytest.raises(ShardError, match="are not in the dataset, which has 2 runs"):
+        ClipStream(real_shards, 20, 2, 0, segments=[Segment(0, 0, 40), segment])
