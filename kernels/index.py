@@ -256,7 +256,7 @@ def window_index(
     kept = _kept_tokens(grid, keep)
     window_id, region_id, local_id = window_id[kept], region_id[kept], local_id[kept]
 
-    inside = region_id * prod(window) + local_id
+    inside = region_id * prod(map(min, grid, window)) + local_id
     span = int(inside.max()) + 1
     path = torch.argsort(window_id * span + (span - 1 - inside if reverse else inside))
     window_id, region_id = window_id[path], region_id[path]

@@ -239,3 +239,9 @@ def test_prompts_in_the_wrong_place_are_refused(rows, prompts, message):
         return
     with pytest.raises(ValueError, match=message):
         ScanIndex(*tables)
+
+
+def test_a_window_far_larger_than_the_grid_is_the_whole_grid():
+    huge, whole = (window_index((2, 3, 4, 5), window, (0, 0, 0, 0)) for window in ((2**20,) * 4, (2, 3, 4, 5)))
+    assert torch.equal(huge.rows, whole.rows)
+    assert torch.equal(huge.cu_seqlens, whole.cu_seqlens)
