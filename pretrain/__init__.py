@@ -3,10 +3,10 @@
 The loop itself is imported from `boldforge.pretrain.train`, which imports DeepSpeed; everything here does not.
 """
 
-from boldforge.pretrain.config import LossConfig, OptimizerConfig, PretrainConfig
+from boldforge.pretrain.config import OptimizerConfig, PretrainConfig
 from boldforge.pretrain.evaluate import HeldoutClips, HeldoutError
 from boldforge.pretrain.export import ExportError, Pretrained, build_model, load_pretrained, write_export
-from boldforge.pretrain.loss import reconstruction_loss
+from boldforge.pretrain.loss import LossConfig, Objective, make_targets, reconstruction_loss
 from boldforge.pretrain.masking import MaskConfig, MaskSampler
 from boldforge.pretrain.metrics import read_metrics
 from boldforge.pretrain.model import NeuroStorm
@@ -23,6 +23,7 @@ __all__ = [
     "MaskSampler",
     "ModelConfig",
     "NeuroStorm",
+    "Objective",
     "OptimizerConfig",
     "PretrainConfig",
     "Pretrained",
@@ -32,6 +33,7 @@ __all__ = [
     "build_model",
     "gather_patches",
     "load_pretrained",
+    "make_targets",
     "read_metrics",
     "reconstruction_loss",
     "region_tokens",

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from boldforge.configs import StrictModel
 from boldforge.data_shards import Holdout
+from boldforge.pretrain.loss import LossConfig
 from boldforge.pretrain.masking import MaskConfig
 from boldforge.pretrain.model_config import ModelConfig
 
@@ -22,16 +23,6 @@ class OptimizerConfig(StrictModel):
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay.")
     betas: tuple[BetaRate, BetaRate] = Field((0.9, 0.95), description="Decay of the two moment estimates.")
     gradient_clipping: float = Field(1.0, ge=0, description="Largest gradient norm; 0 does not clip.")
-
-
-class LossConfig(StrictModel):
-    """What the reconstruction error counts."""
-
-    background: bool = Field(
-        False,
-        description="Also count hidden voxels without signal (background, outside the field of view), as NeuroSTORM "
-        "does; needs shards that store them, on the grid neurostorm.",
-    )
 
 
 class PretrainConfig(StrictModel):
@@ -69,6 +60,14 @@ class PretrainConfig(StrictModel):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _changes_need_two_frames(self) -> "PretrainConfig":
+        if self.loss.gradient and self.model.frames < 2:
+            raise ValueError(
+                "loss.gradient compares frames, but model.frames is 1; raise it, or set loss.gradient to 0"
             )
         return self
 

@@ -3,6 +3,9 @@
 The mean frame is taken over all frames of the run, as normalisation took it, held-out ones included: for a
 normalisation that removes each voxel's mean it is zero. That gives the baseline an advantage over the model.
 
+Errors are in units of the shards, whatever the model predicts. Where its targets are normalised patches, the model is
+given each patch's true mean and standard deviation, and the baseline the true mean.
+
 Shape suffixes: B clips · T frames · V brain voxels · S spatial tokens · L = S·T tokens · P voxels in a patch.
 """
 
@@ -16,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from boldforge.data_shards import Segment, ShardReader
+from boldforge.pretrain.loss import LossConfig, patch_statistics
 from boldforge.pretrain.masking import MaskSampler
 from boldforge.pretrain.tokens import gather_patches, scatter_patches
 
@@ -94,8 +98,8 @@ class HeldoutClips:
         T.
     limit
         Clips at most, spread evenly over all there are.
-    background
-        Measure voxels without signal too.
+    loss
+        Says what the model predicts, and whether voxels without signal are measured too.
     """
 
     def __init__(
@@ -105,10 +109,10 @@ class HeldoutClips:
         sampler: MaskSampler,
         clip_length: int,
         limit: int,
-        background: bool = False,
+        loss: LossConfig | None = None,
     ) -> None:
         self._reader = reader
-        self._background = background
+        self._loss = loss or LossConfig()
         self._sampler = sampler
         self._length = clip_length
         every = [
@@ -142,8 +146,8 @@ class HeldoutClips:
             if number >= len(self.clips):
                 continue
             target_BLP = gather_patches(clip.values_TV.unsqueeze(0).to(device), patch_voxels)
-            mean_BLP = gather_patches(clip.mean_V.expand(1, self._length, -1).to(device), patch_voxels)
-            for row, predicted_BLP in enumerate((patches_BLP.float(), mean_BLP)):
+            mean_BLP = self._baseline(clip, patch_voxels)
+            for row, predicted_BLP in enumerate((patches_BLP, mean_BLP)):
                 error = (predicted_BLP - target_BLP).square() * counted_BLP
                 totals[row] += scatter_patches(error, patch_voxels, n_voxels).sum((0, 1)).double()
             totals[2] += scatter_patches(counted_BLP, patch_voxels, n_voxels).sum((0, 1)).double()
@@ -151,14 +155,27 @@ class HeldoutClips:
         return HeldoutError(*totals.cpu().numpy())
 
     def reconstruct(self, forward: Forward, clip: HeldoutClip, patch_voxels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hide and reconstruct a clip: mask [1, L], counted voxels [1, L, P], prediction [1, L, P]."""
+        """Hide and reconstruct a clip: mask [1, L], counted voxels and prediction (in the shards' units) [1, L, P]."""
         device = patch_voxels.device
         mask_BL = self._sampler.sample([(1, clip.run, clip.start)]).to(device)
-        signal_BV = clip.signal_V.unsqueeze(0).to(device) | self._background
+        signal_BV = clip.signal_V.unsqueeze(0).to(device) | self._loss.background
         counted_BLP = counted_voxels(mask_BL, signal_BV, patch_voxels)
         with torch.no_grad():
-            patches_BLP = forward(clip.values_TV.unsqueeze(0).to(device), mask_BL)
-        return mask_BL, counted_BLP, patches_BLP
+            patches_BLP = forward(clip.values_TV.unsqueeze(0).to(device), mask_BL).float()
+        mean_BL1, deviation_BL1 = self._statistics(clip.values_TV, clip, patch_voxels)
+        return mask_BL, counted_BLP, patches_BLP * deviation_BL1 + mean_BL1
+
+    def _baseline(self, clip: HeldoutClip, patch_voxels: Tensor) -> Tensor:
+        """Predict the mean frame [1, L, P], moved to each patch's true mean where the model is given that too."""
+        frames_TV = clip.mean_V.expand(self._length, -1)
+        mean_BLP = gather_patches(frames_TV.unsqueeze(0).to(patch_voxels.device), patch_voxels)
+        own_BL1, _ = self._statistics(frames_TV, clip, patch_voxels)
+        true_BL1, _ = self._statistics(clip.values_TV, clip, patch_voxels)
+        return mean_BLP + (true_BL1 - own_BL1)
+
+    def _statistics(self, values_TV: Tensor, clip: HeldoutClip, patch_voxels: Tensor) -> tuple[Tensor, Tensor]:
+        values_BTV, signal_BV = (part.unsqueeze(0).to(patch_voxels.device) for part in (values_TV, clip.signal_V))
+        return patch_statistics(values_BTV, signal_BV, patch_voxels, self._loss.targets)
 
     def read(self, number: int) -> HeldoutClip:
         """Read clip `number` of `clips`."""

@@ -6,7 +6,10 @@ from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
-COLUMNS = ("step", "loss", "lr", "grad_norm", "frames_per_second", "heldout_error", "heldout_baseline")
+COLUMNS = (
+    *("step", "loss", "lr", "grad_norm", "frames_per_second", "heldout_error", "heldout_baseline"),
+    *("loss_voxel", "loss_region", "loss_parcel", "loss_gradient"),
+)
 
 
 class MetricsWriter:

@@ -16,6 +16,7 @@ from boldforge.pretrain.checkpoint import newest_checkpoint
 from boldforge.pretrain.config import PretrainConfig
 from boldforge.pretrain.evaluate import HeldoutError
 from boldforge.pretrain.export import write_export
+from boldforge.pretrain.region_errors import region_errors, write_map, write_table
 from boldforge.pretrain.regions import RegionTokens
 from boldforge.pretrain.run import Run
 from boldforge.pretrain.tokens import scatter_patches
@@ -27,7 +28,7 @@ def finish_run(run: Run) -> None:
     example = _reconstruct_examples(run)
     if run.rank == 0:
         out = run.config.out
-        _write_regions(run, measured, out / "regions.csv")
+        _write_regions(run, measured, out)
         np.savez_compressed(out / "reconstruction.npz", **example)  # type: ignore[arg-type]  # its stub takes no arrays by name
         summary = {
             "steps": run.config.steps,
@@ -134,14 +135,13 @@ def _hidden_regions(regions: RegionTokens, spatial_S: np.ndarray) -> list[str]:
     return [name for name, is_whole in zip(regions.names, whole, strict=True) if is_whole]
 
 
-def _write_regions(run: Run, measured: HeldoutError, path: Path) -> None:
-    labels_V = atlas_on_grid(run.atlas, run.manifest.grid)[run.token_grid.mask]
-    lines = ["region,name,voxels_measured,error,baseline\n"]
-    for label, name in sorted(run.atlas.labels.items()):
-        inside = labels_V == label
-        count = measured.count_V[inside].sum()
-        if count:
-            error = float(measured.error_V[inside].sum() / count)
-            baseline = float(measured.baseline_V[inside].sum() / count)
-            lines.append(f"{label},{name},{int(count)},{error!r},{baseline!r}\n")
-    path.write_text("".join(lines))
+def _write_regions(run: Run, measured: HeldoutError, out: Path) -> None:
+    """Write the held-out error of every region as a table and as brain maps."""
+    rows = region_errors(measured, run.region_voxels)
+    write_table(out / "regions.csv", rows)
+    maps = {
+        "region_error.nii.gz": {row.region: row.error for row in rows},
+        "region_error_ratio.nii.gz": {row.region: row.error / row.baseline for row in rows if row.baseline > 0},
+    }
+    for name, values in maps.items():
+        write_map(out / name, values, run.region_voxels, run.manifest.grid, run.token_grid.mask)

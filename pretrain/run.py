@@ -26,9 +26,10 @@ from boldforge.data_shards import (
 from boldforge.pretrain.checkpoint import newest_checkpoint
 from boldforge.pretrain.config import PretrainConfig
 from boldforge.pretrain.evaluate import HeldoutClips, HeldoutError
+from boldforge.pretrain.loss import Objective
 from boldforge.pretrain.masking import MaskSampler
 from boldforge.pretrain.model import NeuroStorm
-from boldforge.pretrain.regions import RegionTokens, region_tokens
+from boldforge.pretrain.regions import RegionTokens, RegionVoxels, region_tokens, region_voxels
 from boldforge.pretrain.tokens import TokenGrid
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ class Run:
     manifest: Manifest
     atlas: Atlas
     regions: RegionTokens
+    region_voxels: RegionVoxels
     sampler: MaskSampler
+    objective: Objective
     stream: ClipStream
     heldout: HeldoutClips
     engine: deepspeed.DeepSpeedEngine
@@ -62,11 +65,11 @@ class Run:
         self.engine.train()
         return measured
 
-    def total(self, value: Tensor) -> float:
-        """Sum a scalar over the ranks, in rank order so that its bits repeat."""
-        parts = [torch.zeros_like(value) for _ in range(self.world_size)]
-        dist.all_gather(parts, value)
-        return float(torch.stack(parts).double().sum())
+    def total(self, values: Tensor) -> Tensor:
+        """Sum a tensor over the ranks, in rank order so that its bits repeat; float64 on the CPU."""
+        parts = [torch.zeros_like(values) for _ in range(self.world_size)]
+        dist.all_gather(parts, values)
+        return torch.stack(parts).double().sum(0).cpu()
 
 
 def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
@@ -83,6 +86,7 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
     atlas = load_atlas(config.mask.atlas, config.mask.labels)
     groups = load_groups(atlas, config.mask.groups) if config.mask.strategy == "group" else None
     regions = region_tokens(atlas, manifest.grid, token_grid)
+    voxels = region_voxels(atlas, manifest.grid, mask)
     sampler = MaskSampler(token_grid, config.mask, regions, config.model.window, groups)
     torch.manual_seed(config.seed)
     model = NeuroStorm(config.model, token_grid)
@@ -100,8 +104,9 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
         num_workers=config.num_workers,
     )
     frames, limit = config.model.frames, config.evaluation_clips
-    heldout = HeldoutClips(ShardReader(manifest), held, sampler, frames, limit, config.loss.background)
+    heldout = HeldoutClips(ShardReader(manifest), held, sampler, frames, limit, config.loss)
     device = engine.device if isinstance(engine.device, torch.device) else torch.device(engine.device)
+    patch_voxels = torch.from_numpy(token_grid.patch_voxels).to(device)
     return Run(
         config=config,
         rank=rank,
@@ -110,12 +115,14 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
         manifest=manifest,
         atlas=atlas,
         regions=regions,
+        region_voxels=voxels,
         sampler=sampler,
+        objective=Objective(config.loss, frames, voxels, patch_voxels),
         stream=stream,
         heldout=heldout,
         engine=engine,
         token_grid=token_grid,
-        patch_voxels=torch.from_numpy(token_grid.patch_voxels).to(device),
+        patch_voxels=patch_voxels,
     )
 
 

@@ -19,12 +19,12 @@ from boldforge.configs import BoldForgeError, folder_lock, load_config
 from boldforge.data_shards import ClipBatch
 from boldforge.pretrain.config import PretrainConfig
 from boldforge.pretrain.evaluate import counted_voxels
-from boldforge.pretrain.loss import squared_error
+from boldforge.pretrain.loss import make_targets
 from boldforge.pretrain.masking import sample_keys
 from boldforge.pretrain.metrics import MetricsWriter
 from boldforge.pretrain.ranks import accelerator_ready, join_ranks
+from boldforge.pretrain.region_errors import log_table, region_errors
 from boldforge.pretrain.schedule import learning_rate
-from boldforge.pretrain.tokens import gather_patches
 
 accelerator_ready()
 
@@ -67,6 +67,8 @@ def train(config: PretrainConfig) -> Path:
             if done % config.evaluate_every == 0 or done == config.steps:
                 heldout = run.measure()
                 row |= {"heldout_error": heldout.error, "heldout_baseline": heldout.baseline}
+                if rank == 0:
+                    log_table(config.out / "region_errors.tsv", done, region_errors(heldout, run.region_voxels))
             if metrics:
                 metrics.write({"step": done, **row})
                 logger.info("step %d/%d  %s", done, config.steps, "  ".join(f"{k} {v:.4g}" for k, v in row.items()))
@@ -90,34 +92,38 @@ def go_on(run: Run) -> int:
 def training_step(run: Run, batch: ClipBatch, step: int) -> dict[str, float]:
     """Do one optimiser step on this rank's share of the batch.
 
-    The loss is the mean over every counted voxel of the step, so it depends neither on how the batch is cut into
+    The loss is a mean over everything counted in the step, so it depends neither on how the batch is cut into
     micro-batches nor on how many ranks share it.
 
     Returns
     -------
     dict
-        Loss over all ranks, learning rate and, where DeepSpeed computes it, the gradient norm.
+        Loss over all ranks, its terms where it has several, learning rate and, where DeepSpeed computes it, the
+        gradient norm.
     """
     config, engine = run.config, run.engine
     rate = learning_rate(config.optimizer, step, config.steps)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    values_BTV, mask_BL, counted_BLP = hide(run, batch, step)
-    voxels = run.total(counted_BLP.sum())
+    values_BTV, signal_BV, mask_BL, counted_BLP = hide(run, batch, step)
     size = config.micro_batch_size or len(values_BTV)
     parts = [slice(start, start + size) for start in range(0, len(values_BTV), size)]
+    counted = run.total(torch.stack([run.objective.counts(counted_BLP[part]) for part in parts]).sum(0))
     losses = []
     for number, part in enumerate(parts):
         # Stochastic depth draws from the global generator; seeding it by place makes a resumed run the same run.
         torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + number * run.world_size + run.rank)
-        target_BLP = gather_patches(values_BTV[part], run.patch_voxels)
+        target_BLP = make_targets(values_BTV[part], signal_BV[part], run.patch_voxels, config.loss.targets)
         predicted_BLP = engine(values_BTV[part], mask_BL[part])
-        loss = squared_error(predicted_BLP, target_BLP, counted_BLP[part]) / max(voxels, 1.0)
+        terms = run.objective(predicted_BLP, target_BLP, counted_BLP[part], counted)
         # DeepSpeed takes the mean over micro-batches and ranks where the sum is wanted.
-        engine.backward(loss * (len(parts) * run.world_size))
+        engine.backward(terms["loss"] * (len(parts) * run.world_size))
         engine.step()
-        losses.append(loss.detach())
-    figures = {"loss": run.total(torch.stack(losses).sum()), "lr": rate}
+        losses.append(torch.stack(list(terms.values())).detach())
+    loss, *several = run.total(torch.stack(losses).sum(0)).tolist()
+    figures = {"loss": loss, "lr": rate}
+    if len(several) > 1:
+        figures |= {f"loss_{name}": value for name, value in zip(list(terms)[1:], several, strict=True)}
     norm = engine.get_global_grad_norm()
     return figures if norm is None else {**figures, "grad_norm": float(norm)}
 
@@ -135,14 +141,19 @@ def lost(run: Run, batch: ClipBatch, step: int) -> BoldForgeError:
     )
 
 
-def hide(run: Run, batch: ClipBatch, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Bring this rank's clips to the device: values_BTV float32, hidden tokens mask_BL, counted voxels_BLP bool."""
+def hide(run: Run, batch: ClipBatch, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Bring this rank's clips to the device.
+
+    Returns
+    -------
+    values_BTV float32, signal_BV bool, hidden tokens mask_BL and counted voxels_BLP, both bool.
+    """
     clips = len(batch.run)
     first = step * run.config.batch_size + run.rank * clips
     mask_BL = run.sampler.sample(sample_keys(run.config.seed, first, clips)).to(run.device)
     signal_BV = batch.signal().to(run.device) | run.config.loss.background
     counted_BLP = counted_voxels(mask_BL, signal_BV, run.patch_voxels)
-    return batch.dequantise(run.device, torch.float32), mask_BL, counted_BLP
+    return batch.dequantise(run.device, torch.float32), signal_BV, mask_BL, counted_BLP
 
 
 def main(arguments: list[str] | None = None) -> int:

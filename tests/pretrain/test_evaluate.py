@@ -9,7 +9,16 @@ import torch
 import torch.distributed as dist
 
 from boldforge.data_shards import Holdout, ShardReader, brain_mask, load_manifest, split_segments
-from boldforge.pretrain import HeldoutClips, MaskConfig, MaskSampler, TokenGrid, gather_patches, reconstruction_loss
+from boldforge.pretrain import (
+    HeldoutClips,
+    LossConfig,
+    MaskConfig,
+    MaskSampler,
+    TokenGrid,
+    gather_patches,
+    make_targets,
+    reconstruction_loss,
+)
 from boldforge.pretrain.evaluate import counted_voxels
 
 FRAMES = 4
@@ -63,6 +72,32 @@ def test_the_truth_scores_zero_on_what_is_hidden(one_rank: None, parts: tuple[He
 
     measured = heldout.measure(truth_where_hidden, table, grid.n_voxels)
     assert measured.error == 0.0
+
+
+@pytest.mark.parametrize("targets", ["clip", "frame"])
+def test_errors_are_in_the_shards_units_whatever_the_model_predicts(
+    one_rank: None, real_shards: Path, parts: tuple[HeldoutClips, TokenGrid], targets: str
+) -> None:
+    values, grid = parts
+    manifest = load_manifest(real_shards)
+    _, segments = split_segments(manifest, Holdout(by="frames", fraction=0.25))
+    sampler = MaskSampler(grid, MaskConfig(strategy="tube", ratio=0.5))
+    heldout = HeldoutClips(ShardReader(manifest), segments, sampler, FRAMES, 5, LossConfig(targets=targets))
+    table = torch.from_numpy(grid.patch_voxels)
+    clip = heldout.read(0)
+    values_BTV, signal_BV = clip.values_TV.unsqueeze(0), clip.signal_V.unsqueeze(0)
+    truth = gather_patches(values_BTV, table)
+    target = make_targets(values_BTV, signal_BV, table, targets)
+    _, counted, found = heldout.reconstruct(lambda *_: target, clip, table)
+    assert counted.sum() > 1000
+    torch.testing.assert_close(found[counted], truth[counted], rtol=1e-4, atol=1e-4)
+
+    # Predicting 0 is the patch's own mean; residual-z's mean frame is 0 too, so the baseline is the same.
+    measured = heldout.measure(lambda x, _: torch.zeros_like(gather_patches(x, table)), table, grid.n_voxels)
+    assert measured.error == pytest.approx(measured.baseline, rel=1e-4)
+    plain = values.measure(lambda x, _: torch.zeros_like(gather_patches(x, table)), table, grid.n_voxels)
+    assert 0 < measured.baseline < plain.baseline
+    np.testing.assert_array_equal(measured.count_V, plain.count_V)
 
 
 def test_voxels_outside_brain_or_field_of_view_never_count() -> None:

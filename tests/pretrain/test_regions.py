@@ -245,7 +245,7 @@ def test_a_samples_mask_is_the_same_at_any_number_of_ranks_and_any_batch_size(
                     signal=lambda n=clips: torch.ones(n, token_grid.n_voxels, dtype=torch.bool),
                     dequantise=lambda *_, n=clips: values[:n],
                 )
-                found.append(hide(run, batch, step)[1])
+                found.append(hide(run, batch, step)[2])
         assert torch.equal(torch.cat(found), wanted)
 
 

@@ -1,5 +1,6 @@
 """The loop on real recordings, real ranks and the real launcher."""
 
+import csv
 import json
 import os
 import signal
@@ -8,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from boldforge.configs import ConfigError, folder_lock
@@ -76,6 +79,15 @@ def test_a_run_leaves_what_the_report_and_the_release_need(finished: Path) -> No
     assert summary["ranks"] == 2 and summary["zero_stage"] == 2 and summary["simulated"] is False
     assert [row["step"] for row in read_metrics(finished)] == list(range(1, 9))
     assert (finished / "reconstruction.npz").is_file() and (finished / "regions.csv").is_file()
+    with (finished / "region_errors.tsv").open(newline="") as stream:
+        logged = list(csv.DictReader(stream, delimiter="\t"))
+    with (finished / "regions.csv").open(newline="") as stream:
+        last = list(csv.DictReader(stream))
+    assert {row["step"] for row in logged} == {"4", "8"} and len(last) > 100
+    assert [{**row, "step": "8"} for row in last] == [row for row in logged if row["step"] == "8"]
+    for name in ("region_error.nii.gz", "region_error_ratio.nii.gz"):
+        shown = np.unique(np.asarray(nib.load(finished / name).dataobj))
+        assert len(shown[np.isfinite(shown)]) > 100
     assert any((finished / "tensorboard").iterdir())
     pretrained = load_pretrained(finished / "export")
     assert pretrained.config["data"]["n_subjects"] == 2
@@ -165,6 +177,31 @@ def test_a_batch_the_ranks_cannot_share_is_refused() -> None:
         check_batch(config, 4)
 
 
+def test_atlases_and_tables_that_do_not_fit_end_the_command_with_one_sentence(
+    real_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from boldforge.pretrain import train
+
+    # The data are looked at before any rank is needed.
+    monkeypatch.setattr(train, "join_ranks", lambda: (0, 1))
+    far = np.diag([2.0, 2, 2, 1])
+    far[:3, 3] = 900
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.int16), far), tmp_path / "far.nii.gz")
+    (tmp_path / "groups.txt").write_text("Precentral_L motor\nBroca_L language\n")
+    cases = {
+        f"mask.atlas={tmp_path}/far.nii.gz": "Atlas far: none of its 1 regions meets the brain of grid mni4mm",
+        f"mask.groups={tmp_path}/groups.txt": "groups.txt: line 2 names region Broca_L, which atlas aal3 does not have",
+        f"mask.groups={tmp_path}/none.txt": "none.txt: no such table",
+        f"mask.labels={tmp_path}/none.txt": "none.txt: no such table",
+        "mask.ratio=0.9999": "mask.ratio is 0.9999, which hides all 1419 patches",
+    }
+    for number, (override, said) in enumerate(cases.items()):
+        line = command(real_shards, tmp_path / str(number), "mask.strategy=group", override)
+        assert train.main(line[line.index("--config") :]) == 2, override
+        shown = capsys.readouterr().err.strip()
+        assert said in shown and shown.startswith("boldforge: ") and "\n" not in shown
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_zero_stages_ranks_and_micro_batches_do_not_change_what_is_learned(real_shards: Path, tmp_path: Path) -> None:
@@ -174,13 +211,16 @@ def test_zero_stages_ranks_and_micro_batches_do_not_change_what_is_learned(real_
         "stage 3": (2, ["zero_stage=3"]),
         "micro-batches": (1, ["zero_stage=2", "micro_batch_size=1"]),
     }
+    same = ["model.drop_path=0", "precision=fp32", "steps=4", "mask.strategy=pair", "loss.targets=clip"]
+    terms = ["loss_voxel", "loss_region", "loss_parcel", "loss_gradient"]
+    same += [f"{term.replace('_', '.')}={weight}" for term, weight in zip(terms, (1, 0.5, 2, 0.25), strict=True)]
     losses, errors = {}, {}
     for name, (ranks, overrides) in ways.items():
         out = tmp_path / name.replace(" ", "-")
-        done = launch(real_shards, out, "model.drop_path=0", "precision=fp32", "steps=4", *overrides, ranks=ranks)
+        done = launch(real_shards, out, *same, *overrides, ranks=ranks)
         assert done.returncode == 0, f"{name}: {done.stderr[-2000:]}"
         rows = read_metrics(out)
-        losses[name] = [row["loss"] for row in rows]
+        losses[name] = [row[term] for row in rows for term in ("loss", *terms)]
         errors[name] = rows[-1]["heldout_error"]
         assert load_pretrained(out / "export").config["training"]["step"] == 4
     for name in ways:
