@@ -153,7 +153,9 @@ def scan_forward(
     arguments = (u, dt, A.contiguous(), B, C, D_or_u, z_rows, bias_or_u, index.rows, index.cu_seqlens, y)
     ends = (u if initial is None else initial.contiguous(), u if last is None else last)
     given = {"HAS_D": D is not None, "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None}
-    largest = max(u.shape[1] * max(*strides, n_channels), len(u) * index.n_sequences * n_channels)
+    # Flat lanes are rounded up to whole programs, which must not step over 2^31 either.
+    lanes = len(u) * index.n_sequences * n_channels + 1024
+    largest = max(u.shape[1] * max(*strides, n_channels), lanes)
     options = given | _options(initial, last, largest)
     if flat:
         programs = triton.cdiv(len(u) * index.n_sequences * n_channels, LANES)
