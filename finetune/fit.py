@@ -1,7 +1,7 @@
 """Train an adapter and a head, epoch by epoch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,12 @@ from boldforge.finetune.classifier import Classifier
 from boldforge.finetune.cohort import ClipSet
 from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.tasks import Criterion
+
+_MOMENTS = "optimizer."
+
+
+class DivergedError(FinetuneError):
+    """The loss of a training is no longer a finite number."""
 
 
 class TrainingConfig(StrictModel):
@@ -70,7 +76,14 @@ def fit(
     epochs: int,
     seed: int,
 ) -> Iterator[Epoch]:
-    """Train in place; the classifier holds the epoch's weights at every yield.
+    """Train in place for some epochs, see `Fit`; the classifier holds the epoch's weights at every yield."""
+    fitting = Fit(classifier, train, validation, config, seed)
+    for _ in range(epochs):
+        yield fitting.step()
+
+
+class Fit:
+    """Training that can be put away after any epoch and taken up again, to the same bits.
 
     The head's scale is first set from the training clips. The order of the clips and the adapter's dropout are pure
     functions of (seed, epoch).
@@ -78,52 +91,93 @@ def fit(
     Parameters
     ----------
     classifier
-        Starts where it stands.
+        Trained in place; starts where it stands, or where `state` stood.
     train, validation
         As they enter the classifier's first adapted stage.
     config
-        Rates and sizes; its own ``epochs`` and ``patience`` are the caller's business.
-    epochs
-        Passes over the training clips.
+        Rates and sizes; its ``epochs`` and ``patience`` are the caller's business.
     seed
         Of the order and the dropout.
-
-    Yields
-    ------
-    Epoch
-
-    Raises
-    ------
-    FinetuneError
-        If the loss is no longer a finite number.
+    state
+        What `state` gave after an epoch of the same training; None begins.
+    done, best
+        With a state: the epochs behind it, and the validation figure and loss of the best of them.
     """
-    task = classifier.task
-    criterion = task.criterion(train.labels[train.subject].tolist())
-    classifier.head.fit_unit(*task.scale(train.labels.tolist()))
-    training = _Embedder(classifier, train, config.batch_size)
-    validating = _Embedder(classifier, validation, config.batch_size) if validation is not None else None
-    if classifier.adapter.kind == "lora":  # where all is trained, what a first embedding was says nothing
-        classifier.head.fit_scale(training.everything())
-    adapter = [parameter for parameter in classifier.network.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": list(classifier.head.parameters()), "lr": config.head_lr}]
-    groups += [{"params": adapter, "lr": config.lr}] if adapter else []
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    best: tuple[float, float] | None = None
-    for number in range(1, epochs + 1):
-        loss = _train_epoch(training, criterion, optimizer, config, np.random.SeedSequence([seed, number]))
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        train: ClipSet,
+        validation: ClipSet | None,
+        config: TrainingConfig,
+        seed: int,
+        *,
+        state: Mapping[str, Tensor] | None = None,
+        done: int = 0,
+        best: tuple[float, float] | None = None,
+    ) -> None:
+        self._classifier, self._config, self._seed = classifier, config, seed
+        self._number = done
+        self._best = None if best is None else (best[0], -best[1])
+        self._criterion = classifier.task.criterion(train.labels[train.subject].tolist())
+        if state is not None:
+            classifier.load_state({name: state[name] for name in state if not name.startswith(_MOMENTS)})
+        else:
+            classifier.head.fit_unit(*classifier.task.scale(train.labels.tolist()))
+        self._training = _Embedder(classifier, train, config.batch_size)
+        self._validating = _Embedder(classifier, validation, config.batch_size) if validation is not None else None
+        # Where all is trained, what a first embedding was says nothing.
+        if state is None and classifier.adapter.kind == "lora":
+            classifier.head.fit_scale(self._training.everything())
+        adapter = [parameter for parameter in classifier.network.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": list(classifier.head.parameters()), "lr": config.head_lr}]
+        groups += [{"params": adapter, "lr": config.lr}] if adapter else []
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        if state is not None:
+            self._load_moments(state)
+
+    def step(self) -> Epoch:
+        """Train one epoch and measure it.
+
+        Raises
+        ------
+        DivergedError
+            If the loss is no longer a finite number.
+        """
+        self._number += 1
+        config, number = self._config, self._number
+        order = np.random.SeedSequence([self._seed, number])
+        loss = _train_epoch(self._training, self._criterion, self._optimizer, config, order)
         if not math.isfinite(loss):
-            raise FinetuneError(
+            raise DivergedError(
                 f"the training loss is {loss} in epoch {number}; set training.lr below {config.lr:g} and "
                 f"training.head_lr below {config.head_lr:g}."
             )
-        if validating is None:
-            yield Epoch(number, loss, None, None, improved=True)
-            continue
-        loss_now, figures = _measure(validating, criterion)
-        rank = (float(figures[task.selects_by]), -loss_now)
-        improved = best is None or rank > best
-        best = rank if improved else best
-        yield Epoch(number, loss, loss_now, figures, improved)
+        if self._validating is None:
+            return Epoch(number, loss, None, None, improved=True)
+        loss_now, figures = _measure(self._validating, self._criterion)
+        rank = (float(figures[self._classifier.task.selects_by]), -loss_now)
+        improved = self._best is None or rank > self._best
+        self._best = rank if improved else self._best
+        return Epoch(number, loss, loss_now, figures, improved)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return copies of the classifier's own state and of the optimizer's moments."""
+        moments = {
+            f"{_MOMENTS}{place}.{name}": tensor.detach().cpu().clone()
+            for place, kept in self._optimizer.state_dict()["state"].items()
+            for name, tensor in kept.items()
+        }
+        return self._classifier.state() | moments
+
+    def _load_moments(self, state: Mapping[str, Tensor]) -> None:
+        kept: dict[int, dict[str, Tensor]] = {}
+        for key in state:
+            if key.startswith(_MOMENTS):
+                place, name = key.removeprefix(_MOMENTS).split(".")
+                kept.setdefault(int(place), {})[name] = state[key]
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": kept, "param_groups": groups})
 
 
 def predict_subjects(classifier: Classifier, clips: ClipSet, batch_size: int) -> np.ndarray:

@@ -1,42 +1,61 @@
-"""Search over LoRA ranks; the best by validation AUC is tested once: ``boldforge sweep``."""
+"""Search over LoRA ranks and what goes with them; the best by validation AUC is tested once: ``boldforge sweep``."""
 
+import json
 import logging
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from boldforge.finetune.adapters import AdapterConfig
-from boldforge.finetune.classifier import Classifier, save_adapter
-from boldforge.finetune.cohort import ClipSet, OnProgress, Subject
-from boldforge.finetune.evaluation import best_threshold, bootstrap_intervals
+from boldforge.finetune.backbone import load_backbone
+from boldforge.finetune.cohort import ClipSet, OnProgress
+from boldforge.finetune.evaluation import best_threshold
 from boldforge.finetune.fit import TrainingConfig, predict_subjects
-from boldforge.finetune.metrics import roc_points
 from boldforge.finetune.networks import BackboneSpec
-from boldforge.finetune.ray_driver import AshaConfig, TrialResult, run_on_ray
-from boldforge.finetune.results import Prediction, write_json, write_predictions, write_table
+from boldforge.finetune.ray_driver import RayConfig, run_on_ray
+from boldforge.finetune.serial_driver import run_serially
 from boldforge.finetune.study import Study, StudyConfig, open_study
-from boldforge.finetune.tasks import describe_labels
-from boldforge.finetune.trial import TrialSpec
+from boldforge.finetune.sweep_journal import Journal, SweepError, sync_folder
+from boldforge.finetune.sweep_results import Tested, TrialResult, choose, write_results
+from boldforge.finetune.sweep_rungs import Halving, Rounds
+from boldforge.finetune.sweep_space import Sampler, SpaceConfig, Span, ask_tpe, draw, grid
+from boldforge.finetune.trial import TrialSpec, read_best
 
 logger = logging.getLogger(__name__)
+_JOURNAL, _TRIALS, _SEEN = "journal.jsonl", "trials", "seen"
+# Who does the work and where the result lies changes nothing in it.
+_IMMATERIAL = {"shards", "backbone", "out", "driver", "concurrency", "gpus", "address"}
 
 
 class SweepConfig(StudyConfig):
-    """A sweep: one split of the subjects, one trial per rank, ASHA stops the ones that fall behind."""
+    """A sweep: one split of the subjects, one trial per point, the ones that fall behind at a rung are stopped."""
 
-    ranks: tuple[int, ...] = Field(
-        (2, 4, 8), min_length=1, description="LoRA ranks to try, one trial each; 0 is the head alone."
+    ranks: tuple[int, ...] = Field((2, 4, 8), min_length=1, description="LoRA ranks to try; 0 is the head alone.")
+    space: SpaceConfig = Field(default_factory=SpaceConfig, description="What else is searched: alpha, dropout, …")
+    sampler: Sampler = Field(
+        "grid",
+        description="grid: every combination. random: points drawn by seed. tpe: Optuna's TPE, batch after batch.",
     )
-    grace: int = Field(3, ge=1, description="Epochs that every trial may train before ASHA compares it.")
-    reduction: int = Field(2, ge=2, description="At every rung ASHA lets the best 1/reduction of the trials go on.")
-    concurrency: int = Field(2, ge=1, description="Trials at a time.")
+    trials: int = Field(16, ge=1, le=9999, description="Points to try where the sampler is random or tpe.")
+    batch: int = Field(8, ge=1, description="Points that TPE proposes at once; it learns when all of them are done.")
+    grace: int = Field(3, ge=1, description="Epochs that every trial may train before it is compared.")
+    reduction: int = Field(2, ge=2, description="At every rung the best 1/reduction of the trials, rounded up, go on.")
+    driver: Literal["ray", "serial"] = Field(
+        "ray", description="ray: trials side by side under Ray Tune. serial: one after the other in this process."
+    )
+    concurrency: int = Field(2, ge=1, description="Trials at a time on Ray.")
     cpus: int = Field(1, ge=1, description="CPU threads per trial.")
     gpus: float = Field(
         0.0, ge=0, description="GPUs per trial; a fraction lets trials share one, 0 trains them on CPU threads."
+    )
+    address: str | None = Field(
+        None, description="Ray cluster to work on, e.g. auto or 10.0.0.1:6379; its nodes must see out. None: here."
     )
 
     @field_validator("backbone")
@@ -58,7 +77,7 @@ class SweepConfig(StudyConfig):
     def _no_patience(cls, training: TrainingConfig) -> TrainingConfig:
         if "patience" in training.model_fields_set:
             raise ValueError(
-                "in a sweep ASHA stops trials, so training.patience has no meaning; remove it and set grace instead"
+                "a sweep stops trials at rungs, so training.patience has no meaning; remove it and set grace instead"
             )
         return training
 
@@ -69,13 +88,51 @@ class SweepConfig(StudyConfig):
             raise ValueError("ranks must differ and lie between 0 and 256")
         return ranks
 
+    @model_validator(mode="after")
+    def _one_meaning(self) -> "SweepConfig":
+        for name in self.space.searched():
+            section: Any = self.training if name == "lr" else self.adapter
+            if name in section.model_fields_set:
+                place = f"training.{name}" if name == "lr" else f"adapter.{name}"
+                raise ValueError(f"space.{name} is searched, so {place} has no meaning; remove one of the two")
+        spans = [name for name in ("rank", *self.space.searched()) if isinstance(getattr(self.space, name), Span)]
+        if self.sampler == "grid" and spans:
+            raise ValueError(f"a grid needs lists, but space.{spans[0]} has bounds; list values, or set sampler=tpe")
+        if self.space.rank is not None and "ranks" in self.model_fields_set:
+            raise ValueError("space.rank is searched, so ranks has no meaning; remove one of the two")
+        if self.adapter.kind != "lora":
+            raise ValueError("a sweep over LoRA ranks needs adapter.kind lora")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a user may set and this sweep reads, as JSON."""
+        searched = set(self.space.searched())
+        unread: dict[str, Any] = {"adapter": {"rank"} | searched - {"lr"}, "training": {"patience"} | searched & {"lr"}}
+        return self.model_dump(mode="json", exclude=unread | ({"ranks": True} if self.space.rank is not None else {}))
+
+    def propose(self, batch: int, seen: list[tuple[dict[str, Any], float | None]]) -> list[dict[str, Any]]:
+        """Return the points of a batch; a pure function of the recipe and of what was seen."""
+        if self.sampler == "tpe":
+            left = min(self.batch, self.trials - len(seen))
+            return ask_tpe(self.space, self.ranks, self.seed, seen, left) if left > 0 else []
+        if batch > 0:
+            return []
+        if self.sampler == "grid":
+            return grid(self.space, self.ranks)
+        return [draw(self.space, self.ranks, self.seed, trial) for trial in range(self.trials)]
+
+    @property
+    def n_trials(self) -> int:
+        """Number of points that will be tried."""
+        return len(grid(self.space, self.ranks)) if self.sampler == "grid" else self.trials
+
 
 def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[str, Any]:
-    """Train one adapter per rank, choose by validation AUC (ties: the lower rank), and test the chosen one once.
+    """Train one adapter per point, choose by validation AUC (ties: the lower rank), and test the chosen one once.
 
     Trials get a folder that holds training and validation subjects only; the test subjects' clips and labels are read
-    after the choice is made. A trial's own curve is a pure function of the config; which of the trials behind the best
-    ASHA stops first depends on which finishes an epoch first.
+    after the choice is made. Curves, decisions and results are pure functions of the recipe: how many trials run at a
+    time, on what, and how often the sweep was killed and continued by the same command, changes nothing in them.
 
     Parameters
     ----------
@@ -92,11 +149,27 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
     Raises
     ------
     BoldForgeError
-        If shards, backbone and task do not fit together, there are too few subjects, or a trial fails.
+        If shards, backbone and task do not fit together, there are too few subjects, a trial fails, or the folder
+        holds an unfinished sweep of another recipe.
     """
     study = open_study(config)
     if not config.gpus and torch.cuda.is_available():
         logger.warning("There is a GPU, but gpus=0 trains the trials on CPU threads; gpus=0.5 lets two share it.")
+    with study.claim_out("running a sweep") as scratch, closing(_open_journal(study, config)) as journal:
+        if any("finished" in record for record in journal.records):
+            logger.info("%s: this sweep is finished; its results are those in the folder.", config.out)
+            finished: dict[str, Any] = json.loads((config.out / "sweep.json").read_text())
+            return finished
+        results = _search_and_test(study, config, journal, scratch, on_progress)
+        journal.append({"finished": True})
+        shutil.rmtree(config.out / _TRIALS)
+        shutil.rmtree(config.out / _SEEN)
+        return results
+
+
+def _search_and_test(
+    study: Study, config: SweepConfig, journal: Journal, scratch: Path, on_progress: OnProgress | None
+) -> dict[str, Any]:
     fold = study.folds[0]
     parts = {
         name: [study.cohort.subjects[i] for i in study.positions(subjects)]
@@ -104,32 +177,99 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
     }
     seen = parts["train"] + parts["validation"]
     reading, epoch_size = len(seen) * config.clips, len(parts["train"]) * config.clips
-    total = reading + epoch_size * config.training.epochs * len(config.ranks)
-    done = dict.fromkeys(config.ranks, 0)
+    total = reading + epoch_size * config.training.epochs * config.n_trials
+    done: dict[int, int] = {}
 
-    def on_epoch(rank: int, epoch: int) -> None:
-        done[rank] = epoch
+    def on_epoch(trial: int, epoch: int) -> None:
+        done[trial] = max(epoch, done.get(trial, 0))
         if on_progress:
             on_progress(reading + epoch_size * sum(done.values()), total)
 
-    with study.claim_out("running a sweep") as folder:
-        study.gather(seen, folder / "seen", on_progress and (lambda read, _: on_progress(read, total)))
-        spec = _trial_spec(config, study.task.classes, folder / "seen", len(parts["train"]), len(seen))
-        asha = AshaConfig(
-            study.task.selects_by, config.grace, config.reduction, config.concurrency, config.cpus, config.gpus
+    clips = (config.out / _SEEN).resolve()
+    if not clips.exists():
+        study.gather(seen, scratch / _SEEN, on_progress and (lambda read, _: on_progress(read, total)))
+        _put_in_place(scratch / _SEEN, clips)
+    spec = _trial_spec(config, study.task.classes, clips, len(parts["train"]), len(seen))
+    folder = (config.out / _TRIALS).resolve()
+    folder.mkdir(exist_ok=True)
+    halving = Halving(study.task.selects_by, config.training.epochs, config.grace, config.reduction)
+    rounds = Rounds(halving, config.propose, journal, folder)
+    drive(config, spec, rounds, folder, on_epoch, scratch)
+    trials = [TrialResult(trial, rounds.curve(trial), rounds.diverged(trial)) for trial in rounds.trials]
+    best = choose(trials, study.task.selects_by)
+    classifier = study.classifier(best.trial.spec(spec).adapter)
+    classifier.load_state(read_best(best.trial.folder(folder), best.curve))
+    validation = ClipSet.load(clips).select(range(len(parts["train"]), len(seen)))
+    checked = predict_subjects(classifier, validation, config.training.batch_size)
+    threshold = best_threshold(validation.labels, checked) if study.task.kind == "binary" else 0.5
+    unseen = study.gather(parts["test"], scratch / "unseen")
+    scores = predict_subjects(classifier, unseen, config.training.batch_size)
+    if on_progress:
+        on_progress(total, total)
+    return write_results(study, config.settings(), parts, trials, best, Tested(classifier, scores, threshold), scratch)
+
+
+def drive(
+    config: SweepConfig,
+    spec: TrialSpec,
+    rounds: Rounds,
+    folder: Path,
+    on_epoch: Callable[[int, int], None],
+    scratch: Path,
+) -> None:
+    """Do all rounds of work with the recipe's driver."""
+    if config.driver == "serial":
+        run_serially(spec, iter(rounds), folder, on_epoch)
+        return
+    ray_config = RayConfig(config.concurrency, config.cpus, config.gpus, config.address)
+    run_on_ray(spec, iter(rounds), folder, on_epoch, ray_config, scratch / "ray")
+
+
+def _open_journal(study: Study, config: SweepConfig) -> Journal:
+    """Open the folder's journal for this sweep.
+
+    Raises
+    ------
+    SweepError
+        If it is that of another sweep, which is unfinished.
+    """
+    assert isinstance(config.backbone, Path)
+    identity = {
+        **{name: value for name, value in config.settings().items() if name not in _IMMATERIAL},
+        "shards": study.manifest.content_hash,
+        "backbone": load_backbone(config.backbone, config.pool).weights_hash,
+        "device": "cuda" if config.gpus else "cpu",
+        "torch": torch.__version__,
+    }
+    identity = json.loads(json.dumps(identity))
+    journal = Journal(config.out / _JOURNAL)
+    found = journal.records[0]["sweep"] if journal.records else None
+    finished = any("finished" in record for record in journal.records)
+    if found is not None and found != identity and not finished:
+        journal.close()
+        differing = sorted(name for name in identity.keys() | found.keys() if identity.get(name) != found.get(name))
+        raise SweepError(
+            f"{config.out}: holds an unfinished sweep with other settings ({', '.join(differing)}); run the command "
+            "that started it to go on, remove the folder, or choose another out."
         )
-        trials = run_on_ray(spec, config.ranks, asha, folder / "ray", on_epoch)
-        best = _choose(trials, study.task.selects_by)
-        classifier = study.classifier(config.adapter.model_copy(update={"rank": best.rank}))
-        classifier.load_state(best.state)
-        validation = ClipSet.load(folder / "seen").select(range(len(parts["train"]), len(seen)))
-        checked = predict_subjects(classifier, validation, config.training.batch_size)
-        threshold = best_threshold(validation.labels, checked) if study.task.kind == "binary" else 0.5
-        clips = study.gather(parts["test"], folder / "unseen")
-        scores = predict_subjects(classifier, clips, config.training.batch_size)
-        if on_progress:
-            on_progress(total, total)
-        return _write(study, config, parts, trials, best, classifier, scores, threshold)
+    if finished and (found != identity or not (config.out / "sweep.json").is_file()):
+        journal.clear()
+    if not journal.records:
+        # Left by a sweep that was killed while it cleared up.
+        for name in (_TRIALS, _SEEN):
+            shutil.rmtree(config.out / name, ignore_errors=True)
+        journal.append({"sweep": identity})
+    return journal
+
+
+def _put_in_place(made: Path, folder: Path) -> None:
+    """Rename a folder to where it is looked for, once everything in it is durable."""
+    for path in made.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    sync_folder(made)
+    made.rename(folder)
+    sync_folder(folder.parent)
 
 
 def _trial_spec(config: SweepConfig, classes: tuple[str, ...], clips: Path, n_train: int, n_seen: int) -> TrialSpec:
@@ -148,109 +288,3 @@ def _trial_spec(config: SweepConfig, classes: tuple[str, ...], clips: Path, n_tr
         threads=config.cpus,
         device="cuda" if config.gpus else "cpu",
     )
-
-
-def _best_epoch(trial: TrialResult) -> dict[str, Any]:
-    return next(epoch for epoch in reversed(trial.history) if epoch["improved"])
-
-
-def _choose(trials: Sequence[TrialResult], figure: str) -> TrialResult:
-    return max(trials, key=lambda trial: (_best_epoch(trial)[figure], -trial.rank))
-
-
-def _write(
-    study: Study,
-    config: SweepConfig,
-    parts: dict[str, list[Subject]],
-    trials: list[TrialResult],
-    best: TrialResult,
-    classifier: Classifier,
-    scores: np.ndarray,
-    threshold: float,
-) -> dict[str, Any]:
-    figure = study.task.selects_by
-    labels = [subject.label for subject in parts["test"]]
-    figures = study.task.metrics(labels, scores, threshold)
-    rows = [_row(trial, figure, config.training.epochs) for trial in trials]
-    shared: dict[str, Any] = {
-        "task": study.task.name,
-        "simulated": study.cohort.simulated,
-        "pretrained_on_these_shards": study.pretrained_on_these_shards,
-        "measured_by": "test subjects held out of a sweep, scored once",
-        "figures": figures,
-        "intervals": bootstrap_intervals(
-            labels, scores, lambda truth, score: study.task.metrics(truth, score, threshold), config.seed
-        ),
-        "threshold": threshold,
-        "subjects": {
-            name: describe_labels(study.task, [subject.label for subject in subjects])
-            for name, subjects in parts.items()
-        },
-    }
-    chosen = next(row for row in rows if row["rank"] == best.rank)
-    results = {
-        **shared,
-        "sentence": _sentence(rows, chosen, figures, shared["intervals"], parts, study),
-        "best": chosen,
-        "trials": rows,
-        "roc": roc_points(labels, scores) if study.task.kind == "binary" else None,
-        "n_unlabelled": study.cohort.n_unlabelled,
-        "n_too_short": study.cohort.n_too_short,
-        "n_duplicates": study.cohort.n_duplicates,
-        "selected_by": f"validation {figure}, ties to the lower rank",
-        "settings": config.model_dump(mode="json", exclude={"adapter": {"rank"}, "training": {"patience"}}),
-    }
-    folder = config.out / "best"
-    save_adapter(classifier, folder / "adapter", {**shared, "clips_per_subject": config.clips})
-    line = threshold if study.task.kind == "binary" else None
-    predictions = [Prediction(subject, score, line, 1) for subject, score in zip(parts["test"], scores, strict=True)]
-    write_predictions(folder / "predictions.tsv", predictions, study.task.classes, config.seed)
-    own = {"roc": results["roc"], "adapter_rank": best.rank, "trainable_parameters": classifier.trainable}
-    write_json(folder / "metrics.json", {**shared, **own, "total_parameters": classifier.total})
-    columns = [name for name in rows[0] if not name.endswith("_by_epoch")]
-    write_table(config.out / "trials.tsv", columns, [[row[name] for name in columns] for row in rows])
-    write_json(config.out / "sweep.json", results)
-    return results
-
-
-def _row(trial: TrialResult, figure: str, epochs: int) -> dict[str, Any]:
-    best = _best_epoch(trial)
-    return {
-        "rank": trial.rank,
-        "trainable_parameters": best["trainable_parameters"],
-        "total_parameters": best["total_parameters"],
-        "epochs": len(trial.history),
-        "stopped_early": len(trial.history) < epochs,
-        "best_epoch": best["epoch"],
-        f"validation_{figure}": best[figure],
-        "validation_loss": best["validation_loss"],
-        f"validation_{figure}_by_epoch": [epoch[figure] for epoch in trial.history],
-        "train_loss_by_epoch": [epoch["train_loss"] for epoch in trial.history],
-    }
-
-
-def _sentence(
-    rows: list[dict[str, Any]],
-    chosen: dict[str, Any],
-    figures: dict[str, Any],
-    intervals: dict[str, list[float]],
-    parts: dict[str, list[Subject]],
-    study: Study,
-) -> str:
-    figure = study.task.selects_by
-    low, high = intervals[figure]
-    interval = f" (95 % interval {low:.2f} to {high:.2f})"
-    called = {"auc": "AUC", "r2": "R²"}.get(figure, figure)
-    beside = f" and its balanced accuracy {figures['balanced_accuracy']:.2f}" if "balanced_accuracy" in figures else ""
-    ranks = ", ".join(str(row["rank"]) for row in rows)
-    sentence = (
-        f"Of the LoRA ranks {ranks}, rank {chosen['rank']} had the highest validation {called} "
-        f"({chosen[f'validation_{figure}']:.2f}, {len(parts['validation'])} subjects); tested once on "
-        f"{len(parts['test'])} subjects that no trial has seen, "
-        f"its {called} is {figures[figure]:.2f}{interval}{beside}."
-    )
-    if study.pretrained_on_these_shards:
-        sentence += (
-            " The encoder was pretrained on these same shards, so it has seen those subjects' scans, unlabelled."
-        )
-    return sentence + (" The subjects are simulated." if study.cohort.simulated else "")

@@ -1,21 +1,21 @@
-"""Run a sweep's trials on a local Ray, under Ray Tune's ASHA scheduler, and leave nothing running."""
+"""Run a sweep's trials under Ray Tune, on a Ray of this machine or on a cluster, and leave nothing running."""
 
 import logging
 import os
 import secrets
+import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from boldforge.finetune.errors import FinetuneError
-from boldforge.finetune.trial import TrialSpec, run_trial
+from boldforge.finetune.sweep_journal import SweepError
+from boldforge.finetune.sweep_rungs import Segment, Trial, failed, one_line
+from boldforge.finetune.trial import TrialSpec, read_curve
 
 # No statistics are sent anywhere, no files are written that nobody reads, and Ctrl-C ends the sweep like any program.
 _ENVIRONMENT = {
@@ -35,191 +35,240 @@ _QUIET_LOGGERS = (
     "ray.tune",
 )
 _OBJECT_STORE_BYTES = 80 * 2**20
-_STATE_FILE = "state.safetensors"
-
-
-class SweepError(FinetuneError):
-    """A trial failed, or Ray could not start."""
+_PATIENCE_S = 10.0
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class AshaConfig:
-    """When ASHA (Li et al. 2020, arXiv 1810.05934) may stop a trial, and what a trial may use."""
+class RayConfig:
+    """Where trials run and what each may use; ``address`` None is a Ray of this machine, started and ended here."""
 
-    figure: str
-    grace: int
-    reduction: int
     concurrency: int
     cpus: int
     gpus: float
-
-
-@dataclass(frozen=True)
-class TrialResult:
-    """A trial's curve, epoch by epoch, and the weights of its best epoch."""
-
-    rank: int
-    history: tuple[dict[str, Any], ...]
-    state: dict[str, Tensor]
+    address: str | None
 
 
 def run_on_ray(
     spec: TrialSpec,
-    ranks: Sequence[int],
-    asha: AshaConfig,
+    rounds: Iterator[list[Segment]],
     folder: Path,
     on_epoch: Callable[[int, int], None],
-) -> list[TrialResult]:
-    """Train one trial per rank.
+    config: RayConfig,
+    scratch: Path,
+) -> None:
+    """Do all rounds of work. A trial whose process dies goes on in another one.
 
     Parameters
     ----------
     spec
-        The trial; its adapter's rank is replaced.
-    ranks
-        One trial each, started in this order.
-    asha
-        Stopping rule and resources.
+        What the trials have in common.
+    rounds
+        See `Rounds`.
     folder
-        For Ray's own files; the caller removes it.
+        Of the trials; on a cluster all nodes must see it under the same path.
     on_epoch
-        Called with rank and epoch after every epoch of every trial.
-
-    Returns
-    -------
-    list of TrialResult
-        In the order of `ranks`.
+        Called with trial id and epoch after every epoch of every trial.
+    config
+        Where and with what.
+    scratch
+        For Ray's own files; the caller removes it.
 
     Raises
     ------
     SweepError
         With the failing trial's own message; the other trials are stopped.
     """
-    with _quiet_ray():
+    first = next(rounds, None)
+    if first is None:
+        return
+    with _quiet_ray(config.address is None):
         import ray
-        from ray import tune
-
-        history: dict[int, list[dict[str, Any]]] = {rank: [] for rank in ranks}
-
-        class Collect(tune.Callback):
-            def on_trial_result(
-                self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-            ) -> None:
-                history[trial.config["rank"]].append(dict(result))
-                on_epoch(trial.config["rank"], result["epoch"])
-
-            def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
-                # Ray pickles its settings for a restore that is not used here; a progress bar's lock cannot be pickled.
-                return tune.Callback, ()
 
         # A short path of our own: Ray puts sockets below it, and socket names are limited to about 100 characters.
         with tempfile.TemporaryDirectory(prefix="bf-", ignore_cleanup_errors=True) as session:
             try:
-                _start(session, asha)
-                tuner = _tuner(spec, ranks, asha, folder, Collect())
-                return [_result(result, history) for result in _checked(tuner.fit(), ranks)]
+                _start(session, config)
+                _fit(spec, _Course(first, rounds, folder), folder, on_epoch, config, scratch)
             finally:
                 ray.shutdown()
 
 
-def _start(session: str, asha: AshaConfig) -> None:
-    import ray
+class _Course:
+    """Hands out the segments of a round, and the next round's only when all of them are done."""
 
-    if ray.is_initialized():
-        raise SweepError("Ray is already running in this process; call ray.shutdown() before a sweep.")
-    try:
-        ray.init(
-            address="local",
-            num_cpus=asha.concurrency * asha.cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            _temp_dir=session,
+    def __init__(self, first: list[Segment], rounds: Iterator[list[Segment]], folder: Path) -> None:
+        self.error: SweepError | None = None
+        self._waiting, self._rounds, self._folder = deque(first), rounds, folder
+        self._running: dict[str, Segment] = {}
+        self._deaths: Counter[tuple[int, int]] = Counter()
+
+    @property
+    def finished(self) -> bool:
+        return self.error is not None or not (self._waiting or self._running)
+
+    def take(self, tune_id: str) -> Segment | None:
+        """Return the next segment to start; None while others must end first."""
+        if not self._waiting:
+            return None
+        self._running[tune_id] = self._waiting.popleft()
+        return self._running[tune_id]
+
+    def done(self, tune_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
+        """Take note that a segment ended: done, failed with a message, or its process died."""
+        segment = self._running.pop(tune_id)
+        trial = segment.trial
+        if error:
+            self._died(segment)
+        elif result and "failed" in result:
+            self.error = failed(trial, result["failed"])
+        if self.finished and self.error is None:
+            try:
+                self._waiting.extend(next(self._rounds, ()))
+            except SweepError as damaged:
+                self.error = damaged
+
+    def _died(self, segment: Segment) -> None:
+        # Counted per epoch, so that a long sweep on a machine with troubles still comes to its end.
+        place = (segment.trial.number, len(read_curve(segment.trial.folder(self._folder))))
+        self._deaths[place] += 1
+        if self._deaths[place] < _ATTEMPTS:
+            self._waiting.append(segment)
+            return
+        self.error = SweepError(
+            f"The process of the trial at {segment.trial.name} was killed {_ATTEMPTS} times in the same epoch, most "
+            "likely for lack of memory; set concurrency=1 or training.batch_size lower, and run the command again."
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SweepError(f"Ray could not start on this machine ({_line(error)}); see boldforge doctor.") from error
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if gpus < asha.gpus:
-        raise SweepError(f"gpus is {asha.gpus:g} per trial, but Ray sees {gpus:g} here; set gpus=0 to use CPUs.")
 
 
-def _tuner(spec: TrialSpec, ranks: Sequence[int], asha: AshaConfig, folder: Path, callback: Any) -> Any:
+def _fit(
+    spec: TrialSpec,
+    course: _Course,
+    folder: Path,
+    on_epoch: Callable[[int, int], None],
+    config: RayConfig,
+    scratch: Path,
+) -> None:
+    """Let Tune run the course: to Tune a segment is a trial, and the course is its search algorithm."""
     from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search import Searcher
 
-    scheduler = ASHAScheduler(
-        time_attr="epoch",
-        max_t=spec.training.epochs,
-        grace_period=min(asha.grace, spec.training.epochs),
-        reduction_factor=asha.reduction,
-    )
-    return tune.Tuner(
-        tune.with_resources(partial(_ray_trial, spec), {"cpu": asha.cpus, "gpu": asha.gpus}),
-        param_space={"rank": tune.grid_search(list(ranks))},
+    class Follow(Searcher):
+        def suggest(self, trial_id: str) -> Any:
+            if course.finished:
+                return Searcher.FINISHED
+            segment = course.take(trial_id)
+            if segment is None:
+                return None
+            return {"trial": segment.trial.number, "values": segment.trial.values, "until": segment.until}
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            course.done(trial_id, result, error)
+
+        def save(self, checkpoint_path: str) -> None:
+            """Save nothing: the sweep's journal knows more."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Restore nothing."""
+
+        def __reduce__(self) -> tuple[type[Searcher], tuple[()]]:
+            # Ray pickles its settings for a restore that is not used here; open files cannot be pickled.
+            return Searcher, ()
+
+    class Collect(tune.Callback):
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        ) -> None:
+            if "epoch" in result:
+                on_epoch(trial.config["trial"], result["epoch"])
+
+        def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
+            return tune.Callback, ()
+
+    class StopOnFailure(tune.Stopper):
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            return course.error is not None
+
+        def __reduce__(self) -> tuple[Any, tuple[()]]:
+            return tune.stopper.NoopStopper, ()
+
+    tune.Tuner(
+        tune.with_resources(partial(_ray_trial, spec, folder), {"cpu": config.cpus, "gpu": config.gpus}),
         tune_config=tune.TuneConfig(
-            metric=asha.figure,
-            mode="max",
-            scheduler=scheduler,
-            max_concurrent_trials=asha.concurrency,
+            num_samples=-1,
+            search_alg=Follow(),
+            max_concurrent_trials=config.concurrency,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name="sweep",
-            storage_path=str(folder.resolve()),
+            storage_path=str(scratch.resolve()),
+            stop=StopOnFailure(),
             verbose=0,
-            callbacks=[callback],
-            failure_config=tune.FailureConfig(max_failures=0, fail_fast=True),
+            callbacks=[Collect()],
         ),
-    )
+    ).fit()
+    if course.error is not None:
+        raise course.error
 
 
-def _ray_trial(spec: TrialSpec, parameters: Mapping[str, Any]) -> None:
+def _ray_trial(spec: TrialSpec, folder: Path, parameters: Mapping[str, Any]) -> None:
     from ray import tune
 
-    def report(figures: dict[str, Any], state: Mapping[str, Tensor] | None) -> None:
-        if state is None:
-            tune.report(figures)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            save_file(dict(state), Path(folder) / _STATE_FILE)
-            tune.report(figures, checkpoint=tune.Checkpoint.from_directory(folder))
-
-    adapter = spec.adapter.model_copy(update={"rank": parameters["rank"]})
-    run_trial(replace(spec, adapter=adapter), report)
+    segment = Segment(Trial(parameters["trial"], parameters["values"]), parameters["until"])
+    try:
+        segment.run(spec, folder, lambda epoch: tune.report({"epoch": epoch}))
+    except Exception as error:
+        # Handed over as a result: Tune would tell it from a killed process only by its own classes.
+        tune.report({"failed": one_line(error)})
 
 
-def _checked(results: Any, ranks: Sequence[int]) -> list[Any]:
-    from ray.exceptions import RayActorError
+def _start(session: str, config: RayConfig) -> None:
+    import ray
 
-    for result in results:
-        if isinstance(result.error, RayActorError):
+    if ray.is_initialized():
+        raise SweepError("Ray is already running in this process; call ray.shutdown() before a sweep.")
+    here: dict[str, Any] = {
+        "num_cpus": config.concurrency * config.cpus,
+        "include_dashboard": False,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "_temp_dir": session,
+    }
+    try:
+        _knock(config.address)
+        ray.init(
+            address=config.address or "local",
+            log_to_driver=False,
+            configure_logging=False,
+            **(here if config.address is None else {}),
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        where = "start on this machine" if config.address is None else f"be reached at {config.address}"
+        raise SweepError(f"Ray could not {where} ({one_line(error)}); see boldforge doctor.") from error
+    for kind, name, asked in (("GPU", "gpus", config.gpus), ("CPU", "cpus", config.cpus)):
+        found = ray.cluster_resources().get(kind, 0)
+        if found < asked:
             raise SweepError(
-                f"The process of the trial at rank {result.config['rank']} was killed, most likely for lack of memory; "
-                "set concurrency=1, or training.batch_size lower."
-            ) from result.error
-        if result.error is not None:
-            cause = getattr(result.error, "cause", None) or result.error
-            raise SweepError(f"The trial at rank {result.config['rank']} failed: {_line(cause)}") from result.error
-    return sorted(results, key=lambda result: ranks.index(result.config["rank"]))
+                f"{name} is {asked:g} per trial, but Ray sees {found:g} here; "
+                + ("set gpus=0 to use CPUs." if kind == "GPU" else "set cpus lower.")
+            )
 
 
-def _result(result: Any, history: Mapping[int, list[dict[str, Any]]]) -> TrialResult:
-    rank = result.config["rank"]
-    # Only an epoch that is the best so far writes a checkpoint, so the newest one is the best.
-    with result.checkpoint.as_directory() as folder:
-        state = load_file(Path(folder) / _STATE_FILE)
-    return TrialResult(rank, tuple(history[rank]), state)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _knock(address: str | None) -> None:
+    """Raise OSError where nothing listens at ``host:port``: Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_PATIENCE_S).close()
 
 
 @contextmanager
-def _quiet_ray() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    os.environ.update(_ENVIRONMENT)
+def _quiet_ray(local: bool) -> Iterator[None]:
+    environment = {name: value for name, value in _ENVIRONMENT.items() if local or name != "RAY_AUTH_TOKEN"}
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     levels = {name: logging.getLogger(name).level for name in _QUIET_LOGGERS}
     for name in levels:
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,21 +1,30 @@
-"""One trial of a sweep: train at one rank and report after every epoch. Knows nothing of Ray."""
+"""One trial of a sweep: train epoch by epoch, each kept on disk before the next begins. Knows nothing of Ray."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
+from boldforge.configs import FolderInUseError, folder_lock
 from boldforge.finetune.adapters import AdapterConfig
 from boldforge.finetune.backbone import Pool, load_backbone
 from boldforge.finetune.classifier import Classifier
 from boldforge.finetune.cohort import ClipSet
-from boldforge.finetune.fit import TrainingConfig, fit
+from boldforge.finetune.fit import DivergedError, Fit, TrainingConfig
+from boldforge.finetune.sweep_journal import Journal, SweepError, checksum, read_journal, write_whole
 from boldforge.finetune.tasks import get_task
 
-Report = Callable[[dict[str, Any], Mapping[str, Tensor] | None], None]
+_JOURNAL, _STATE, _BEST = "epochs.jsonl", "state-{:04d}.safetensors", "best-{:04d}.safetensors"
+# The process of a driver that was killed ends within moments of it.
+_PATIENCE_S = 60.0
+
+Report = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -46,33 +55,155 @@ class TrialSpec:
     device: str
 
 
-def run_trial(spec: TrialSpec, report: Report) -> None:
-    """Train one adapter; the curve it reports is a pure function of the spec.
+def run_trial(spec: TrialSpec, folder: Path, until: int, report: Report) -> None:
+    """Train one adapter to an epoch; go on from what the folder holds, to the same bits as in one go.
+
+    A trial whose loss is no longer finite has diverged: that too is recorded, and it trains no further.
 
     Parameters
     ----------
     spec
-        The trial.
+        The trial; its curve is a pure function of it.
+    folder
+        The trial's own. After every epoch a line is added to ``epochs.jsonl``: ``epoch``, ``train_loss``,
+        ``validation_loss``, the selection figure, ``improved`` and the numbers of parameters.
+    until
+        Epoch to stop after, counted from 1.
     report
-        Called after every epoch with ``epoch``, ``train_loss``, ``validation_loss``, the selection figure, ``improved``
-        and the numbers of parameters; and with the weights where the epoch is the best so far, else None.
+        Called with the epoch after every epoch.
+
+    Raises
+    ------
+    SweepError
+        If another process does not stop working on this trial.
     """
-    torch.set_num_threads(spec.threads)
+    with _own(folder):
+        journal = Journal(folder / _JOURNAL)
+        with contextlib.closing(journal):
+            if len(journal.records) >= until or has_diverged(journal.records):
+                return
+            torch.set_num_threads(spec.threads)
+            try:
+                for figures in _epochs(spec, folder, journal, until):
+                    report(figures["epoch"])
+            except DivergedError as error:
+                journal.append({"epoch": len(journal.records) + 1, "diverged": str(error)})
+
+
+def read_curve(folder: Path) -> tuple[dict[str, Any], ...]:
+    """Return what was recorded of a trial's epochs so far."""
+    return tuple(read_journal(folder / _JOURNAL))
+
+
+def has_diverged(curve: list[dict[str, Any]] | tuple[dict[str, Any], ...]) -> bool:
+    """Whether a trial ended because its loss was no longer finite."""
+    return bool(curve) and "diverged" in curve[-1]
+
+
+def read_best(folder: Path, curve: tuple[dict[str, Any], ...]) -> dict[str, Tensor]:
+    """Return adapter and head as they were after the trial's best epoch.
+
+    Raises
+    ------
+    SweepError
+        If the file is missing or damaged.
+    """
+    best = next(record for record in reversed(curve) if record.get("improved"))
+    state = _read_state(folder / _BEST.format(best["epoch"]), best["best"])
+    if state is None:
+        raise SweepError(
+            f"{folder / _BEST.format(best['epoch'])}: is missing or damaged; remove {folder} and run the same command "
+            "again."
+        )
+    return state
+
+
+def _epochs(spec: TrialSpec, folder: Path, journal: Journal, until: int) -> Iterator[dict[str, Any]]:
     task = get_task(spec.task, classes=spec.classes)
-    backbone = load_backbone(spec.backbone, spec.pool)
-    classifier = Classifier(backbone, task, spec.adapter, spec.seed)
-    classifier.to(spec.device)
     clips = ClipSet.load(spec.clips)
     train, validation = clips.select(spec.train), clips.select(spec.validation)
-    for epoch in fit(classifier, train, validation, spec.training, spec.training.epochs, spec.seed):
+    state = _last_state(folder, journal)
+    if state is None and journal.records:
+        # The files behind the lines are gone or damaged: the same epochs again give the same lines.
+        journal.clear()
+    records = journal.records
+    best = next((record for record in reversed(records) if record["improved"]), None)
+    classifier = Classifier(load_backbone(spec.backbone, spec.pool), task, spec.adapter, spec.seed)
+    classifier.to(spec.device)
+    fitting = Fit(
+        classifier,
+        train,
+        validation,
+        spec.training,
+        spec.seed,
+        state=state,
+        done=len(records),
+        best=(best[task.selects_by], best["validation_loss"]) if best else None,
+    )
+    while len(records) < until:
+        epoch = fitting.step()
         assert epoch.figures is not None
         figures = {
             "epoch": epoch.number,
             "train_loss": epoch.train_loss,
             "validation_loss": epoch.validation_loss,
-            task.selects_by: epoch.figures[task.selects_by],
+            task.selects_by: float(epoch.figures[task.selects_by]),
             "improved": epoch.improved,
             "trainable_parameters": classifier.trainable,
             "total_parameters": classifier.total,
         }
-        report(figures, classifier.state() if epoch.improved else None)
+        yield _keep(folder, journal, figures, fitting.state(), classifier.state() if epoch.improved else None)
+
+
+def _keep(
+    folder: Path,
+    journal: Journal,
+    figures: dict[str, Any],
+    state: Mapping[str, Tensor],
+    best: Mapping[str, Tensor] | None,
+) -> dict[str, Any]:
+    """Files first, then the line that names them: a line never stands for what is not there."""
+    number = figures["epoch"]
+    sums = {"state": write_whole(folder / _STATE.format(number), safetensors.torch.save(dict(state)))}
+    if best is not None:
+        sums["best"] = write_whole(folder / _BEST.format(number), safetensors.torch.save(dict(best)))
+    record = journal.append(figures | sums)
+    for pattern, kept in (("state-*", _STATE), ("best-*", _BEST if best is not None else None)):
+        for path in folder.glob(pattern):
+            if kept is not None and path.name != kept.format(number):
+                path.unlink()
+    return record
+
+
+def _last_state(folder: Path, journal: Journal) -> dict[str, Tensor] | None:
+    if not journal.records:
+        return None
+    last = journal.records[-1]
+    best = next(record for record in reversed(journal.records) if record["improved"])
+    if _read_state(folder / _BEST.format(best["epoch"]), best["best"]) is None:
+        return None
+    return _read_state(folder / _STATE.format(last["epoch"]), last["state"])
+
+
+def _read_state(path: Path, expected: str) -> dict[str, Tensor] | None:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    return safetensors.torch.load(content) if checksum(content) == expected else None
+
+
+@contextlib.contextmanager
+def _own(folder: Path) -> Iterator[None]:
+    """Hold the trial's folder; the worker of a driver that was killed may still be letting go of it."""
+    deadline = time.monotonic() + _PATIENCE_S
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(folder_lock(folder, "training this trial"))
+                break
+            except FolderInUseError as error:
+                if time.monotonic() > deadline:
+                    raise SweepError(str(error)) from None
+                time.sleep(0.1)
+        yield

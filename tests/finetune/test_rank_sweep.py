@@ -13,8 +13,10 @@ import torch
 from boldforge.configs import BoldForgeError, ConfigError, folder_lock, load_config
 from boldforge.data_shards import load_manifest
 from boldforge.finetune import SweepConfig, SweepError, load_classifier, rank_sweep, sweep
-from boldforge.finetune.ray_driver import TrialResult, run_on_ray
-from boldforge.finetune.trial import run_trial
+from boldforge.finetune.ray_driver import run_on_ray
+from boldforge.finetune.serial_driver import run_serially
+from boldforge.finetune.sweep_results import TrialResult, choose
+from boldforge.finetune.sweep_rungs import Trial
 
 SMALL = {
     "clips": 3,
@@ -24,6 +26,10 @@ SMALL = {
     "adapter": {"first_stage": 1},
     "training": {"epochs": 8},
 }
+
+
+# The shortest sweep there is, in this process.
+BRIEF = {"driver": "serial", "training": {"epochs": 1}}
 
 
 def _config(shards, encoder, out, **changes):
@@ -38,20 +44,6 @@ def _processes_of(folder: str) -> list[str]:
         except OSError:
             continue
     return [command for command in commands if folder in command]
-
-
-def _one_epoch_each(spec, ranks, asha, folder, on_epoch):
-    """Stands in for `run_on_ray`: one epoch per rank, here."""
-    trials = []
-    for rank in ranks:
-
-        def report(figures, state, rank=rank):
-            trials.append(TrialResult(rank, (figures,), state))
-
-        adapter = spec.adapter.model_copy(update={"rank": rank})
-        training = spec.training.model_copy(update={"epochs": 1})
-        run_trial(replace(spec, adapter=adapter, training=training), report)
-    return trials
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +78,11 @@ def test_a_planted_effect_is_found(planted):
     assert results["sentence"].endswith("The subjects are simulated.")
 
 
-def test_without_an_effect_the_test_is_at_chance(build_cohort, encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(rank_sweep, "run_on_ray", _one_epoch_each)
+def test_without_an_effect_the_test_is_at_chance(build_cohort, encoder, tmp_path):
     aucs = []
     for seed in range(3):
         shards = build_cohort(subjects=60, effect=0, seed=seed)
-        aucs.append(sweep(_config(shards, encoder, tmp_path / str(seed)))["figures"]["auc"])
+        aucs.append(sweep(_config(shards, encoder, tmp_path / str(seed), **BRIEF))["figures"]["auc"])
     # 20 test subjects: the AUC of a coin has a standard deviation of 0.13 around 0.5, the mean of three one of 0.08.
     assert 0.25 <= sum(aucs) / 3 <= 0.75
 
@@ -117,7 +108,7 @@ def test_files_agree_and_hold_no_real_name(planted, encoder, shards):
     assert classifier.adapter.rank == results["best"]["rank"]
     assert classifier.trainable == results["best"]["trainable_parameters"]
     found = {path.name for path in out.iterdir()}
-    assert found == {"sweep.json", "trials.tsv", "best"}
+    assert found == {"sweep.json", "trials.tsv", "best", "journal.jsonl"}
     names = {run.subject for run in load_manifest(shards).runs}
     for path in out.rglob("*"):
         if path.suffix in {".json", ".tsv"}:
@@ -135,49 +126,48 @@ def test_progress_only_grows_and_ends_full(planted):
     assert seen[-1][0] == seen[-1][1]
 
 
-def test_trials_see_no_test_subject_and_give_the_same_curves_without_ray(
+def test_trials_see_no_test_subject_and_the_table_is_the_same_without_ray(
     planted, shards, encoder, tmp_path, monkeypatch
 ):
-    _, with_ray, _ = planted
+    out, with_ray, _ = planted
 
-    def serially(spec, ranks, asha, folder, on_epoch):
+    def look(spec, rounds, folder, on_epoch):
         labels = np.load(spec.clips / "labels.npy")
         assert len(labels) == 40 == len(set(spec.train) | set(spec.validation))
-        assert sorted(path.name for path in folder.parent.iterdir()) == ["seen"]
-        trials = []
-        for rank in ranks:
-            history, states = [], []
+        assert not (spec.clips.parent / "unseen").exists()
+        run_serially(spec, rounds, folder, on_epoch)
 
-            def report(figures, state, history=history, states=states):
-                history.append(figures)
-                states.append(state or states[-1])
-
-            run_trial(replace(spec, adapter=spec.adapter.model_copy(update={"rank": rank})), report)
-            trials.append(TrialResult(rank, tuple(history), states[-1]))
-        return trials
-
-    monkeypatch.setattr(rank_sweep, "run_on_ray", serially)
-    results = sweep(_config(shards, encoder, tmp_path))
-    for serial, ray in zip(results["trials"], with_ray["trials"], strict=True):
-        assert serial["validation_auc_by_epoch"][: ray["epochs"]] == ray["validation_auc_by_epoch"]
-        assert serial["train_loss_by_epoch"][: ray["epochs"]] == ray["train_loss_by_epoch"]
+    monkeypatch.setattr(rank_sweep, "run_serially", look)
+    results = sweep(_config(shards, encoder, tmp_path, driver="serial"))
+    assert (tmp_path / "trials.tsv").read_bytes() == (out / "trials.tsv").read_bytes()
+    for path in ("metrics.json", "predictions.tsv", "adapter/adapter_model.safetensors", "adapter/head.safetensors"):
+        assert (tmp_path / "best" / path).read_bytes() == (out / "best" / path).read_bytes(), path
+    journals = [(folder / "journal.jsonl").read_text().splitlines() for folder in (out, tmp_path)]
+    assert journals[0] == journals[1]
+    assert {**results, "settings": 0} == {**with_ray, "settings": 0}
 
 
-def test_a_tie_goes_to_the_lower_rank(shards, encoder, tmp_path, monkeypatch):
-    def tied(*arguments):
-        trials = _one_epoch_each(*arguments)
-        return [replace(trial, history=({**trial.history[0], "auc": 0.75},)) for trial in trials]
+def test_the_same_command_on_a_finished_sweep_gives_what_is_there(planted, shards, encoder, monkeypatch):
+    out, results, _ = planted
+    monkeypatch.setattr(rank_sweep, "drive", None)
+    before = (out / "sweep.json").stat().st_mtime_ns
+    assert sweep(_config(shards, encoder, out)) == results
+    assert (out / "sweep.json").stat().st_mtime_ns == before
 
-    monkeypatch.setattr(rank_sweep, "run_on_ray", tied)
-    assert sweep(_config(shards, encoder, tmp_path, ranks=[8, 0, 2]))["best"]["rank"] == 0
+
+def test_a_tie_goes_to_the_lower_rank():
+    tied = [
+        TrialResult(Trial(number, {"rank": rank}), ({"epoch": 1, "auc": 0.75, "improved": True},), False)
+        for number, rank in enumerate([8, 0, 2])
+    ]
+    assert choose(tied, "auc").trial.values == {"rank": 0}
 
 
-def test_an_encoder_pretrained_on_the_same_shards_is_told(planted, shards, write_encoder, tmp_path, monkeypatch):
+def test_an_encoder_pretrained_on_the_same_shards_is_told(planted, shards, write_encoder, tmp_path):
     _, results, _ = planted
     assert results["pretrained_on_these_shards"] is False and "was pretrained on" not in results["sentence"]
-    monkeypatch.setattr(rank_sweep, "run_on_ray", _one_epoch_each)
     encoder = write_encoder(manifest_hash=load_manifest(shards).content_hash)
-    results = sweep(_config(shards, encoder, tmp_path))
+    results = sweep(_config(shards, encoder, tmp_path, **BRIEF))
     assert results["pretrained_on_these_shards"] is True
     assert "pretrained on these same shards, so it has seen those subjects' scans" in results["sentence"]
     for path, key in (("metrics.json", None), ("adapter/task.json", "figures")):
@@ -192,14 +182,15 @@ def test_two_runs_never_share_a_folder(shards, encoder, tmp_path):
 
 
 def test_a_failing_trial_ends_the_sweep_with_its_own_message(shards, encoder, tmp_path, monkeypatch, ray_folder):
-    def lose_the_clips(spec, ranks, asha, folder, on_epoch):
+    def lose_the_clips(spec, *others):
         shutil.rmtree(spec.clips)
-        return run_on_ray(spec, ranks, asha, folder, on_epoch)
+        return run_on_ray(spec, *others)
 
     monkeypatch.setattr(rank_sweep, "run_on_ray", lose_the_clips)
     with pytest.raises(SweepError, match=r"The trial at rank [24] failed: .*No such file.*x\.npy"):
         sweep(_config(shards, encoder, tmp_path))
-    assert list(tmp_path.iterdir()) == []
+    # What is needed to go on stays, and nothing else.
+    assert {path.name for path in tmp_path.iterdir()} == {"journal.jsonl", "trials"}
     assert _processes_of(ray_folder) == []
 
 
@@ -213,14 +204,15 @@ def test_trials_train_where_gpus_says_even_if_a_gpu_is_there(shards, encoder, tm
     """Without a share of a GPU a trial must leave it alone; a machine without CUDA could not follow a spec to one."""
     seen = []
 
-    def look(spec, *others):
+    def look(config, spec, *others):
         seen.append(spec.device)
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
-            return _one_epoch_each(replace(spec, device="cpu") if gpus else spec, *others)
+            drive(config, replace(spec, device="cpu") if gpus else spec, *others)
 
-    monkeypatch.setattr(rank_sweep, "run_on_ray", look)
-    sweep(_config(shards, encoder, tmp_path, gpus=gpus, ranks=[0]))
+    drive = rank_sweep.drive
+    monkeypatch.setattr(rank_sweep, "drive", look)
+    sweep(_config(shards, encoder, tmp_path, gpus=gpus, ranks=[0], **BRIEF))
     assert seen == [device]
 
 

@@ -1,0 +1,179 @@
+"""What a sweep found: the choice, the table of trials, and the chosen one's figures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from boldforge.finetune.classifier import Classifier, save_adapter
+from boldforge.finetune.cohort import Subject
+from boldforge.finetune.evaluation import bootstrap_intervals
+from boldforge.finetune.metrics import roc_points
+from boldforge.finetune.results import Prediction, write_json, write_predictions, write_table
+from boldforge.finetune.study import Study
+from boldforge.finetune.sweep_journal import SweepError
+from boldforge.finetune.sweep_rungs import Curve, Trial
+from boldforge.finetune.tasks import describe_labels
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A trial, what it recorded epoch by epoch, and whether it diverged afterwards."""
+
+    trial: Trial
+    curve: Curve
+    diverged: bool
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The chosen trial's classifier, its scores on the test subjects, and the threshold that validation set."""
+
+    classifier: Classifier
+    scores: np.ndarray
+    threshold: float
+
+
+def choose(trials: Sequence[TrialResult], figure: str) -> TrialResult:
+    """Return the trial with the highest figure in any epoch; ties go to the lower rank, then to the lower trial id.
+
+    Raises
+    ------
+    SweepError
+        If all trials have diverged.
+    """
+    left = [trial for trial in trials if not trial.diverged]
+    if not left:
+        raise SweepError(
+            f"all {len(trials)} trials diverged: their training loss did not stay finite; set training.lr, space.lr or "
+            "training.head_lr lower."
+        )
+    return max(left, key=lambda t: (_best_epoch(t)[figure], -t.trial.values["rank"], -t.trial.number))
+
+
+def write_results(
+    study: Study,
+    settings: dict[str, Any],
+    parts: dict[str, list[Subject]],
+    trials: Sequence[TrialResult],
+    best: TrialResult,
+    tested: Tested,
+    scratch: Path,
+) -> dict[str, Any]:
+    """Write ``best/``, ``trials.tsv`` and, last, ``sweep.json``, whose content is returned."""
+    config, classifier, scores, threshold = study.config, tested.classifier, tested.scores, tested.threshold
+    figure = study.task.selects_by
+    labels = [subject.label for subject in parts["test"]]
+    figures = study.task.metrics(labels, scores, threshold)
+    rows = [_row(trial, figure, study) for trial in trials]
+    shared: dict[str, Any] = {
+        "task": study.task.name,
+        "simulated": study.cohort.simulated,
+        "pretrained_on_these_shards": study.pretrained_on_these_shards,
+        "measured_by": "test subjects held out of a sweep, scored once",
+        "figures": figures,
+        "intervals": bootstrap_intervals(
+            labels, scores, lambda truth, score: study.task.metrics(truth, score, threshold), config.seed
+        ),
+        "threshold": threshold,
+        "subjects": {
+            name: describe_labels(study.task, [subject.label for subject in subjects])
+            for name, subjects in parts.items()
+        },
+    }
+    chosen = next(row for row in rows if row["trial"] == best.trial.number)
+    results = {
+        **shared,
+        "sentence": _sentence(rows, chosen, best.trial, figures, shared["intervals"], parts, study),
+        "best": chosen,
+        "trials": rows,
+        "roc": roc_points(labels, scores) if study.task.kind == "binary" else None,
+        "n_unlabelled": study.cohort.n_unlabelled,
+        "n_too_short": study.cohort.n_too_short,
+        "n_duplicates": study.cohort.n_duplicates,
+        "selected_by": f"validation {figure}, ties to the lower rank",
+        "settings": settings,
+    }
+    folder = config.out / "best"
+    save_adapter(classifier, folder / "adapter", {**shared, "clips_per_subject": config.clips})
+    line = threshold if study.task.kind == "binary" else None
+    predictions = [Prediction(subject, score, line, 1) for subject, score in zip(parts["test"], scores, strict=True)]
+    write_predictions(folder / "predictions.tsv", predictions, study.task.classes, config.seed)
+    own = {
+        "roc": results["roc"],
+        "adapter_rank": best.trial.values["rank"],
+        "trainable_parameters": classifier.trainable,
+    }
+    write_json(folder / "metrics.json", {**shared, **own, "total_parameters": classifier.total})
+    columns = [name for name in rows[0] if not name.endswith("_by_epoch")]
+    write_table(config.out / "trials.tsv", columns, [[_cell(row[name]) for name in columns] for row in rows])
+    write_json(scratch / "sweep.json", results)
+    (scratch / "sweep.json").replace(config.out / "sweep.json")
+    return results
+
+
+def _best_epoch(trial: TrialResult) -> dict[str, Any]:
+    return next((epoch for epoch in reversed(trial.curve) if epoch["improved"]), {})
+
+
+def _row(result: TrialResult, figure: str, study: Study) -> dict[str, Any]:
+    adapter, training, values = study.config.adapter, study.config.training, result.trial.values
+    best, curve = _best_epoch(result), result.curve
+    return {
+        "rank": values["rank"],
+        "trainable_parameters": best.get("trainable_parameters"),
+        "total_parameters": best.get("total_parameters"),
+        "epochs": len(curve),
+        "stopped_early": len(curve) < training.epochs,
+        "best_epoch": best.get("epoch"),
+        f"validation_{figure}": best.get(figure),
+        "validation_loss": best.get("validation_loss"),
+        "trial": result.trial.number,
+        "alpha": values.get("alpha", adapter.alpha if adapter.alpha is not None else 2.0 * values["rank"]),
+        "dropout": values.get("dropout", adapter.dropout),
+        "targets": values.get("targets", list(adapter.targets)),
+        "lr": values.get("lr", training.lr),
+        "diverged": result.diverged,
+        f"validation_{figure}_by_epoch": [epoch[figure] for epoch in curve],
+        "train_loss_by_epoch": [epoch["train_loss"] for epoch in curve],
+    }
+
+
+def _cell(value: object) -> object:
+    return "+".join(value) if isinstance(value, list) else value
+
+
+def _sentence(
+    rows: list[dict[str, Any]],
+    chosen: dict[str, Any],
+    trial: Trial,
+    figures: dict[str, Any],
+    intervals: dict[str, list[float]],
+    parts: dict[str, list[Subject]],
+    study: Study,
+) -> str:
+    figure = study.task.selects_by
+    low, high = intervals[figure]
+    interval = f" (95 % interval {low:.2f} to {high:.2f})"
+    called = {"auc": "AUC", "r2": "R²"}.get(figure, figure)
+    beside = f" and its balanced accuracy {figures['balanced_accuracy']:.2f}" if "balanced_accuracy" in figures else ""
+    ranks = sorted({row["rank"] for row in rows})
+    if len(ranks) == len(rows):
+        among = f"Of the LoRA ranks {', '.join(str(row['rank']) for row in rows)}, rank {chosen['rank']}"
+    else:
+        among = (
+            f"Of {len(rows)} trials at LoRA ranks from {ranks[0]} to {ranks[-1]}, trial {trial.number} ({trial.name})"
+        )
+    sentence = (
+        f"{among} had the highest validation {called} "
+        f"({chosen[f'validation_{figure}']:.2f}, {len(parts['validation'])} subjects); tested once on "
+        f"{len(parts['test'])} subjects that no trial has seen, "
+        f"its {called} is {figures[figure]:.2f}{interval}{beside}."
+    )
+    if study.pretrained_on_these_shards:
+        sentence += (
+            " The encoder was pretrained on these same shards, so it has seen those subjects' scans, unlabelled."
+        )
+    return sentence + (" The subjects are simulated." if study.cohort.simulated else "")

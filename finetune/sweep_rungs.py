@@ -1,0 +1,179 @@
+"""Successive halving at synchronous rungs: who trains how far, decided by epochs and trial ids, never by the clock."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from boldforge.finetune.sweep_journal import Journal, SweepError
+from boldforge.finetune.trial import Report, TrialSpec, has_diverged, read_curve, run_trial
+
+logger = logging.getLogger(__name__)
+Curve = tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of the search space; ``number`` is its id."""
+
+    number: int
+    values: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The point in words, as in ``rank 4, lr 0.001``."""
+        parts = ((k, "+".join(v) if isinstance(v, list) else f"{v:g}") for k, v in self.values.items())
+        return ", ".join(f"{name} {value}" for name, value in parts)
+
+    def folder(self, above: Path) -> Path:
+        """Where the trial keeps its epochs."""
+        return above / f"{self.number:04d}"
+
+    def spec(self, spec: TrialSpec) -> TrialSpec:
+        """Return the trial that trains at this point."""
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in self.values.items()}
+        training = {"lr": values.pop("lr")} if "lr" in values else {}
+        return replace(
+            spec,
+            adapter=spec.adapter.model_copy(update=values),
+            training=spec.training.model_copy(update=training),
+        )
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of work: train a trial up to an epoch."""
+
+    trial: Trial
+    until: int
+
+    def run(self, spec: TrialSpec, folder: Path, report: Report) -> None:
+        """Do the work; `folder` is the one of all trials."""
+        run_trial(self.trial.spec(spec), self.trial.folder(folder), self.until, report)
+
+
+@dataclass(frozen=True)
+class Halving:
+    """Successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943), the rule that ASHA follows without waiting.
+
+    After ``grace``, ``grace · reduction``, ``grace · reduction²``, … epochs, when all trials of a batch that are still
+    in it have come that far, the best 1/reduction of them (rounded up) go on. Compared is the best figure so far; a tie
+    goes to the lower trial id.
+    """
+
+    figure: str
+    epochs: int
+    grace: int
+    reduction: int
+
+    def rungs(self) -> list[int]:
+        """Epochs at which trials are compared; the last epoch is none of them."""
+        rungs, epoch = [], self.grace
+        while epoch < self.epochs:
+            rungs.append(epoch)
+            epoch *= self.reduction
+        return rungs
+
+    def decide(self, standing: Sequence[tuple[int, float | None]]) -> dict[str, list[Any]]:
+        """Say who stays and who stops; a figure of None is a trial that has diverged.
+
+        Returns
+        -------
+        dict
+            ``standing`` as given, sorted by trial id; ``stays`` and ``stops``: trial ids, sorted.
+        """
+        ordered = sorted(standing)
+        order = sorted(((-figure, trial) for trial, figure in ordered if figure is not None))
+        places = -(-len(ordered) // self.reduction)
+        stays = sorted(trial for _, trial in order[:places])
+        return {
+            "standing": [list(entry) for entry in ordered],
+            "stays": stays,
+            "stops": [trial for trial, _ in ordered if trial not in stays],
+        }
+
+
+Propose = Callable[[int, list[tuple[dict[str, Any], float | None]]], list[dict[str, Any]]]
+
+
+class Rounds:
+    """The sweep's course as rounds of work; what is on disk already is not asked for again.
+
+    Parameters
+    ----------
+    halving
+        Who goes on.
+    propose
+        Called with the batch's number and all points so far with their best figures; returns the points of that batch,
+        none to end.
+    journal
+        Proposals and decisions are recorded here before anything follows from them.
+    folder
+        Of the trials.
+    """
+
+    def __init__(self, halving: Halving, propose: Propose, journal: Journal, folder: Path) -> None:
+        self.trials: list[Trial] = []
+        self._halving, self._propose, self._journal, self._folder = halving, propose, journal, folder
+
+    def __iter__(self) -> Iterator[list[Segment]]:
+        """Yield the segments of a round, sorted by trial id; all of them must be done before the next is asked for."""
+        batch = 0
+        while trials := self._batch(batch):
+            alive = {trial.number: trial for trial in trials}
+            for epoch in [*self._halving.rungs(), self._halving.epochs]:
+                segments = [Segment(trial, epoch) for trial in alive.values() if not self._there(trial, epoch)]
+                if segments:
+                    yield segments
+                if epoch == self._halving.epochs:
+                    break
+                standing = [(number, self.best(trial)) for number, trial in alive.items()]
+                stays = self._decide(batch, epoch, standing)
+                alive = {number: alive[number] for number in stays}
+            batch += 1
+
+    def curve(self, trial: Trial) -> Curve:
+        """Return what the trial has recorded, a diverged epoch left out."""
+        return tuple(record for record in read_curve(trial.folder(self._folder)) if "diverged" not in record)
+
+    def diverged(self, trial: Trial) -> bool:
+        """Whether the trial's loss ceased to be finite."""
+        return has_diverged(read_curve(trial.folder(self._folder)))
+
+    def best(self, trial: Trial) -> float | None:
+        """Best figure so far; None if the trial has diverged."""
+        if self.diverged(trial):
+            return None
+        return max(record[self._halving.figure] for record in self.curve(trial))
+
+    def _batch(self, batch: int) -> list[Trial]:
+        def work() -> dict[str, Any]:
+            seen = [(trial.values, self.best(trial)) for trial in self.trials]
+            return {"points": self._propose(batch, seen)}
+
+        points = self._journal.once({"propose": batch}, work)["points"]
+        first = len(self.trials)
+        trials = [Trial(first + place, values) for place, values in enumerate(points)]
+        self.trials += trials
+        return trials
+
+    def _decide(self, batch: int, epoch: int, standing: list[tuple[int, float | None]]) -> list[int]:
+        decided = self._journal.once({"decide": batch, "epoch": epoch}, lambda: self._halving.decide(standing))
+        stopped = [number for number in decided["stops"] if number in dict(standing)]
+        logger.info("after epoch %d trials %s go on, %s stop", epoch, decided["stays"], stopped)
+        return decided["stays"]
+
+    def _there(self, trial: Trial, epoch: int) -> bool:
+        curve = read_curve(trial.folder(self._folder))
+        return len(curve) >= epoch or has_diverged(curve)
+
+
+def failed(trial: Trial, message: str) -> SweepError:
+    """Say which trial failed, and why."""
+    return SweepError(f"The trial at {trial.name} failed: {message}")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
