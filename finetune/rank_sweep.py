@@ -158,12 +158,11 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
     with study.claim_out("running a sweep") as scratch, closing(_open_journal(study, config)) as journal:
         if any("finished" in record for record in journal.records):
             logger.info("%s: this sweep is finished; its results are those in the folder.", config.out)
-            finished: dict[str, Any] = json.loads((config.out / "sweep.json").read_text())
-            return finished
-        results = _search_and_test(study, config, journal, scratch, on_progress)
-        journal.append({"finished": True})
-        shutil.rmtree(config.out / _TRIALS)
-        shutil.rmtree(config.out / _SEEN)
+            results: dict[str, Any] = json.loads((config.out / "sweep.json").read_text())
+        else:
+            results = _search_and_test(study, config, journal, scratch, on_progress)
+            journal.append({"finished": True})
+        _clear_work(config.out)
         return results
 
 
@@ -255,11 +254,15 @@ def _open_journal(study: Study, config: SweepConfig) -> Journal:
     if finished and (found != identity or not (config.out / "sweep.json").is_file()):
         journal.clear()
     if not journal.records:
-        # Left by a sweep that was killed while it cleared up.
-        for name in (_TRIALS, _SEEN):
-            shutil.rmtree(config.out / name, ignore_errors=True)
+        _clear_work(config.out)
         journal.append({"sweep": identity})
     return journal
+
+
+def _clear_work(out: Path) -> None:
+    for name in (_TRIALS, _SEEN):
+        if (out / name).exists():
+            shutil.rmtree(out / name)
 
 
 def _put_in_place(made: Path, folder: Path) -> None:

@@ -1,0 +1,133 @@
+"""A sweep that is killed and started again, at any moment and any number of times, gives the files of one that was not."""
+
+import json
+import os
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from boldforge.configs import load_config
+from boldforge.finetune import SweepConfig, SweepError, fit, sweep
+
+FILES = (
+    "sweep.json",
+    "trials.tsv",
+    "journal.jsonl",
+    "best/metrics.json",
+    "best/predictions.tsv",
+    "best/adapter/task.json",
+    "best/adapter/head.safetensors",
+)
+SMALL = {
+    "clips": 1,
+    "folds": 3,
+    "ranks": [0, 1, 2],
+    "grace": 1,
+    "adapter": {"first_stage": 1, "dropout": 0.1},
+    "training": {"epochs": 3},
+    "driver": "serial",
+}
+MOST_KILLS = 8
+
+
+def _config(cohort, encoder, out, **changes):
+    return load_config(SweepConfig, {"shards": cohort, "backbone": encoder, "out": out, **SMALL, **changes})
+
+
+def _sweep_and_die(config: SweepConfig, step: int, log: Path) -> bool:
+    """Sweep in a child that kills itself before its n-th durable step; say whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        steps = 0
+
+        def counted(work):
+            def do(*arguments, **keywords):
+                nonlocal steps
+                steps += 1
+                if steps == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return work(*arguments, **keywords)
+
+            return do
+
+        def logged(work):
+            def do(fitting):
+                with log.open("a") as stream:
+                    stream.write(f"{fitting._classifier.adapter.rank} {fitting._number + 1}\n")
+                return work(fitting)
+
+            return do
+
+        os.fsync, os.replace, os.unlink, os.rename = map(counted, (os.fsync, os.replace, os.unlink, os.rename))
+        fit.Fit.step = logged(fit.Fit.step)
+        try:
+            sweep(config)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status == 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cohort, encoder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    sweep(_config(cohort, encoder, out))
+    return {name: (out / name).read_bytes().replace(str(out).encode(), b"OUT") for name in FILES}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_random_steps_it_ends_with_the_same_files(cohort, encoder, tmp_path, undisturbed, seed):
+    generator, log, out = random.Random(seed), tmp_path / "log", tmp_path / "out"
+    config = _config(cohort, encoder, out)
+    kills = 0
+    while not _sweep_and_die(config, generator.randint(1, 22) if kills < MOST_KILLS else -1, log):
+        kills += 1
+    assert kills > 2
+    for name in FILES:
+        found, expected = (out / name).read_text("latin-1"), undisturbed[name].decode("latin-1")
+        assert found.replace(str(out), "OUT") == expected, name
+    assert {path.name for path in out.iterdir()} == {"sweep.json", "trials.tsv", "best", "journal.jsonl"}
+    # One trial lives at a time, so a kill costs at most one epoch.
+    started = Counter(log.read_text().split("\n")[:-1])
+    assert sum(started.values()) - len(started) <= kills
+    assert sorted(started) == sorted({f"{r} {e}" for r, n in _epochs(undisturbed).items() for e in range(1, n + 1)})
+
+
+def _epochs(files):
+    return {trial["rank"]: trial["epochs"] for trial in json.loads(files["sweep.json"])["trials"]}
+
+
+def test_the_journal_says_what_was_decided(undisturbed):
+    records = [json.loads(line)["record"] for line in undisturbed["journal.jsonl"].splitlines()]
+    assert [record["points"] for record in records if "propose" in record][0] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+    decisions = [record for record in records if "decide" in record]
+    assert [(record["epoch"], len(record["stays"])) for record in decisions] == [(1, 2), (2, 1)]
+    assert records[-1] == {"finished": True}
+
+
+def test_another_recipe_does_not_go_on_from_an_unfinished_sweep(cohort, encoder, tmp_path):
+    out = tmp_path / "out"
+    assert not _sweep_and_die(_config(cohort, encoder, out), 20, tmp_path / "log")
+    with pytest.raises(SweepError, match=r"unfinished sweep with other settings \(seed\)"):
+        sweep(_config(cohort, encoder, out, seed=1))
+    # Who does the work is not part of the recipe.
+    sweep(_config(cohort, encoder, out, concurrency=4))
+
+
+@pytest.mark.parametrize("what", ["state", "best"])
+def test_a_trial_whose_files_are_damaged_is_trained_again(cohort, encoder, tmp_path, undisturbed, what):
+    out, log = tmp_path / "out", tmp_path / "log"
+    config, step = _config(cohort, encoder, out), 30
+    while not (out / "trials" / "0001").is_dir():
+        assert not _sweep_and_die(config, step, log)
+    damaged = sorted((out / "trials").glob(f"*/{what}-*"))
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:-1])
+    assert damaged
+    sweep(config)
+    assert (out / "trials.tsv").read_bytes() == undisturbed["trials.tsv"]
