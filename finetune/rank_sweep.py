@@ -194,7 +194,7 @@ def _search_and_test(
     halving = Halving(study.task.selects_by, config.training.epochs, config.grace, config.reduction)
     rounds = Rounds(halving, config.propose, journal, folder)
     drive(config, spec, rounds, folder, on_epoch, scratch)
-    trials = [TrialResult(trial, rounds.curve(trial), rounds.diverged(trial)) for trial in rounds.trials]
+    trials = [TrialResult(trial, rounds.curve(trial)) for trial in rounds.trials]
     best = choose(trials, study.task.selects_by)
     classifier = study.classifier(best.trial.spec(spec).adapter)
     classifier.load_state(read_best(best.trial.folder(folder), best.curve))

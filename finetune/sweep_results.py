@@ -16,15 +16,15 @@ from boldforge.finetune.study import Study
 from boldforge.finetune.sweep_journal import SweepError
 from boldforge.finetune.sweep_rungs import Curve, Trial
 from boldforge.finetune.tasks import describe_labels
+from boldforge.finetune.trial import has_diverged
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A trial, what it recorded epoch by epoch, and whether it diverged afterwards."""
+    """A trial and what it recorded epoch by epoch."""
 
     trial: Trial
     curve: Curve
-    diverged: bool
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def choose(trials: Sequence[TrialResult], figure: str) -> TrialResult:
     SweepError
         If all trials have diverged.
     """
-    left = [trial for trial in trials if not trial.diverged]
+    left = [trial for trial in trials if not has_diverged(trial.curve)]
     if not left:
         raise SweepError(
             f"all {len(trials)} trials diverged: their training loss did not stay finite; set training.lr, space.lr or "
@@ -107,7 +107,7 @@ def write_results(
         "trainable_parameters": classifier.trainable,
     }
     write_json(folder / "metrics.json", {**shared, **own, "total_parameters": classifier.total})
-    columns = [name for name in rows[0] if not name.endswith("_by_epoch")]
+    columns = [name for name in rows[0] if name != "name" and not name.endswith("_by_epoch")]
     write_table(config.out / "trials.tsv", columns, [[_cell(row[name]) for name in columns] for row in rows])
     write_json(scratch / "sweep.json", results)
     (scratch / "sweep.json").replace(config.out / "sweep.json")
@@ -115,27 +115,28 @@ def write_results(
 
 
 def _best_epoch(trial: TrialResult) -> dict[str, Any]:
-    return next((epoch for epoch in reversed(trial.curve) if epoch["improved"]), {})
+    return next((epoch for epoch in reversed(trial.curve) if epoch.get("improved")), {})
 
 
 def _row(result: TrialResult, figure: str, study: Study) -> dict[str, Any]:
     adapter, training, values = study.config.adapter, study.config.training, result.trial.values
-    best, curve = _best_epoch(result), result.curve
+    best, curve = _best_epoch(result), [epoch for epoch in result.curve if "diverged" not in epoch]
     return {
         "rank": values["rank"],
-        "trainable_parameters": best.get("trainable_parameters"),
-        "total_parameters": best.get("total_parameters"),
+        "trainable_parameters": result.curve[-1]["trainable_parameters"],
+        "total_parameters": result.curve[-1]["total_parameters"],
         "epochs": len(curve),
         "stopped_early": len(curve) < training.epochs,
         "best_epoch": best.get("epoch"),
         f"validation_{figure}": best.get(figure),
         "validation_loss": best.get("validation_loss"),
         "trial": result.trial.number,
+        "name": result.trial.name,
         "alpha": values.get("alpha", adapter.alpha if adapter.alpha is not None else 2.0 * values["rank"]),
         "dropout": values.get("dropout", adapter.dropout),
         "targets": values.get("targets", list(adapter.targets)),
         "lr": values.get("lr", training.lr),
-        "diverged": result.diverged,
+        "diverged": has_diverged(result.curve),
         f"validation_{figure}_by_epoch": [epoch[figure] for epoch in curve],
         "train_loss_by_epoch": [epoch["train_loss"] for epoch in curve],
     }

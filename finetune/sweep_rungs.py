@@ -134,18 +134,13 @@ class Rounds:
             batch += 1
 
     def curve(self, trial: Trial) -> Curve:
-        """Return what the trial has recorded, a diverged epoch left out."""
-        return tuple(record for record in read_curve(trial.folder(self._folder)) if "diverged" not in record)
-
-    def diverged(self, trial: Trial) -> bool:
-        """Whether the trial's loss ceased to be finite."""
-        return has_diverged(read_curve(trial.folder(self._folder)))
+        """Return what the trial has recorded."""
+        return read_curve(trial.folder(self._folder))
 
     def best(self, trial: Trial) -> float | None:
-        """Best figure so far; None if the trial has diverged."""
-        if self.diverged(trial):
-            return None
-        return max(record[self._halving.figure] for record in self.curve(trial))
+        """Return the best figure so far; None if the trial has diverged."""
+        curve = self.curve(trial)
+        return None if has_diverged(curve) else max(epoch[self._halving.figure] for epoch in curve)
 
     def _batch(self, batch: int) -> list[Trial]:
         def work() -> dict[str, Any]:
@@ -165,7 +160,7 @@ class Rounds:
         return decided["stays"]
 
     def _there(self, trial: Trial, epoch: int) -> bool:
-        curve = read_curve(trial.folder(self._folder))
+        curve = self.curve(trial)
         return len(curve) >= epoch or has_diverged(curve)
 
 

@@ -83,11 +83,8 @@ def run_trial(spec: TrialSpec, folder: Path, until: int, report: Report) -> None
             if len(journal.records) >= until or has_diverged(journal.records):
                 return
             torch.set_num_threads(spec.threads)
-            try:
-                for figures in _epochs(spec, folder, journal, until):
-                    report(figures["epoch"])
-            except DivergedError as error:
-                journal.append({"epoch": len(journal.records) + 1, "diverged": str(error)})
+            for figures in _epochs(spec, folder, journal, until):
+                report(figures["epoch"])
 
 
 def read_curve(folder: Path) -> tuple[dict[str, Any], ...]:
@@ -140,8 +137,13 @@ def _epochs(spec: TrialSpec, folder: Path, journal: Journal, until: int) -> Iter
         done=len(records),
         best=(best[task.selects_by], best["validation_loss"]) if best else None,
     )
+    sizes = {"trainable_parameters": classifier.trainable, "total_parameters": classifier.total}
     while len(records) < until:
-        epoch = fitting.step()
+        try:
+            epoch = fitting.step()
+        except DivergedError as error:
+            journal.append({"epoch": len(records) + 1, "diverged": str(error)} | sizes)
+            return
         assert epoch.figures is not None
         figures = {
             "epoch": epoch.number,
@@ -149,8 +151,7 @@ def _epochs(spec: TrialSpec, folder: Path, journal: Journal, until: int) -> Iter
             "validation_loss": epoch.validation_loss,
             task.selects_by: float(epoch.figures[task.selects_by]),
             "improved": epoch.improved,
-            "trainable_parameters": classifier.trainable,
-            "total_parameters": classifier.total,
+            **sizes,
         }
         yield _keep(folder, journal, figures, fitting.state(), classifier.state() if epoch.improved else None)
 

@@ -243,7 +243,10 @@ def finetune(config: Recipe = "configs/finetune/adhd.yaml", overrides: Overrides
     epilog="Example: boldforge sweep --config configs/sweep/adhd-rank.yaml shards=shards/adhd backbone=runs/pretrain"
 )
 def sweep(config: Recipe = "configs/sweep/adhd-rank.yaml", overrides: Overrides = None) -> None:
-    """Search over LoRA ranks with Ray Tune; the best by validation AUC is tested once."""
+    """Search over LoRA adapters with Ray Tune; the best by validation AUC is tested once.
+
+    The same command again goes on from where a stopped or killed one was.
+    """
     from boldforge.launch.training import sweep_and_print
 
     sweep_and_print(config, overrides or [], Console())

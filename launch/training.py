@@ -87,7 +87,7 @@ def finetune_and_print(recipe: str, overrides: Sequence[str], console: Console) 
 
 
 def sweep_and_print(recipe: str, overrides: Sequence[str], console: Console) -> Path:
-    """Sweep over LoRA ranks under a progress bar, print a line per trial and the choice, and return the folder."""
+    """Sweep over LoRA adapters under a progress bar, print a line per trial and the choice, and return the folder."""
     from boldforge.finetune import SweepConfig, sweep
 
     config = load_config(SweepConfig, recipe, overrides)
@@ -96,8 +96,10 @@ def sweep_and_print(recipe: str, overrides: Sequence[str], console: Console) -> 
     for trial in results["trials"]:
         stopped = "stopped early after" if trial["stopped_early"] else "trained for"
         called, value = next((k, trial[f"validation_{k}"]) for k in ("auc", "r2") if f"validation_{k}" in trial)
-        figures = f"validation {called.upper()} {value:.3f}, {stopped} {trial['epochs']} epochs"
-        console.print(f"rank {trial['rank']}: {figures}", highlight=False)
+        best = "none" if value is None else f"{value:.3f}"
+        figures = f"validation {called.upper()} {best}, {stopped} {trial['epochs']} epochs"
+        diverged = ", diverged" if trial["diverged"] else ""
+        console.print(f"{trial['name']}: {figures}{diverged}", highlight=False)
     console.print(results["sentence"], highlight=False, soft_wrap=True)
     _print_figures(results, console)
     console.print(f"Adapter: {config.out / 'best' / 'adapter'}", highlight=False, soft_wrap=True)

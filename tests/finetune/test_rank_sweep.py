@@ -157,7 +157,7 @@ def test_the_same_command_on_a_finished_sweep_gives_what_is_there(planted, shard
 
 def test_a_tie_goes_to_the_lower_rank():
     tied = [
-        TrialResult(Trial(number, {"rank": rank}), ({"epoch": 1, "auc": 0.75, "improved": True},), False)
+        TrialResult(Trial(number, {"rank": rank}), ({"epoch": 1, "auc": 0.75, "improved": True},))
         for number, rank in enumerate([8, 0, 2])
     ]
     assert choose(tied, "auc").trial.values == {"rank": 0}
