@@ -3,6 +3,7 @@
 import logging
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ import numpy.typing as npt
 from boldforge.configs import BoldForgeError
 from boldforge.data_shards.grid import Affine
 
-try:  # the same bytes and checks in half of gzip's time
-    from isal import igzip, isal_zlib
-except ImportError:
-    igzip = None
-    _DECODER_ERRORS: tuple[type[Exception], ...] = (zlib.error,)
-else:
-    _DECODER_ERRORS = (zlib.error, isal_zlib.error)
+igzip: Any = None
+_DECODER_ERRORS: tuple[Any, ...] = (zlib.error,)
+with suppress(ImportError):  # the same bytes and checks in half of gzip's time
+    from isal import igzip as _igzip
+    from isal import isal_zlib
+
+    igzip, _DECODER_ERRORS = _igzip, (zlib.error, isal_zlib.error)
 
 log = logging.getLogger(__name__)
 
