@@ -138,6 +138,8 @@ def _sentences(error: ValidationError, model: type[BaseModel], name: str) -> Ite
             yield f"{name}: unknown key {key!r}; {hint}"
         elif problem["type"] == "missing":
             yield f"{name}: key {key!r} is missing; set it in the file or on the command line as {key}=VALUE."
+        elif not key:  # a rule between keys, whose message names them
+            yield f"{name}: {problem['msg'].removeprefix('Value error, ')}."
         else:
             message = problem["msg"].removeprefix("Value error, ")
             yield f"{name}: key {key!r} is {problem['input']!r}, but: {message}."

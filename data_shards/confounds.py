@@ -149,9 +149,22 @@ def clean(
     Returns
     -------
     float32 [kept.sum(), V]
+
+    Raises
+    ------
+    ConfoundError
+        If a filter's frequency is not below the run's Nyquist frequency.
     """
     from nilearn.signal import clean as nilearn_clean
 
+    nyquist = 0.5 / tr
+    for name, frequency in (("high_pass", recipe.high_pass), ("low_pass", recipe.low_pass)):
+        # nilearn warns and filters at the Nyquist frequency instead, which for a high-pass leaves next to nothing.
+        if frequency is not None and frequency >= nyquist:
+            raise ConfoundError(
+                f"{name} is {frequency:g} Hz, expected less than {nyquist:.3g} Hz, half of the sampling rate at its "
+                f"repetition time of {tr:g} s; choose a lower frequency or leave {name} out."
+            )
     filtered = recipe.high_pass is not None or recipe.low_pass is not None
     cleaned = nilearn_clean(
         values_TV.astype(np.float64),

@@ -36,6 +36,8 @@ def read_table(path: Path, root: Path | None = None) -> list[dict[str, str]]:
     """
     if root is not None and (reason := why_refused(path, root)):
         raise LayoutError(f"{path}: {reason}")
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        raise LayoutError(f"{path}: is one scan, expected a folder of scans or a table of runs; pass its folder.")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:

@@ -8,6 +8,7 @@ Shape suffixes: T frames · V brain voxels · R atlas regions.
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def simulate_cohort(
     Raises
     ------
     SimulationError
-        If the folder holds other scans, or a site is not one of ADHD-200's.
+        If the folder holds scans or a phenotype table that were not simulated, or a site is not one of ADHD-200's.
     AtlasError
         If a region is not in AAL3.
     """
@@ -185,11 +186,28 @@ def _clear(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise SimulationError(f"{out}: is a file, expected a folder for the cohort.")
     old = sorted(out.rglob("*.nii*")) if out.exists() else []
-    if old and not (out / SIMULATION_FILE).is_file():
-        raise SimulationError(f"{out}: holds scans that were not simulated ({old[0].name}, …); choose another folder.")
+    again = (out / SIMULATION_FILE).is_file()
+    # Scans may have been put beside an earlier simulation; only its own are removed.
+    foreign = [path for path in old if not (again and _is_simulated(path))]
+    if foreign:
+        raise SimulationError(
+            f"{out}: holds scans that were not simulated ({foreign[0].name}, …); choose another folder."
+        )
+    if not again and (out / PHENOTYPE_FILE).exists():
+        raise SimulationError(
+            f"{out}: holds a {PHENOTYPE_FILE} that was not simulated, which would be replaced; choose another folder."
+        )
     for path in old:
         path.unlink()
     out.mkdir(parents=True, exist_ok=True)
+
+
+def _is_simulated(path: Path) -> bool:
+    try:
+        return bool(nib.Nifti1Image.from_filename(path).header["descrip"].item() == SIMULATED_MARK)
+    except (EOFError, OSError, ValueError, KeyError, nib.filebasedimages.ImageFileError):
+        # What a killed simulation was writing has no header yet, but has the name of one of its subjects.
+        return re.fullmatch(r"sfnwmrda99\d{5}_session_1_rest_1\.nii\.gz", path.name) is not None
 
 
 def _people(config: SimulationConfig) -> list[_Person]:

@@ -10,7 +10,8 @@ import logging
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -100,6 +101,15 @@ class ClipStream(IterableDataset[ClipBatch]):
                 f"A batch of {batch_size} clips cannot be split over {world_size} ranks (this is rank {rank}); "
                 "choose a batch size of at least the number of ranks."
             )
+        for argument, value, allowed in (
+            ("offsets", offsets, get_args(Offsets)),
+            ("padding", padding, ("none", "epoch")),
+            ("damage", damage, ("raise", "skip")),
+        ):
+            if value not in allowed:
+                raise ShardError(f"{argument} must be one of {', '.join(allowed)}, found {value!r}.")
+        if isinstance(data, str | Path):
+            raise ShardError(f"{data}: is a path, expected an open dataset; pass load_manifest({str(data)!r}).")
         sources = (Source(data, segments),) if isinstance(data, Manifest) else tuple(data)
         if len(sources) != 1 and (epochs is not None or padding == "epoch"):
             raise ShardError("A mixture has no epochs of its own; leave epochs and padding out, and stop by steps.")

@@ -2,7 +2,7 @@
 
 import hashlib
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -104,9 +104,14 @@ def _what_is_damaged(manifest: Manifest, number: int, shard: ShardEntry, file: B
             yield f"run {manifest.runs[int(run)].key}: {', '.join(parts)} damaged"
     members = _damaged_members(manifest, runs, file)
     if members:
-        yield f"the tar's own headers are damaged: {', '.join(members)} not found where expected"
+        yield f"the tar's own headers are damaged: {_some(members)} not found where expected"
     elif not hit and size == shard.n_bytes:
         yield "its sha256 is another, but all values are sound: a text member or a header's lesser fields are damaged"
+
+
+def _some(names: Sequence[str]) -> str:
+    """Name up to four; one damaged header ends the walk, so that all behind it count as well."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _damaged_parts(manifest: Manifest, row: Any, file: BinaryIO) -> list[str]:

@@ -307,6 +307,8 @@ def _kept_tokens(grid: Sequence[int], keep: Tensor | None) -> Tensor:
     n_dense = prod(grid)
     if keep is None:
         return torch.arange(n_dense)
+    if not isinstance(keep, Tensor):
+        raise ValueError(f"keep must be a bool tensor over the grid {list(grid)}, found {type(keep).__name__}.")
     if keep.dtype != torch.bool or (keep.shape != torch.Size(grid) and keep.shape != (n_dense,)):
         raise ValueError(f"keep must be bool over the grid {list(grid)}, found {keep.dtype} {list(keep.shape)}.")
     kept = keep.cpu().flatten().nonzero().flatten()

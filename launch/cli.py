@@ -35,9 +35,10 @@ LayoutOption = Annotated[
 RootOption = Annotated[
     Path | None, typer.Option(help="Nothing outside this folder is read, links included; by default FOLDER itself")
 ]
-TrOption = Annotated[
-    float | None, typer.Option(help="Seconds between frames, where the files do not say or say it wrong")
-]
+_TR_HELP = "Seconds between frames, where the files do not say or say it wrong"
+TrOption = Annotated[float | None, typer.Option(help=_TR_HELP)]
+# --tr was the first name of it here; messages and `boldforge shard` say --source-tr.
+InspectTrOption = Annotated[float | None, typer.Option("--source-tr", "--tr", help=_TR_HELP)]
 
 _MENDS = {
     errno.ENOENT: "check the name",
@@ -103,7 +104,7 @@ def inspect(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="Folder of 4D NIfTI files, a table of runs, or a folder of shards")],
     layout: LayoutOption = "auto",
-    tr: TrOption = None,
+    source_tr: InspectTrOption = None,
     root: RootOption = None,
     html: Annotated[Path | None, typer.Option(help="Write the quality page of a folder of shards here")] = None,
     anonymous: Annotated[
@@ -124,7 +125,7 @@ def inspect(
 
             print(f"Quality page written to {write_quality_page(folder, html, anonymous)}")
         return
-    sharding.print_inspection(folder, layout, tr, Console(), root)
+    sharding.print_inspection(folder, layout, source_tr, Console(), root)
 
 
 @app.command(epilog="Example: boldforge shard /data/fmriprep --out shards/study --grid mni4mm --tr 2.0 --workers 4")

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from boldforge.configs import ConfigError, StrictModel, load_config, recipe_names, recipe_path
 
@@ -165,3 +165,19 @@ def test_recipe_names_can_all_be_loaded_by_name():
     names = recipe_names()
     assert {"pretrain/tiny.yaml", "pretrain/demo.yaml"} <= set(names)
     assert all(recipe_path(name).is_file() for name in names)
+
+
+def test_a_rule_between_keys_is_told_without_the_whole_recipe():
+    class Band(StrictModel):
+        low: float = 0.0
+        high: float = 1.0
+
+        @model_validator(mode="after")
+        def _ordered(self):
+            if self.low >= self.high:
+                raise ValueError("low must be below high")
+            return self
+
+    with pytest.raises(ConfigError) as refused:
+        load_config(Band, overrides=["low=2"])
+    assert str(refused.value) == "the command line: low must be below high."

@@ -14,7 +14,7 @@ from boldforge.data_shards import (
     prepare_run,
 )
 from boldforge.data_shards import prepare as prepare_module
-from boldforge.data_shards.confounds import ConfoundError, consecutive, read_confounds, regressors, still_frames
+from boldforge.data_shards.confounds import ConfoundError, clean, consecutive, read_confounds, regressors, still_frames
 
 MNI = "space-MNI152NLin2009cAsym_res-2"
 STEM = "sub-01_task-rest_run-1"
@@ -206,3 +206,9 @@ def test_a_recipe_without_options_is_what_it_was():
     )
     with pytest.raises(ValueError, match=r"high_pass .* must be below low_pass"):
         DataRecipe(high_pass=0.1, low_pass=0.05)
+
+
+@pytest.mark.parametrize("name", ["high_pass", "low_pass"])
+def test_a_filter_at_or_above_nyquist_is_refused_and_not_lowered(name):
+    with pytest.raises(ConfoundError, match=f"{name} is 0.25 Hz, expected less than 0.25 Hz"):
+        clean(np.zeros((40, 3), np.float32), None, np.ones(40, bool), 2.0, DataRecipe(**{name: 0.25}))

@@ -255,3 +255,10 @@ def test_a_sidecar_that_leads_out_is_not_read(place, tmp_path, caplog):
     (root / f"{name}.json").symlink_to(tmp_path / "elsewhere.json")
     assert [run.tr for run in check_headers(find_runs(root)).runs] == [0.72]
     assert "so it is not read" in caplog.text
+
+
+def test_a_single_scan_is_not_taken_for_a_table(tmp_path):
+    scan = tmp_path / "sub-01_bold.nii.gz"
+    scan.write_bytes(b"\x1f\x8b")
+    with pytest.raises(LayoutError, match="is one scan, expected a folder of scans"):
+        find_runs(scan)

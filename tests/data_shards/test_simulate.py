@@ -182,3 +182,22 @@ def test_a_second_simulation_replaces_the_first(tmp_path):
     simulate_cohort(tmp_path, small(n_subjects=2), on_progress=lambda *done: seen.append(done))
     assert len(find_runs(tmp_path).runs) == 2
     assert seen == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_a_real_phenotype_table_is_never_replaced(tmp_path):
+    (tmp_path / PHENOTYPE_FILE).write_text("ScanDir ID\tDX\n1000\t1\n")
+    with pytest.raises(SimulationError, match="that was not simulated, which would be replaced"):
+        simulate_cohort(tmp_path, small())
+    assert (tmp_path / PHENOTYPE_FILE).read_text().endswith("1000\t1\n")
+
+
+def test_scans_put_beside_a_simulation_are_never_removed(tmp_path, write_bold):
+    simulate_cohort(tmp_path / "cohort", small())
+    mine = write_bold("cohort/sub-mine_task-rest_space-MNI152_bold.nii.gz")
+    before = sorted((tmp_path / "cohort").rglob("*"))
+    with pytest.raises(SimulationError, match="sub-mine"):
+        simulate_cohort(tmp_path / "cohort", small())
+    assert sorted((tmp_path / "cohort").rglob("*")) == before
+    next((tmp_path / "cohort").rglob("sfnwmrda*")).write_bytes(b"")  # as a kill leaves it
+    mine.unlink()
+    simulate_cohort(tmp_path / "cohort", small())

@@ -206,3 +206,14 @@ def test_reading_outside_a_run_is_refused(real_shards):
 def test_segments_outside_the_dataset_are_refused(real_shards, segment):
     with pytest.raises(ShardError, match="are not in the dataset, which has 2 runs"):
         ClipStream(real_shards, 20, 2, 0, segments=[Segment(0, 0, 40), segment])
+
+
+@pytest.mark.parametrize("argument", ["offsets", "padding", "damage"])
+def test_a_choice_that_is_not_there_is_refused(real_shards, argument):
+    with pytest.raises(ShardError, match=f"{argument} must be one of .*found 'some'"):
+        ClipStream(real_shards, 20, batch_size=2, seed=0, **{argument: "some"})
+
+
+def test_a_path_is_not_an_open_dataset(real_shards):
+    with pytest.raises(ShardError, match="pass load_manifest"):
+        ClipStream(str(real_shards.folder), 20, batch_size=2, seed=0)
