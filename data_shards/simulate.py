@@ -205,7 +205,7 @@ def _clear(out: Path) -> None:
 def _is_simulated(path: Path) -> bool:
     try:
         return bool(nib.Nifti1Image.from_filename(path).header["descrip"].item() == SIMULATED_MARK)
-    except (EOFError, OSError, ValueError, KeyError, nib.filebasedimages.ImageFileError):
+    except (EOFError, OSError, ValueError, nib.filebasedimages.ImageFileError, nib.wrapstruct.WrapStructError):
         # What a killed simulation was writing has no header yet, but has the name of one of its subjects.
         return re.fullmatch(r"sfnwmrda99\d{5}_session_1_rest_1\.nii\.gz", path.name) is not None
 
