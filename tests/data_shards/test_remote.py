@@ -337,7 +337,7 @@ def test_a_process_forked_while_a_block_is_fetched_does_not_keep_its_lock(tmp_pa
             os._exit(0)
     try:
         with (tmp_path / "locks" / "stripe-1").open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            assert fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None, "or it raises BlockingIOError"
     finally:
         os.write(goes_on, b".")
         os.waitpid(child, 0)
