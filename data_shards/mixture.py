@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -71,21 +72,27 @@ def check_alike(manifests: Sequence[Manifest]) -> None:
     Raises
     ------
     ShardError
-        Naming what differs: grid, brain mask, stored integers, repetition time or normalisation.
+        Naming what differs: grid, brain mask or a key of the recipe.
     """
     first = manifests[0]
     for other in manifests[1:]:
-        pairs = {
-            "grid": (first.grid.name, other.grid.name),
-            "brain mask": (first.mask_sha256[:8], other.mask_sha256[:8]),
-            **{
-                name: (getattr(first.recipe, name), getattr(other.recipe, name))
-                for name in ("dtype", "tr", "normalisation")
-            },
-        }
-        for name, (mine, theirs) in pairs.items():
-            if mine != theirs:
+        mine, theirs = _traits(first), _traits(other)
+        for name in mine:
+            if mine[name] != theirs[name]:
                 raise ShardError(
-                    f"{first.folder} and {other.folder} cannot be mixed: their {name} is {mine} and {theirs}; build "
-                    "both with one recipe."
+                    f"{first.folder} and {other.folder} cannot be mixed: their {name} is {_shown(mine[name])} and "
+                    f"{_shown(theirs[name])}; build both with one recipe."
                 )
+
+
+def _traits(manifest: Manifest) -> dict[str, Any]:
+    """Return all that values depend on but the source files: a key that recipes gain later is compared, too."""
+    recipe = manifest.recipe
+    named = {name: getattr(recipe, name) for name in type(recipe).model_fields}
+    return {**named, "grid": manifest.grid.name, "brain mask": manifest.mask_sha256[:8]}
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == ():
+        return "none"
+    return ", ".join(value) if isinstance(value, tuple) else str(value)

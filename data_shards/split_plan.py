@@ -51,7 +51,7 @@ class SplitPlan(StrictModel):
         subjects
             Hashes of the labels, as in `Manifest.index`.
         """
-        drawn = _scatter(subjects ^ np.uint64(name_hash(str(self.seed)))) / 2.0**64
+        drawn = drawn_numbers(subjects, self.seed)
         split = np.zeros(len(subjects), dtype=np.int64)
         below = 0.0
         for name, fraction in sorted(self.fractions.items()):
@@ -61,6 +61,12 @@ class SplitPlan(StrictModel):
             given = np.array([name_hash(label) for label in labels], dtype=np.uint64)
             split[np.isin(subjects, given)] = self.names.index(name)
         return split
+
+
+def drawn_numbers(subjects: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.float64]:
+    """Return a number in [0, 1] per subject that follows from the hash of its label and the seed alone."""
+    drawn: npt.NDArray[np.float64] = _scatter(subjects ^ np.uint64(name_hash(str(seed)))) / 2.0**64
+    return drawn
 
 
 def _scatter(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from boldforge.configs import StrictModel, folder_lock
 from boldforge.data_shards.manifest import MANIFEST_FILE, Manifest, load_manifest
-from boldforge.data_shards.split_plan import TRAIN, SplitPlan
+from boldforge.data_shards.split_plan import TRAIN, SplitPlan, drawn_numbers
 from boldforge.data_shards.tables import ShardError, write_atomic
 
 
@@ -61,9 +61,9 @@ class Holdout(StrictModel):
     """frames: the end of every run (the only choice with one or two subjects); subject: whole subjects; split: a split
     that the manifest names (see `SplitPlan`)."""
     fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of each run's frames, or of the subjects; 0 holds nothing out. Not used with by=split."""
+    """Share of each run's frames, or expected share of the subjects; 0 holds nothing out. Not used with by=split."""
     seed: int = 0
-    """Chooses the subjects."""
+    """Chooses the subjects: a subject's side follows from its label and this alone, so it stays when others join."""
     split: str = "validation"
     """Which split is held out with by=split."""
 
@@ -125,14 +125,16 @@ def split_segments(manifest: Manifest, holdout: Holdout) -> tuple[Segments, Segm
     """Split a dataset into (train, held out).
 
     ``frames`` holds out the last part of every run, in time, so that no held-out frame lies between two training
-    frames. ``subject`` holds out all runs of some subjects, drawn by the seed from those that are there: others once
-    subjects are added, so a dataset that grows needs stored splits. ``split`` holds out one split of the
-    manifest's plan. Where the manifest has a plan, training never sees a subject who is not in its ``train`` split.
+    frames. ``subject`` holds out all runs of some subjects. Each is drawn by its label and the seed alone, as in a
+    `SplitPlan`: nobody changes sides when subjects are added, so of a few subjects the share is met only roughly.
+    ``split`` holds out one split of the manifest's plan. Where the manifest has a plan, training never sees a subject
+    who is not in its ``train`` split.
 
     Raises
     ------
     ShardError
-        If subjects are to be held out and there is only one, or a split is asked for that the manifest does not have.
+        If subjects are to be held out and there is only one, or all are drawn to one side, or a split is asked for that
+        the manifest does not have.
     """
     if holdout.by == "split":
         held = split_runs(manifest, holdout.split)
@@ -145,13 +147,26 @@ def split_segments(manifest: Manifest, holdout: Holdout) -> tuple[Segments, Segm
         cut = stop - np.ceil(stop * holdout.fraction).astype(np.int64)
         return Segments(np.stack([run, start, cut], axis=1)[cut > 0]), Segments(np.stack([run, cut, stop], axis=1))
     of_run = manifest.index["subject"][everything.table[:, 0]]
-    subjects = np.unique(of_run)
-    if len(subjects) < 2:
-        raise ShardError(
+    drawn = drawn_numbers(of_run, holdout.seed)
+    is_held = drawn < holdout.fraction
+    if is_held.all() or not is_held.any():
+        raise _one_sided(manifest, holdout, np.unique(drawn))
+    return Segments(everything.table[~is_held]), Segments(everything.table[is_held])
+
+
+def _one_sided(manifest: Manifest, holdout: Holdout, drawn: npt.NDArray[np.float64]) -> ShardError:
+    """Say what to do where the seed draws nobody, or everybody; `drawn` holds each subject's number once, ascending."""
+    if len(drawn) < 2:
+        return ShardError(
             f"{manifest.folder}: holds one subject only, so none can be held out; hold out frames "
             "instead (holdout.by=frames)."
         )
-    n_out = min(len(subjects) - 1, max(1, round(len(subjects) * holdout.fraction)))
-    chosen = subjects[np.random.default_rng(holdout.seed).permutation(len(subjects))[:n_out]]
-    is_held = np.isin(of_run, chosen)
-    return Segments(everything.table[~is_held]), Segments(everything.table[is_held])
+    # A fraction between two subjects' numbers parts them; of the nearest pair to what was asked for, the middle.
+    middles = (drawn[1:] + drawn[:-1]) / 2
+    fraction = float(middles[0] if holdout.fraction < middles[0] else middles[-1])
+    n_held = int((drawn < fraction).sum())
+    return ShardError(
+        f"{manifest.folder}: holdout.by=subject with holdout.fraction={holdout.fraction:g} and "
+        f"holdout.seed={holdout.seed} draws {'none' if holdout.fraction < fraction else 'all'} of its {len(drawn)} "
+        f"subjects; set holdout.fraction={fraction:.6g}, which holds out {n_held} of them, or another seed."
+    )

@@ -77,3 +77,24 @@ def test_datasets_that_cannot_share_a_batch_are_refused(real_shards, other_shard
         ClipStream([Source(real_shards, weight=1), Source(other_shards)], 8, 4, SEED)
     with pytest.raises(ShardError, match="no epochs of its own"):
         ClipStream([Source(real_shards), Source(other_shards)], 8, 4, SEED, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"confounds": ("motion-6", "wm-csf")}, "confounds is none and motion-6, wm-csf"),
+        ({"high_pass": 0.01}, "high_pass is none and 0.01"),
+        ({"low_pass": 0.1}, "low_pass is none and 0.1"),
+        ({"detrend": True}, "detrend is False and True"),
+        ({"scrub_fd": 0.5}, "scrub_fd is none and 0.5"),
+        ({"antialias": True}, "antialias is False and True"),
+        ({"time_filter": "sinc"}, "time_filter is gaussian and sinc"),
+        ({"normalisation": "voxel-z"}, "normalisation is residual-z and voxel-z"),
+        ({"tr": 0.8}, "tr is 2.0 and 0.8"),
+    ],
+)
+def test_datasets_that_were_cleaned_in_other_ways_are_refused(real_shards, change, words):
+    other = real_shards.placed_in(real_shards.folder)
+    other = other.model_copy(update={"recipe": DataRecipe(grid="mni4mm", **change)}).placed_in(real_shards.folder)
+    with pytest.raises(ShardError, match=f"cannot be mixed: their {words}; build both with one recipe"):
+        ClipStream([Source(real_shards), Source(other)], 8, 4, SEED)

@@ -15,6 +15,7 @@ from boldforge.data_shards import (
     ShardError,
     append_shards,
     build_shards,
+    find_runs,
     load_manifest,
     split_runs,
     split_segments,
@@ -42,6 +43,35 @@ def test_holdout_by_subject_shares_no_subject(real_shards):
     assert {s.run for s in train} | {s.run for s in held} == {0, 1}
     assert not {real_shards.runs[s.run].subject for s in train} & {real_shards.runs[s.run].subject for s in held}
     assert split_segments(real_shards, Holdout(fraction=0))[1] == ()
+
+
+def test_held_out_subjects_stay_on_their_side_when_others_are_added(write_bold, tmp_path):
+    for number in range(9):
+        write_bold(f"data/sub-{number:02d}_task-rest_space-MNI152_bold.nii.gz", frames=4, seed=number)
+    runs = find_runs(tmp_path / "data").runs
+    sides = []
+    build_shards(runs[3:], tmp_path / "out", DataRecipe(grid="mni4mm"))
+    append_shards(runs, tmp_path / "out")
+    build_shards(runs[3:], tmp_path / "alone", DataRecipe(grid="mni4mm"))
+    for seed in range(6):
+        for name in ("alone", "out"):
+            manifest = load_manifest(tmp_path / name)
+            train, held = split_segments(manifest, Holdout(by="subject", fraction=0.45, seed=seed))
+            named = [{manifest.runs[segment.run].subject for segment in part} for part in (train, held)]
+            assert not named[0] & named[1] and len(named[0] | named[1]) == len(manifest.runs)
+            sides.append(named)
+        (train, held), (more_train, more_held) = sides[-2:]
+        assert train <= more_train and held <= more_held
+    assert len({frozenset(held) for _, held in sides[::2]}) > 3  # the seed chooses
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_a_holdout_that_draws_nobody_or_everybody_says_which_share_would_do(real_shards, fraction):
+    holdout = Holdout(by="subject", fraction=fraction)
+    with pytest.raises(ShardError, match=r"draws (none|all) of its 2 subjects; set holdout.fraction=") as error:
+        split_segments(real_shards, holdout)
+    enough = float(str(error.value).split("set holdout.fraction=")[1].split(",")[0])
+    assert [len(part) for part in split_segments(real_shards, Holdout(by="subject", fraction=enough))] == [1, 1]
 
 
 def test_segments_are_a_sequence():
