@@ -2,6 +2,7 @@
 
 from boldforge.kernels.backends import BackendError, available_backends
 from boldforge.kernels.index import ScanIndex, window_index
+from boldforge.kernels.index_keep import keep_tokens
 from boldforge.kernels.index_packs import pack_indices
 from boldforge.kernels.index_prompts import expand_prompts, strip_prompts
 from boldforge.kernels.ops import shifted_conv, shifted_scan
@@ -11,6 +12,7 @@ from boldforge.kernels.selective_scan import selective_scan_fn
 __all__ = [
     "ScanIndex",
     "window_index",
+    "keep_tokens",
     "pack_indices",
     "expand_prompts",
     "strip_prompts",

@@ -266,7 +266,7 @@ def window_index(
     edges = new_window.nonzero().flatten() + 1
     cu_seqlens = torch.nn.functional.pad(torch.nn.functional.pad(edges, (1, 0)), (0, 1), value=len(path))
     index = ScanIndex(rows, cu_seqlens.to(torch.int32), len(path))
-    return _prepend_prompts(index, prompts) if prompts else index
+    return prepend_prompts(index, prompts) if prompts else index
 
 
 def _check_layout(
@@ -317,7 +317,7 @@ def _kept_tokens(grid: Sequence[int], keep: Tensor | None) -> Tensor:
     return kept
 
 
-def _prepend_prompts(index: ScanIndex, prompts: int) -> ScanIndex:
+def prepend_prompts(index: ScanIndex, prompts: int) -> ScanIndex:
     """Return the index with prompts at the start of every stretch; they are numbered after the tokens there are."""
     first, _ = index.segments
     stretch = index.starts.cumsum(0) - 1

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from boldforge.kernels import ScanIndex, expand_prompts, shifted_conv, shifted_scan, strip_prompts
 from boldforge.pretrain.neurostorm_dropout import RedundancyDropout, WindowTable
+from boldforge.pretrain.visible import VisibleTokens
 
 
 class ShiftedMamba(nn.Module):
@@ -123,13 +124,19 @@ class Block(nn.Module):
             self.prompt = nn.Parameter(torch.empty(prompts, dim))
             nn.init.trunc_normal_(self.prompt, std=0.02)
 
-    def forward(self, x_BLC: Tensor, index: ScanIndex, windows: WindowTable | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BLC: Tensor,
+        index: ScanIndex,
+        windows: WindowTable | None = None,
+        visible: VisibleTokens | None = None,
+    ) -> Tensor:
         """Apply the block along a scan index, which has the block's prompts; [B, L, C] to [B, L, C].
 
-        `windows` is for the redundancy dropout.
+        `windows` is for the redundancy dropout; `visible` says whose tokens these are where clips share [1, N, C].
         """
-        x_BLC = x_BLC + self._drop(self._mix(self.norm1(x_BLC), index, windows))
-        return x_BLC + self._drop(self.mlp(self.norm2(x_BLC)))
+        x_BLC = x_BLC + self._drop(self._mix(self.norm1(x_BLC), index, windows), visible)
+        return x_BLC + self._drop(self.mlp(self.norm2(x_BLC)), visible)
 
     def _mix(self, x_BLC: Tensor, index: ScanIndex, windows: WindowTable | None) -> Tensor:
         if self.prompt is None:
@@ -141,9 +148,12 @@ class Block(nn.Module):
             x_BLC = self.redundancy(x_BLC, windows)
         return x_BLC
 
-    def _drop(self, branch_BLC: Tensor) -> Tensor:
+    def _drop(self, branch_BLC: Tensor, visible: VisibleTokens | None) -> Tensor:
         if not self.training or self.drop_path == 0:
             return branch_BLC
         keep = 1 - self.drop_path
-        alive_B = torch.rand(branch_BLC.shape[0], 1, 1, device=branch_BLC.device) < keep
-        return branch_BLC * (alive_B.to(branch_BLC.dtype) / keep)
+        clips = len(branch_BLC) if visible is None else visible.n_clips
+        alive_B11 = torch.rand(clips, 1, 1, device=branch_BLC.device) < keep
+        # A clip's branch is dropped whole.
+        alive = alive_B11 if visible is None else alive_B11[visible.clip_N].transpose(0, 1)
+        return branch_BLC * (alive.to(branch_BLC.dtype) / keep)

@@ -20,6 +20,7 @@ from boldforge.pretrain.mamba import Block, ShiftedMamba
 from boldforge.pretrain.model_config import MaskToken, ModelConfig, Window
 from boldforge.pretrain.neurostorm_dropout import RedundancyDropout, WindowTable, window_table
 from boldforge.pretrain.tokens import Stage, TokenGrid, gather_patches, window_places
+from boldforge.pretrain.visible import VisibleTokens, visible_tokens
 
 MASK_TOKEN_NAMES: dict[MaskToken, str] = {
     "random": "mask_token",
@@ -107,7 +108,7 @@ class NeuroStorm(nn.Module):
             self.register_buffer(f"slot_{i}", torch.from_numpy(token_grid.slot[i]), persistent=False)
 
         self.patch_embed = nn.Linear(patch, dims[0])
-        self._make_mask_tokens(dims[0])
+        self._make_mask_tokens(dims[-1 if config.encoder_sees == "visible" else 0])
         stages, used = [], 0
         for stage, dim, depth in zip(token_grid.stages, dims, config.depths, strict=True):
             blocks = [self._encoder_block(dim, rate) for rate in rates[used : used + depth]]
@@ -153,35 +154,60 @@ class NeuroStorm(nn.Module):
         values_BTV
             Normalised brain-voxel values [B, T, V].
         mask_BL
-            bool [B, L], true where a token is replaced by the mask token; None hides nothing.
+            bool [B, L], true where a token is hidden: replaced by the mask token, or where ``encoder_sees: visible``
+            not computed at all. None hides nothing.
 
         Returns
         -------
         Tensor
-            [B, S·T, C] tokens of the last stage, row = s·T + t.
+            [B, S·T, C] tokens of the last stage, row = s·T + t. With ``encoder_sees: visible`` those without any
+            visible voxel are the mask token plus the last stage's embeddings.
         """
+        if mask_BL is not None and self.config.encoder_sees == "visible":
+            return self._encode_visible(values_BTV, mask_BL)
         x_BLC = self.embed_patches(values_BTV, mask_BL)
         for stage in range(self.config.n_stages):
             x_BLC = self.encode_stage(x_BLC, stage)
         return x_BLC
+
+    def _encode_visible(self, values_BTV: Tensor, mask_BL: Tensor) -> Tensor:
+        self._check(values_BTV)
+        stages = visible_tokens(mask_BL, self.token_grid, values_BTV.device)
+        x_BLC = self.patch_embed(stages[0].pick(gather_patches(values_BTV, self.patch_voxels)))
+        for i, visible in enumerate(stages):
+            x_BLC = self.encode_stage(x_BLC, i, visible)
+        return stages[-1].fill(x_BLC, self._mask_token() + self._embedding(len(stages) - 1).flatten(1, 2))
 
     def embed_patches(self, values_BTV: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """Turn clips [B, T, V] into first-stage tokens [B, L, C], hidden ones replaced; see `encode`."""
         self._check(values_BTV)
         x_BLC = self.patch_embed(gather_patches(values_BTV, self.patch_voxels))
         if mask_BL is not None:
-            x_BLC = torch.where(mask_BL.unsqueeze(-1), self._mask_token().to(x_BLC.dtype), x_BLC)
+            x_BLC = torch.where(mask_BL.to(x_BLC.device).unsqueeze(-1), self._mask_token().to(x_BLC.dtype), x_BLC)
         return x_BLC
 
-    def encode_stage(self, x_BLC: Tensor, i: int) -> Tensor:
-        """Run stage i: its embeddings, its blocks, and (but for the last) the merging into the next stage's tokens."""
-        stage, T = cast(EncoderStage, self.stages[i]), self.config.frames
-        x_BLC = (x_BLC.unflatten(1, (-1, T)) + (stage.position + stage.time)).flatten(1, 2)
-        x_BLC = self._run_blocks(x_BLC, stage.blocks, i, self._encoder_window(i))
+    def encode_stage(self, x_BLC: Tensor, i: int, visible: VisibleTokens | None = None) -> Tensor:
+        """Run stage i: its embeddings, its blocks, and (but for the last) the merging into the next stage's tokens.
+
+        With `visible`, tokens are those alone, [1, N, C].
+        """
+        embedding_1LC = self._embedding(i).flatten(1, 2)
+        x_BLC = x_BLC + (embedding_1LC if visible is None else visible.pick(embedding_1LC))
+        blocks = cast(EncoderStage, self.stages[i]).blocks
+        x_BLC = self._run_blocks(x_BLC, blocks, i, self._encoder_window(i), visible)
         if i < len(self.merging):
-            children = self.get_buffer(f"children_{i}")
+            # Every token of [1, N, C] has a place in space of its own.
+            T, children = self.config.frames, self.get_buffer(f"children_{i}")
+            if visible is not None:
+                assert visible.children_N8 is not None
+                T, children = 1, visible.children_N8
             x_BLC = self.merging[i](x_BLC.unflatten(1, (-1, T)), children).flatten(1, 2)
         return x_BLC
+
+    def _embedding(self, i: int) -> Tensor:
+        """Return what stage i adds to its tokens: [1, S, T, C]."""
+        stage = cast(EncoderStage, self.stages[i])
+        return (stage.position + stage.time).unsqueeze(0)
 
     def decode(self, x_BLC: Tensor) -> Tensor:
         """Expand last-stage tokens [B, L', C'] to patches of voxels [B, L, P].
@@ -227,16 +253,29 @@ class NeuroStorm(nn.Module):
         first = self.config.first_window if stage == 0 else None
         return last or first or self.config.window
 
-    def _run_blocks(self, x_BLC: Tensor, blocks: Iterable[nn.Module], stage: int, window: Window) -> Tensor:
+    def _run_blocks(
+        self,
+        x_BLC: Tensor,
+        blocks: Iterable[nn.Module],
+        stage: int,
+        window: Window,
+        visible: VisibleTokens | None = None,
+    ) -> Tensor:
         grid = (*self.token_grid.stages[stage].grid, self.config.frames)
         fixed = stage == self.config.n_stages - 1 and not self.config.last_shifted
         for number, block in enumerate(blocks):
             shifted = number % 2 == 1 and not fixed
             x, y, z, t = (w // 2 if shifted and g > w else 0 for w, g in zip(window, grid, strict=True))
-            place = (stage, window, (x, y, z, t), x_BLC.device)
+            place = (stage, window, (x, y, z, t))
             redundancy = self.training and cast(Block, block).redundancy is not None
             prompts = self.config.prompts if cast(Block, block).prompt is not None else 0
-            x_BLC = block(x_BLC, self._index(prompts, *place), self._table(*place) if redundancy else None)
+            table = self._table(*place, x_BLC.device) if redundancy else None
+            if visible is None:
+                index = self._index(prompts, *place, x_BLC.device)
+            else:
+                index = visible.index(self._index(0, *place, torch.device("cpu")), prompts)
+                table = table and visible.windows(table)
+            x_BLC = block(x_BLC, index, table, visible)
         return x_BLC
 
     def _index(self, prompts: int, stage: int, window: Window, shift: Window, device: torch.device) -> ScanIndex:

@@ -53,6 +53,11 @@ class ModelConfig(StrictModel):
         description="Learned mask tokens; the first replaces what is hidden. random, atlas: one vector; window: one "
         "for each place in a window. NeuroSTORM has all three.",
     )
+    encoder_sees: Literal["all", "visible"] = Field(
+        "all",
+        description="Tokens that the encoder computes while some are hidden. all: every one, the mask token in place "
+        "of hidden ones; visible: only those not hidden, and the decoder begins with the mask token elsewhere (MAE).",
+    )
     decoder: bool = Field(True, description="False: an encoder alone, which embeds but cannot reconstruct.")
     backend: str = Field("auto", description="Scan backend; auto takes the fastest that runs here.")
 
@@ -71,6 +76,11 @@ class ModelConfig(StrictModel):
             raise ValueError("mask_tokens is empty, but a decoder needs one; list random, or set decoder: false")
         if len(set(self.mask_tokens)) != len(self.mask_tokens):
             raise ValueError("mask_tokens lists one of them twice; list each once")
+        if self.encoder_sees == "visible" and "window" in self.mask_tokens:
+            raise ValueError(
+                "encoder_sees is visible, so mask tokens first stand in the last stage, but mask_tokens lists window, "
+                "which has one for each place in a window of the first; list random instead"
+            )
         return self
 
     @property
