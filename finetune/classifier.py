@@ -100,9 +100,15 @@ class Classifier(nn.Module):
         self.train(False)
 
     @property
+    def trainable_by_part(self) -> dict[str, int]:
+        """Number of trainable parameters of the adapter, under its kind, and of the head."""
+        adapter = {} if self.adapter.frozen else {self.adapter.kind: self.info.trainable}
+        return adapter | {"head": sum(parameter.numel() for parameter in self.head.parameters())}
+
+    @property
     def trainable(self) -> int:
         """Number of trainable parameters, head included."""
-        return self.info.trainable + sum(parameter.numel() for parameter in self.head.parameters())
+        return sum(self.trainable_by_part.values())
 
     @property
     def total(self) -> int:

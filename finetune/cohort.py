@@ -5,14 +5,16 @@ Shape suffixes: T frames · V brain voxels.
 
 import errno
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from boldforge.configs import load_config
 from boldforge.data_shards import DataRecipe, Manifest, ShardReader
 from boldforge.finetune.backbone import Backbone, Partway
 from boldforge.finetune.errors import FinetuneError
@@ -117,9 +119,8 @@ def check_recipe(backbone: Backbone, manifest: Manifest) -> None:
     """
     wanted = backbone.data
     same = [name for name in DataRecipe.model_fields if name != "dtype"]
-    asked = {name: wanted[name] for name in same if name in wanted}
     # Not validated: an encoder from elsewhere may name a grid or a TR that no recipe of ours can have.
-    pretrained = DataRecipe.model_construct(**asked | {"confounds": tuple(wanted.get("confounds", ()))})
+    pretrained = DataRecipe.model_construct(**_recipe_keys(wanted))
     found, expected = ({name: getattr(recipe, name) for name in same} for recipe in (manifest.recipe, pretrained))
     differing = [f"{key} {found[key]} instead of {expected[key]}" for key in same if found[key] != expected[key]]
     if differing:
@@ -134,6 +135,22 @@ def check_recipe(backbone: Backbone, manifest: Manifest) -> None:
             f"was pretrained on ({wanted['mask_sha256'][:12]}…), so its voxels would be taken for others; make the "
             "shards again with the nilearn that made the pretraining's shards (see software in their manifest.json)."
         )
+
+
+def recipe_of(data: Mapping[str, Any]) -> DataRecipe:
+    """Return the recipe by which shards for an encoder are made, from its ``data``.
+
+    Raises
+    ------
+    ConfigError
+        If its input is none that `boldforge shard` can make.
+    """
+    return load_config(DataRecipe, _recipe_keys(data) | ({"dtype": data["dtype"]} if "dtype" in data else {}))
+
+
+def _recipe_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+    asked = {name: data[name] for name in DataRecipe.model_fields if name in data and name != "dtype"}
+    return asked | {"confounds": tuple(data.get("confounds", ()))}
 
 
 @dataclass(frozen=True)

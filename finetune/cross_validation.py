@@ -208,6 +208,7 @@ def _write(
         "n_unlabelled": cohort.n_unlabelled,
         "n_too_short": cohort.n_too_short,
         "n_duplicates": cohort.n_duplicates,
+        "trainable_by_part": final.trainable_by_part,
         "trainable_parameters": final.trainable,
         "total_parameters": final.total,
         "epochs_of_adapter": epochs,

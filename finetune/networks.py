@@ -51,3 +51,14 @@ def make_backbone(spec: BackboneSpec, pool: Pool, data: Mapping[str, Any], seed:
             "nilearn made them; make the shards again with the one installed here."
         )
     return ResnetRnnBackbone(spec, mask, data, seed)
+
+
+def backbone_data(spec: BackboneSpec) -> Mapping[str, Any] | None:
+    """Return what a pretrained encoder says of its input; None for a network that is built from nothing.
+
+    Raises
+    ------
+    BoldForgeError
+        If the folder does not hold a model.
+    """
+    return load_backbone(spec).data if isinstance(spec, Path) else None

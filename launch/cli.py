@@ -230,14 +230,24 @@ def pretrain(
     pretrain_on_ranks(config, overrides or [], ranks, Console())
 
 
-@app.command(
-    epilog="Example: boldforge finetune --config configs/finetune/adhd.yaml shards=shards/adhd backbone=runs/pretrain"
-)
-def finetune(config: Recipe = "configs/finetune/adhd.yaml", overrides: Overrides = None) -> None:
-    """Adapt a pretrained model to a diagnosis with LoRA, and test it on subjects it has not seen."""
-    from boldforge.launch.training import finetune_and_print
+@app.command(epilog="Example: boldforge finetune --task adhd --data data/adhd200 backbone=runs/pretrain out=runs/adhd")
+def finetune(
+    config: Annotated[
+        str | None, typer.Option("--config", help="Recipe (YAML); by default the task's own, or finetune/adhd.yaml")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="What to predict: adhd, sex, age, classify:COLUMN, regress:COLUMN, …")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of scans, which is sharded beside out as the encoder reads it; or shards"),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Adapt a pretrained model to a question about people, and test it on subjects it has not seen."""
+    from boldforge.launch.finetuning import Asked, finetune_and_print
 
-    finetune_and_print(config, overrides or [], Console())
+    finetune_and_print(Asked(config, task, data, overrides or []), Console())
 
 
 @app.command(

@@ -1,4 +1,4 @@
-"""The verbs ``pretrain``, ``finetune`` and ``sweep``: start the work, show how far it is, print what came out."""
+"""The verbs ``pretrain`` and ``sweep``: start the work, show how far it is, print what came out."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -71,19 +71,6 @@ def steps_done(folder: Path) -> int:
     # The last line may be half-written, the first one cut; a header is not a number.
     steps = [line.split(",")[0] for line in lines if line.endswith("\n")]
     return next((int(step) for step in reversed(steps) if step.isdigit()), 0)
-
-
-def finetune_and_print(recipe: str, overrides: Sequence[str], console: Console) -> Path:
-    """Fine-tune under a progress bar, print the figures and return the folder."""
-    from boldforge.finetune import FinetuneConfig, finetune
-
-    config = load_config(FinetuneConfig, recipe, overrides)
-    with progress("finetune", "clips") as on_progress:
-        results = finetune(config, on_progress)
-    _print_figures(results, console)
-    console.print(results["verdict"], highlight=False, soft_wrap=True)
-    console.print(f"Adapter: {config.out / 'adapter'}", highlight=False, soft_wrap=True)
-    return config.out
 
 
 def sweep_and_print(recipe: str, overrides: Sequence[str], console: Console) -> Path:

@@ -1,0 +1,142 @@
+"""The verb ``finetune``: which recipe and shards it works on, and what is printed of the result."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+import boldforge
+from boldforge.configs import ConfigError, load_config, recipe_names
+from boldforge.data_shards import DataRecipe, RunList, find_runs
+from boldforge.launch.model_card import FIGURES
+from boldforge.launch.progress import progress
+from boldforge.launch.sharding import is_dataset, shard_runs
+
+RECIPE = "configs/finetune/adhd.yaml"
+# What shards are made like for a network that has never seen any.
+_PLAIN_RECIPE = DataRecipe(grid="mni4mm", tr=2.0)
+
+
+class Asked(NamedTuple):
+    """What the command line says: a recipe or a task or both, a folder of data, and overrides."""
+
+    recipe: str | None = None
+    task: str | None = None
+    data: Path | None = None
+    overrides: Sequence[str] = ()
+
+
+def finetune_and_print(asked: Asked, console: Console) -> Path:
+    """Fine-tune under a progress bar, print the figures beside the baselines', and return the folder.
+
+    Raises
+    ------
+    BoldForgeError
+        For a recipe, data or an encoder that cannot be used.
+    """
+    from boldforge.finetune import FinetuneConfig, finetune
+
+    config = load_config(FinetuneConfig, *_settings(asked))
+    if asked.data is not None and not is_dataset(asked.data):
+        shards = _shard(asked.data, config.backbone, config.out, console)
+        config = config.model_copy(update={"shards": shards})
+    with progress("finetune", "clips") as on_progress:
+        results = finetune(config, on_progress)
+    print_results(results, console)
+    _say(f"Adapter: {config.out / 'adapter'}", console)
+    return config.out
+
+
+def print_results(results: Mapping[str, Any], console: Console) -> None:
+    """Print what was trained, every figure with its interval, the baselines beside it, and the verdict."""
+    parts = results["trainable_by_part"]
+    share = results["trainable_parameters"] / results["total_parameters"]
+    trained = ", ".join(f"{name} {_count(count)}" for name, count in parts.items())
+    _say(f"Trainable parameters: {trained}; {100 * share:.2g} % of {_count(results['total_parameters'])}.", console)
+    figures, intervals = results["figures"], results["intervals"]
+    of = "simulated subjects" if results["simulated"] else "subjects"
+    _say(f"Test on {figures['n']} {of}, {results['measured_by']}:", console)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("figure", "value", "95 % interval"):
+        table.add_column(title, justify="left" if title == "figure" else "right")
+    for name in FIGURES:
+        if figures.get(name) is not None:
+            table.add_row(name.replace("_", " "), f"{figures[name]:.3f}", _interval(intervals.get(name)))
+    console.print(table)
+    if results["baselines"]:
+        _print_beside(results, console)
+    _say(results["verdict"], console)
+
+
+def _print_beside(results: Mapping[str, Any], console: Console) -> None:
+    name = results["compared_by"]
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("beside it", name.replace("_", " "), "95 % interval", "difference", "p"):
+        table.add_column(title, justify="left" if title == "beside it" else "right", overflow="fold")
+    for entry in results["baselines"].values():
+        against = entry["model_minus_baseline"]
+        cells = (f"{entry['figures'][name]:.3f}", _interval(entry["intervals"].get(name)))
+        table.add_row(entry["says"], *cells, f"{against['difference']:+.3f}", f"{against['p']:.3f}")
+    console.print(table)
+
+
+def _settings(asked: Asked) -> tuple[str, list[str]]:
+    """Return the recipe and its overrides; a task has a recipe of its own name, or borrows the one for ADHD."""
+    recipe, extra = asked.recipe, []
+    if asked.task is not None:
+        if any(override.startswith("task=") for override in asked.overrides):
+            raise ConfigError("--task and task= both say what to predict; pass one of them.")
+        extra.append(f"task={json.dumps(asked.task)}")
+        own = f"finetune/{asked.task}.yaml"
+        if recipe is None and own in recipe_names():
+            recipe = f"configs/{own}"
+        elif recipe is None:
+            extra.append(f"out={json.dumps('runs/finetune-' + asked.task.replace(':', '-'))}")
+    if asked.data is not None:
+        if any(override.startswith("shards=") for override in asked.overrides):
+            raise ConfigError("--data and shards= both say what to read; pass one of them.")
+        extra.append(f"shards={json.dumps(str(asked.data))}")
+    return recipe or RECIPE, [*extra, *asked.overrides]
+
+
+def _shard(data: Path, backbone: Any, out: Path, console: Console) -> Path:
+    """Make shards of a folder as the encoder reads them, beside `out`; those of the same files are taken again."""
+    from boldforge.finetune.cohort import recipe_of
+    from boldforge.finetune.networks import backbone_data
+
+    encoder = backbone_data(backbone)
+    recipe = _PLAIN_RECIPE if encoder is None else recipe_of(encoder)
+    found = find_runs(data)
+    target = out.parent / f"{data.resolve().name}-shards-{_digest(found, recipe)[:12]}"
+    if is_dataset(target):
+        _say(f"{target}: kept from before, the files in {data} have not changed.", console)
+    else:
+        shard_runs(found, target, recipe, console)
+    return target
+
+
+def _digest(found: RunList, recipe: DataRecipe) -> str:
+    """Return a hash of everything that the shards depend on, but for the files' bytes: their sizes and times."""
+    runs = []
+    for run in found.runs:
+        status = run.path.stat()
+        about = (run.key, run.subject, run.session, run.site, run.task, run.tr, run.phenotype)
+        runs.append((str(run.path.resolve()), status.st_size, status.st_mtime_ns, *about))
+    content = [boldforge.__version__, recipe.model_dump(mode="json"), runs]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _count(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
+
+
+def _interval(pair: Sequence[float] | None) -> str:
+    return "" if pair is None else f"{pair[0]:.3f} to {pair[1]:.3f}"
+
+
+def _say(text: str, console: Console) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
