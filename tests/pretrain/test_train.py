@@ -121,9 +121,12 @@ def test_losses_fall_and_held_out_frames_are_reconstructed_better_than_by_the_me
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_demo_reconstructs_hidden_regions_better_than_the_mean_frame(real_shards: Path, tmp_path: Path) -> None:
-    rows = learn(real_shards, tmp_path / "run")
-    assert rows[-1]["heldout_error"] < 0.97 * rows[-1]["heldout_baseline"]
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_demo_reconstructs_hidden_regions_better_than_the_mean_frame(
+    real_shards: Path, tmp_path: Path, seed: int
+) -> None:
+    rows = learn(real_shards, tmp_path / "run", f"seed={seed}")
+    assert rows[-1]["heldout_error"] < 0.95 * rows[-1]["heldout_baseline"]
 
 
 @pytest.mark.distributed
