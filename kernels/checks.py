@@ -9,6 +9,8 @@ from boldforge.kernels.index import ScanIndex
 
 MAX_STATES = 64
 MAX_TAPS = 16
+# The clips are the third axis of a launch, and CUDA counts that one in 16 bits.
+MAX_CLIPS = 65_535
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -31,6 +33,15 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: 
         raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, found {tensor.dtype}.")
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the first argument, found {tensor.device}.")
+
+
+def check_clips(name: str, tensor: Tensor, backend: str) -> None:
+    """Raise ValueError if a [b, L, D] tensor on a device holds more clips than one launch of a kernel can take."""
+    if len(tensor) > MAX_CLIPS and tensor.device.type != "cpu" and backend in ("auto", "triton"):
+        raise ValueError(
+            f"{name} must hold at most {MAX_CLIPS} clips (first axis), found {list(tensor.shape)}; split the batch, or "
+            "use backend torch."
+        )
 
 
 def check_rows(name: str, tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from boldforge.kernels import operators
 from boldforge.kernels.checks import (
     MAX_TAPS,
+    check_clips,
     check_contiguous,
     check_index,
     check_rows,
@@ -77,6 +78,7 @@ def shifted_scan(
     """
     check_tensor("u", u, ("b", "L", "D"), u)
     check_index(index, "u", u)
+    check_clips("u", u, backend)
     b, L, channels = u.shape
     check_tensor("dt", dt, (b, L, channels), u)
     check_tensor("A", A, (channels, "N"), u)
@@ -131,6 +133,7 @@ def shifted_conv(x: Tensor, weight: Tensor, bias: Tensor | None, index: ScanInde
     """
     check_tensor("x", x, ("b", "L", "D"), x)
     check_index(index, "x", x)
+    check_clips("x", x, backend)
     check_rows("x", x)
     check_tensor("weight", weight, (x.shape[2], "K"), x)
     if weight.shape[1] > MAX_TAPS:

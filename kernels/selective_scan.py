@@ -15,6 +15,7 @@ from boldforge.kernels.checks import check_states, check_tensor
 from boldforge.kernels.index import ScanIndex, window_index
 from boldforge.kernels.ops import shifted_scan
 
+_KEPT_PATHS = 16
 _paths: dict[int, ScanIndex] = {}
 
 
@@ -181,8 +182,11 @@ def _with_groups(weights: Tensor) -> Tensor:
 
 
 def _whole_sequences(length: int) -> ScanIndex:
-    """Return the path of one window that holds every token, made once per length."""
+    """Return the path of one window that holds every token; those of a few lengths are kept."""
+    # Not lru_cache, which torch.compile traces through with a warning.
     if length not in _paths:
+        if len(_paths) == _KEPT_PATHS:
+            del _paths[next(iter(_paths))]
         _paths[length] = window_index((length,), (length,), (0,))
     return _paths[length]
 

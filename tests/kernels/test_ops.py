@@ -138,3 +138,14 @@ def test_triton_is_not_given_tensors_it_cannot_take(monkeypatch):
         shifted_scan(**scan_inputs(ragged_index(), dtype=torch.float32), index=ragged_index(), backend="triton")
     with pytest.raises(BackendError, match="no float64"):
         shifted_scan(**scan_inputs(ragged_index()), index=ragged_index(), backend="triton")
+
+
+def test_more_clips_than_a_launch_can_count_are_refused_on_a_device(no_kernel):
+    index = window_index((2,), (2,), (0,))
+    inputs = {name: value.to("meta") for name, value in scan_inputs(index).items()}
+    clips = {name: value.new_empty(65_536, *value.shape[1:]) for name, value in inputs.items() if value.ndim == 3}
+    with pytest.raises(ValueError, match=r"u must hold at most 65535 clips .* found \[65536, 2, .*split the batch"):
+        shifted_scan(**(inputs | clips), index=index)
+    weight = torch.empty(clips["u"].shape[2], 4, device="meta")
+    with pytest.raises(ValueError, match="x must hold at most 65535 clips"):
+        shifted_conv(clips["u"], weight, None, index, backend="triton")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import silu, softplus
 
-from boldforge.kernels import selective_scan_fn
+from boldforge.kernels import selective_scan, selective_scan_fn
 from tests.kernels.conftest import relative_error
 
 FORMS = {"constant": "DN", "one group": "BNL", "grouped": "BGNL"}
@@ -145,3 +145,11 @@ def test_compiling_breaks_no_graph(B, delta_softplus):
 def test_what_does_not_fit_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         selective_scan_fn(**inputs() | change)
+
+
+def test_many_lengths_keep_few_paths():
+    whole = inputs(length=25)
+    for length in (*range(1, 25), 3):
+        short = {name: t[..., :length].contiguous() if t.shape[-1] == 25 else t for name, t in whole.items()}
+        torch.testing.assert_close(selective_scan_fn(**short), selective_scan_fn(**whole)[..., :length])
+    assert len(selective_scan._paths) <= 16
