@@ -181,6 +181,9 @@ def patches(images: Tensor, p: int) -> Tensor:
 class Transcription(nn.Module):
     """The encoder; with ``decoder`` the masked autoencoder."""
 
+    # benchmarks/pretrain_parts puts faster ones of the same parameters here.
+    block, expanding = PlainBlock, PlainExpanding
+
     def __init__(self, shape: Shape, decoder: bool = True) -> None:
         super().__init__()
         self.shape = shape
@@ -195,7 +198,7 @@ class Transcription(nn.Module):
             window = shape.first_window if i == 0 else shape.window
             window = (*grids[i], shape.window[3]) if last and shape.whole_last else window
             shifts = [number % 2 == 1 and not (last and shape.whole_last) for number in range(depth)]
-            blocks = [PlainBlock(dim, window, shifted, shape.prompts) for shifted in shifts]
+            blocks = [self.block(dim, window, shifted, shape.prompts) for shifted in shifts]
             layers.append(PlainStage(blocks, **({} if last else {"downsample": PlainMerging(dim)})))
         self.layers = nn.ModuleList(layers)
         if decoder:
@@ -203,11 +206,11 @@ class Transcription(nn.Module):
 
     def _add_decoder(self, dims: list[int]) -> None:
         shape = self.shape
-        self.first_patch_expanding = PlainExpanding(dims[-1])
+        self.first_patch_expanding = self.expanding(dims[-1])
         layers = []
         for i in reversed(range(len(dims) - 1)):
-            blocks = [PlainBlock(dims[i], shape.window, n % 2 == 1) for n in range(shape.depths[i])]
-            layers.append(PlainStage(blocks, **({"upsample": PlainExpanding(dims[i])} if i else {})))
+            blocks = [self.block(dims[i], shape.window, n % 2 == 1) for n in range(shape.depths[i])]
+            layers.append(PlainStage(blocks, **({"upsample": self.expanding(dims[i])} if i else {})))
         self.layers_up = nn.ModuleList(layers)
         self.norm_up = nn.LayerNorm(dims[0])
         self.decoder_pred = nn.Linear(dims[0], shape.patch**3)

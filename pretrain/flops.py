@@ -1,0 +1,69 @@
+"""How many floating-point operations a training step takes, from the shape of the network alone.
+
+A matrix product of [a, b] and [b, c] counts 2·a·b·c. The scan counts 9 for each token, inner channel and state (the
+decay's product and exponential, the input's two products, the update's two, the output's two, and one for what is
+token-wise), the convolution 2 for each tap. A backward pass takes two products for every one of the forward, but for
+the patch embedding, whose input needs no gradient.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from boldforge.pretrain.model_config import ModelConfig
+
+SCAN_FLOPS = 9
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a forward pass and of a whole step (forward and backward), by kind."""
+
+    matmul: float
+    scan: float
+    step_matmul: float
+    step_scan: float
+
+    @property
+    def step(self) -> float:
+        """Operations of forward and backward."""
+        return self.step_matmul + self.step_scan
+
+
+def block_flops(config: ModelConfig, dim: int) -> tuple[float, float]:
+    """Return the operations of one block's forward pass for one token: matrix products; scan and convolution."""
+    inner, rank = config.expand * dim, math.ceil(dim / 16)
+    hidden = int(dim * config.mlp_ratio)
+    projections = dim * 2 * inner + inner * (rank + 2 * config.d_state) + rank * inner + inner * dim
+    matmul = 2 * (projections + 2 * dim * hidden)
+    return matmul, inner * (SCAN_FLOPS * config.d_state + 2 * config.d_conv)
+
+
+def clip_flops(config: ModelConfig, tokens: Sequence[int], patch_voxels: int) -> Flops:
+    """Count the operations of one clip.
+
+    Parameters
+    ----------
+    config
+        The network, with its decoder if it has one.
+    tokens
+        Tokens of a clip at every stage, all frames.
+    patch_voxels
+        P, voxels in a patch.
+    """
+    dims = [config.embed_dim * 2**i for i in range(config.n_stages)]
+    embedding = 2.0 * tokens[0] * patch_voxels * dims[0]
+    matmul = scan = 0.0
+    depths = list(config.depths)
+    if config.decoder:
+        for i, depth in enumerate(config.decoder_depths[::-1]):
+            depths[i] += depth
+            matmul += 2 * tokens[i + 1] * dims[i + 1] * 4 * dims[i + 1]
+        matmul += 2 * tokens[0] * dims[0] * patch_voxels
+    for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+        products, rest = block_flops(config, dim)
+        matmul += tokens[i] * depth * products
+        scan += tokens[i] * depth * rest
+        if i + 1 < config.n_stages:
+            matmul += 2 * tokens[i + 1] * 8 * dim * 2 * dim
+    return Flops(matmul=embedding + matmul, scan=scan, step_matmul=2 * embedding + 3 * matmul, step_scan=3 * scan)
