@@ -39,7 +39,9 @@ def block_flops(config: ModelConfig, dim: int) -> tuple[float, float]:
     return matmul, inner * (SCAN_FLOPS * config.d_state + 2 * config.d_conv)
 
 
-def clip_flops(config: ModelConfig, tokens: Sequence[int], patch_voxels: int) -> Flops:
+def clip_flops(
+    config: ModelConfig, tokens: Sequence[float], patch_voxels: int, seen: Sequence[float] | None = None
+) -> Flops:
     """Count the operations of one clip.
 
     Parameters
@@ -50,20 +52,23 @@ def clip_flops(config: ModelConfig, tokens: Sequence[int], patch_voxels: int) ->
         Tokens of a clip at every stage, all frames.
     patch_voxels
         P, voxels in a patch.
+    seen
+        Tokens that the encoder computes at every stage, where ``encoder_sees: visible``; None: all.
     """
+    seen = tokens if seen is None else seen
     dims = [config.embed_dim * 2**i for i in range(config.n_stages)]
-    embedding = 2.0 * tokens[0] * patch_voxels * dims[0]
+    embedding = 2.0 * seen[0] * patch_voxels * dims[0]
     matmul = scan = 0.0
-    depths = list(config.depths)
+    visits = [depth * rows for depth, rows in zip(config.depths, seen, strict=True)]
     if config.decoder:
         for i, depth in enumerate(config.decoder_depths[::-1]):
-            depths[i] += depth
+            visits[i] += depth * tokens[i]
             matmul += 2 * tokens[i + 1] * dims[i + 1] * 4 * dims[i + 1]
         matmul += 2 * tokens[0] * dims[0] * patch_voxels
-    for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+    for i, (dim, rows) in enumerate(zip(dims, visits, strict=True)):
         products, rest = block_flops(config, dim)
-        matmul += tokens[i] * depth * products
-        scan += tokens[i] * depth * rest
+        matmul += rows * products
+        scan += rows * rest
         if i + 1 < config.n_stages:
-            matmul += 2 * tokens[i + 1] * 8 * dim * 2 * dim
+            matmul += 2 * seen[i + 1] * 8 * dim * 2 * dim
     return Flops(matmul=embedding + matmul, scan=scan, step_matmul=2 * embedding + 3 * matmul, step_scan=3 * scan)

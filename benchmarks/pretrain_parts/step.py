@@ -35,13 +35,18 @@ from boldforge.pretrain import (
 )
 from boldforge.pretrain.evaluate import counted_voxels
 from boldforge.pretrain.flops import Flops, clip_flops
+from boldforge.pretrain.visible import visible_tokens
 from pretrain_parts.peer import Peer, count_parameters
 from tests.pretrain.neurostorm_transcription import Shape
 
 RATIO = 0.5
-# What each of our sides changes in configs/pretrain/neurostorm.yaml: none, or BoldForge's own tokens at the same size.
 OWN = {"scan_mode": "region", "mask_tokens": ("random",)}
-SIDES: dict[str, dict[str, object]] = {"same numbers": {}, "brain tokens": OWN}
+SIDES: dict[str, dict[str, object]] = {
+    "same numbers": {},
+    "brain tokens": OWN,
+    "visible tokens": {**OWN, "encoder_sees": "visible"},
+}
+"""What each of our sides changes in configs/pretrain/neurostorm.yaml."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Setup:
-    """A network ready to train, its loss as a forward pass gives it, the tokens of a clip at every stage, its cost."""
+    """A network ready to train, a forward pass that gives its loss, the encoder's tokens by stage, its operations."""
 
     network: nn.Module
     loss: Callable[[], Tensor]
@@ -80,10 +85,9 @@ def our_config(job: Job) -> ModelConfig:
 
 
 def brain(job: Job) -> np.ndarray:
-    """Return the brain at 2 mm, cut to the shape's image."""
+    """Return the brain at 2 mm; every nth voxel of it where the shape's image is smaller than 96³."""
     cube = brain_mask(get_grid("mni2mm"))
-    start = [(have - want) // 2 for have, want in zip(cube.shape, job.shape.image[:3], strict=True)]
-    return cube[tuple(slice(s, s + want) for s, want in zip(start, job.shape.image[:3], strict=True))]
+    return cube[np.ix_(*(np.arange(n) * have // n for have, n in zip(cube.shape, job.shape.image[:3], strict=True)))]
 
 
 def our_setup(job: Job) -> Setup:
@@ -91,21 +95,23 @@ def our_setup(job: Job) -> Setup:
     config = our_config(job)
     mask = brain(job) if SIDES[job.side] else np.ones(job.shape.image[:3], dtype=bool)
     grid = TokenGrid(mask, (job.shape.patch,) * 3, config.frames, config.n_stages)
-    strategy = "window" if config.mask_tokens[0] == "window" else "random"
-    hidden_BL = MaskSampler(grid, MaskConfig(strategy=strategy, ratio=RATIO)).sample([(0,)]).to(job.device)
+    hidden_BL = MaskSampler(grid, MaskConfig(strategy="window", ratio=RATIO), window=config.window).sample([(0,)])
+    tokens = [stage.n_tokens * config.frames for stage in grid.stages]
+    seen = tokens
+    if config.encoder_sees == "visible":
+        seen = [int(stage.visible_BL.sum()) for stage in visible_tokens(hidden_BL, grid, torch.device("cpu"))]
     network = NeuroStorm(config, grid).to(job.device)
     values_BTV = torch.randn(1, config.frames, grid.n_voxels).to(job.device)
     signal_BV = torch.ones(1, grid.n_voxels, dtype=torch.bool, device=job.device)
     objective = Objective(LossConfig(), config.frames)
 
     def loss() -> Tensor:
-        counted_BLP = counted_voxels(hidden_BL, signal_BV, network.patch_voxels)
+        counted_BLP = counted_voxels(hidden_BL.to(job.device), signal_BV, network.patch_voxels)
         target_BLP = make_targets(values_BTV, signal_BV, network.patch_voxels, "values")
         totals = objective.counts(counted_BLP).cpu()
         return objective(network(values_BTV, hidden_BL), target_BLP, counted_BLP, totals)["loss"]
 
-    tokens = tuple(stage.n_tokens * config.frames for stage in grid.stages)
-    return Setup(network, loss, tokens, clip_flops(config, tokens, grid.patch_voxels.shape[1]))
+    return Setup(network, loss, tuple(seen), clip_flops(config, tokens, grid.patch_voxels.shape[1], seen))
 
 
 def peer_setup(job: Job) -> Setup:
