@@ -166,22 +166,33 @@ def write_manifest(
 
 def rejected_table(rejected: Sequence[Skipped]) -> str:
     """Return the text of ``rejected.tsv``."""
-    rows = (f"{path}\t{' '.join(reason.split())}\n" for path, reason in rejected)
+    rows = (f"{' '.join(str(path).split())}\t{_reason(path, reason)}\n" for path, reason in rejected)
     return "path\treason\n" + "".join(rows)
 
 
+def _reason(path: Path, reason: str) -> str:
+    """Return a reason as one line that does not begin with the file's path, which stands beside it."""
+    return " ".join(reason.removeprefix(f"{path}: ").split())
+
+
 def _check_folder(out: Path, overwrite: bool) -> None:
+    ours = (out / STAGING).exists() or _is_manifest(out)
+    foreign = [path for pattern in (MANIFEST_FILE, SHARD_FILES, MASK_FILE, *TABLE_FILES) for path in out.glob(pattern)]
+    if foreign and not ours:
+        raise BuildError(
+            f"{out}: holds {foreign[0].name}, which is no part of a dataset of ours; choose another --out."
+        )
     if (out / MANIFEST_FILE).exists() and not overwrite:
         raise BuildError(
             f"{out}: already holds a dataset; pass --overwrite to replace it, --append to add runs to it, or choose "
             "another --out."
         )
-    ours = (out / MANIFEST_FILE).exists() or (out / STAGING).exists()
-    foreign = sorted(out.glob(SHARD_FILES))
-    if foreign and not ours:
-        raise BuildError(
-            f"{out}: holds {foreign[0].name}, which is no part of a dataset of ours; choose another --out."
-        )
+
+
+def _is_manifest(out: Path) -> bool:
+    """Say whether a folder's ``manifest.json`` is a dataset's, be it of another release or damaged."""
+    path = out / MANIFEST_FILE
+    return path.is_file() and (any(out.glob(SHARD_FILES)) or b'"schema_version"' in path.read_bytes())
 
 
 def _give_up(staging: Staging, out: Path, rejected: list[Skipped]) -> None:
@@ -192,7 +203,10 @@ def _give_up(staging: Staging, out: Path, rejected: list[Skipped]) -> None:
         raise BuildError(
             f"{out}: no runs were given, so there is nothing to store; check the input folder and its layout."
         )
-    raise BuildError(f"{out}: none of the {len(rejected)} files could be used; the first because {rejected[0].reason}")
+    path, reason = rejected[0]
+    raise BuildError(
+        f"{out}: none of the {len(rejected)} files could be used, the first of them {path}: {_reason(path, reason)}"
+    )
 
 
 def _swap(staging: Staging, out: Path) -> None:

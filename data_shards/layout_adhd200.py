@@ -20,7 +20,11 @@ SITE_NAMES = {1: "Peking", 2: "Brown", 3: "KKI", 4: "NeuroIMAGE", 5: "NYU", 6: "
 SITE_TRS = {"Peking": 2.0, "KKI": 2.5, "NeuroIMAGE": 1.96, "NYU": 2.0, "OHSU": 2.5, "Pittsburgh": 1.5, "WashU": 2.5}
 SIMULATION_FILE = "simulation.json"
 
-_NAME = re.compile(r"(?P<kind>sf?nwmrda)(?P<id>\d+)_session_(?P<session>\d+)_rest_(?P<rest>\d+)\.nii(\.gz)?$")
+_EXPECTED = "sfnwmrda<ID>_session_<n>_rest_<m>.nii.gz"
+# [0-9]: \d would take the digits of every script.
+_NAME = re.compile(r"(?P<kind>sf?nwmrda)(?P<id>[0-9]+)_session_(?P<session>[0-9]+)_rest_(?P<rest>[0-9]+)\.nii(\.gz)?$")
+_NEARLY = re.compile(r"s?f?nwmrda.*\.nii(\.gz)?$")
+_LONGEST_ID = 12
 _SCORES = {
     "ADHD Index": "adhd_index",
     "Inattentive": "inattentive",
@@ -42,11 +46,13 @@ def find_adhd200(folder: Path, root: Path, band_passed: bool = True) -> RunList:
     Raises
     ------
     LayoutError
-        If there is no phenotype table or it has no ``ScanDir ID`` column.
+        If there is no phenotype table, it has no ``ScanDir ID`` column, or two tables disagree on a person.
     """
+    wanted, skipped = _one_kind(folder, "sfnwmrda" if band_passed else "snwmrda")
+    if not wanted and not skipped:
+        return RunList((), (), "adhd200")
     table, rows = _read_phenotypes(folder, root)
     simulated = (folder / SIMULATION_FILE).is_file()
-    wanted, skipped = _one_kind(folder, "sfnwmrda" if band_passed else "snwmrda")
     skipped += links_not_entered(folder)
     runs = []
     for path, name in wanted:
@@ -72,11 +78,16 @@ def find_adhd200(folder: Path, root: Path, band_passed: bool = True) -> RunList:
 
 def _one_kind(folder: Path, kind: str) -> tuple[list[tuple[Path, re.Match[str]]], list[Skipped]]:
     """Choose between band-passed and plain files: one kind for the whole dataset."""
-    named = [(path, match) for path in sorted(files_named(folder, _NAME)) if (match := _NAME.match(path.name))]
+    named, skipped = [], []
+    for path in sorted(files_named(folder, _NEARLY)):
+        match = _NAME.match(path.name)
+        if match is None:
+            skipped.append(Skipped(path, f"is not named as Athena's volumes are ({_EXPECTED}); rename it to use it."))
+        else:
+            named.append((path, match))
     if named and not any(match["kind"] == kind for _, match in named):
         kind = named[0][1]["kind"]
     taken = {(match["id"], match["session"], match["rest"]) for _, match in named if match["kind"] == kind}
-    skipped = []
     for path, match in named:
         if match["kind"] != kind and (match["id"], match["session"], match["rest"]) not in taken:
             reason = (
@@ -130,10 +141,26 @@ def _read_phenotypes(folder: Path, root: Path) -> tuple[Path, dict[int, dict[str
             f"{folder}: has ADHD-200 volumes but no phenotype table; put ADHD200_preprocessed_phenotypics.tsv into it."
         )
     rows: dict[int, dict[str, str]] = {}
+    origin: dict[int, Path] = {}
     for table in tables:
         for row in read_table(table, root):
             if "ScanDir ID" not in row:
                 raise LayoutError(f"{table}: has no column 'ScanDir ID'; its columns are {', '.join(row)}.")
-            if row["ScanDir ID"].isdigit():
-                rows.setdefault(int(row["ScanDir ID"]), row)
+            person = _scan_id(row["ScanDir ID"])
+            if person is None:
+                continue
+            before, now = (parse_diagnosis(each.get("DX")) for each in (rows.get(person, {}), row))
+            if person not in rows or (before is None and now is not None):
+                rows[person], origin[person] = row, table
+            elif now not in (before, None):
+                raise LayoutError(
+                    f"{table}: gives person {person} another DX ({row['DX']}) than {origin[person]} does "
+                    f"({rows[person]['DX']}); give the folder of one study, or correct one of them."
+                )
     return tables[0], rows
+
+
+def _scan_id(text: str) -> int | None:
+    """Return a number such as 10001, 0010001 or (as spreadsheets write it) 10001.0; None for anything else."""
+    whole = text.removesuffix(".0")
+    return int(whole) if whole.isascii() and whole.isdigit() and len(whole) <= _LONGEST_ID else None

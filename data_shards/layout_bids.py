@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from boldforge.data_shards.dataset_files import files_named, is_outside
+from boldforge.data_shards.nifti import LONGEST_TR, SHORTEST_TR
 from boldforge.data_shards.phenotype import LayoutError, Phenotype, canonical, read_table
 from boldforge.data_shards.runs import Run, RunList, Skipped, links_not_entered
 
@@ -21,16 +22,21 @@ def find_bids(folder: Path, root: Path) -> RunList:
     Raises
     ------
     LayoutError
-        If ``participants.tsv`` has no ``participant_id`` column.
+        If ``participants.tsv`` has no ``participant_id`` column, or the folder holds several datasets with the same
+        subjects.
     """
-    participants = _read_participants(folder / "participants.tsv", root)
     versions: dict[tuple[tuple[str, str], ...], list[Path]] = {}
     for path in files_named(folder, re.compile(r"sub-.*_bold\.nii(\.gz)?$")):
         recording = tuple(item for item in _entities(path).items() if item[0] not in _VERSION_ENTITIES)
         versions.setdefault(recording, []).append(path)
     runs, skipped = [], links_not_entered(folder)
+    mni = {recording: [path for path in paths if _is_mni(path)] for recording, paths in versions.items()}
+    datasets = _datasets(folder, mni)
+    participants: dict[str, Phenotype] = {}
+    for dataset in [*datasets, folder]:  # the folder's own table has the last word
+        participants |= _read_participants(dataset / "participants.tsv", root)
     for recording, paths in versions.items():
-        in_mni = sorted((path for path in paths if _is_mni(path)), key=_preference)
+        in_mni = sorted(mni[recording], key=_preference)
         for path in paths:
             if path not in in_mni:
                 skipped.append(
@@ -40,7 +46,44 @@ def find_bids(folder: Path, root: Path) -> RunList:
                 skipped.append(Skipped(path, f"is another version of {in_mni[0].name}, which was taken."))
         if in_mni:
             runs.append(_run(folder, root, in_mni[0], dict(recording), participants))
-    return RunList(tuple(runs), tuple(skipped), "bids")
+    notes: tuple[str, ...] = ()
+    if len(datasets) > 1:
+        named = [str(dataset.relative_to(folder)) for dataset in datasets[:4]]
+        notes = (f"The runs come from {len(datasets)} folders: {', '.join(named)}{', …' * (len(datasets) > 4)}.",)
+    return RunList(tuple(runs), tuple(skipped), "bids", notes)
+
+
+def _datasets(folder: Path, versions: dict[tuple[tuple[str, str], ...], list[Path]]) -> list[Path]:
+    """Return the folders of the datasets that recordings belong to.
+
+    Two with the same subject are refused: in two studies that is two people, in the output of two pipelines one.
+    """
+    known: dict[Path, tuple[Path, bool]] = {}
+    owner: dict[str, Path] = {}
+    for recording, paths in versions.items():
+        for path in paths:
+            if path.parent not in known:
+                known[path.parent] = _dataset_of(folder, path.parent)
+            dataset, declared = known[path.parent]
+            # Folders of loose files may share a subject's recordings out among them, but no recording is in two.
+            names = [f"the subject {dict(recording)['sub']}"] if declared else []
+            for name in [*names, f"the file {path.name}"]:
+                if owner.setdefault(name, dataset) != dataset:
+                    raise LayoutError(
+                        f"{folder}: holds several datasets, and {name} is both in {owner[name]} and in {dataset}; give "
+                        "the folder of one, or a table of the runs (runs.tsv) in which every person has another name."
+                    )
+    return sorted(set(owner.values()))
+
+
+def _dataset_of(folder: Path, place: Path) -> tuple[Path, bool]:
+    """Return a file's dataset from its folder, and whether a description or the folders of subjects say it is one."""
+    within = [parent for parent in (place, *place.parents) if parent.is_relative_to(folder)]
+    for parent in within:
+        if (parent / "dataset_description.json").is_file():
+            return parent, True
+    above = [parent for parent in within if parent != folder and parent.name.startswith("sub-")]
+    return (above[-1].parent, True) if above else (place, False)
 
 
 def _run(folder: Path, root: Path, path: Path, entities: dict[str, str], participants: dict[str, Phenotype]) -> Run:
@@ -105,19 +148,28 @@ def _sidecar_tr(folder: Path, root: Path, path: Path, entities: dict[str, str]) 
     """Look for RepetitionTime beside the file, then in the dataset's shared sidecars (BIDS inheritance)."""
     stem = path.name.removesuffix(".gz").removesuffix(".nii")
     candidates = [path.parent / f"{stem}.json", path.parent / (stem.split("_space-")[0] + "_bold.json")]
-    candidates += [folder / f"task-{entities.get('task')}_bold.json"]
+    shared = f"task-{entities.get('task')}_bold.json"
+    candidates += [parent / shared for parent in path.parents if parent.is_relative_to(folder)]
     for sidecar in candidates:
         if sidecar.is_file():
             if is_outside(sidecar, root):
                 log.warning("%s: leads out of %s, so it is not read.", sidecar, root)
                 continue
             try:
-                seconds = json.loads(sidecar.read_text()).get("RepetitionTime")
-            except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-                log.warning("%s: is not a JSON object; the repetition time is taken from elsewhere.", sidecar)
+                stated = json.loads(sidecar.read_text()).get("RepetitionTime")
+            except (ValueError, RecursionError, AttributeError, OSError):
+                log.warning("%s: is not a readable JSON object; the repetition time is taken from elsewhere.", sidecar)
                 continue
-            if isinstance(seconds, int | float) and seconds > 0:
-                return float(seconds)
+            if stated is None:
+                continue
+            number = isinstance(stated, int | float) and not isinstance(stated, bool)
+            if number and SHORTEST_TR <= stated <= LONGEST_TR:
+                return float(stated)
+            log.warning(
+                "%s: has the RepetitionTime %.60r, expected seconds; the repetition time is taken from elsewhere.",
+                sidecar,
+                stated,
+            )
     return None
 
 

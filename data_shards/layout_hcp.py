@@ -9,10 +9,10 @@ from boldforge.data_shards.runs import Run, RunList, Skipped, links_not_entered
 
 # rfMRI_REST1_LR, tfMRI_MOTOR_RL; 7 T: rfMRI_REST1_7T_PA; Lifespan: rfMRI_REST1_AP. What follows is a cleaned version.
 _RUN = re.compile(
-    r"(?P<run>(?P<kind>[rt])fMRI_(?P<task>[A-Za-z]+)(?P<number>\d*)(?P<field>_7T)?_(?P<way>LR|RL|AP|PA))$"
+    r"(?P<run>(?P<kind>[rt])fMRI_(?P<task>[A-Za-z]+)(?P<number>[0-9]*)(?P<field>_7T)?_(?P<way>LR|RL|AP|PA))$"
 )
 _FILE = re.compile(r"[rt]fMRI_.*\.nii(\.gz)?$")
-_LIFESPAN = re.compile(r"(?P<subject>HC[AD]\d+)_(?P<visit>V\d+)_MR$")
+_LIFESPAN = re.compile(r"(?P<subject>HC[AD][0-9]+)_(?P<visit>V[0-9]+)_MR$")
 _TABLE = re.compile(r"(participants\.tsv|(un)?restricted.*\.csv)$", re.IGNORECASE)
 # Of several versions of a run the first of these is taken: as minimally preprocessed, so that all runs are alike.
 _VERSIONS = ("", "_hp2000_clean", "_hp0_clean", "_hp2000_clean_rclean_tclean", "_hp0_clean_rclean_tclean")

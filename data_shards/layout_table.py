@@ -3,16 +3,17 @@
 from pathlib import Path
 
 from boldforge.data_shards.dataset_files import why_refused
-from boldforge.data_shards.phenotype import LayoutError, canonical, parse_number, parse_value, read_table
+from boldforge.data_shards.nifti import LONGEST_TR, SHORTEST_TR
+from boldforge.data_shards.phenotype import LayoutError, canonical, is_missing, read_lines
 from boldforge.data_shards.runs import Run, RunList, Skipped
 
 _KNOWN = frozenset({"path", "subject", "session", "site", "tr", "task", "run", "mask", "confounds"})
 
 
-def find_table(source: Path, root: Path) -> RunList:
+def find_table(source: Path, root: Path, tr: float | None = None) -> RunList:
     """Read a TSV or CSV with the columns ``path`` and ``subject``.
 
-    Optional ones are session, site, tr, task, run, mask and confounds.
+    Optional ones are session, site, tr, task, run, mask and confounds. With a `tr`, the column is not looked at.
 
     Paths are relative to the table and stay in its folder, or in `root`. All other columns become phenotypes.
 
@@ -25,40 +26,74 @@ def find_table(source: Path, root: Path) -> RunList:
     if not table.is_file():
         raise LayoutError(f"{table}: no such table; write one with the columns path and subject.")
     runs, skipped = [], []
-    for number, raw in enumerate(read_table(table, root), start=2):
+    for line, raw in read_lines(table, root):
         row = {name.lower() if name.lower() in _KNOWN else name: value for name, value in raw.items()}
         for column in ("path", "subject"):
             if column not in row:
                 raise LayoutError(f"{table}: has no column {column!r}; its columns are {', '.join(raw)}.")
-        path = table.parent / row["path"]
-        reason = why_refused(path, root) if row["path"] else None
-        if reason is not None:
-            skipped.append(Skipped(path, f"line {number} of {table.name} names a file that {reason}"))
-        elif not row["path"] or not path.is_file():
-            skipped.append(Skipped(path, f"line {number} of {table.name} names this file, but it does not exist."))
-        elif not row["subject"]:
-            skipped.append(Skipped(path, f"line {number} of {table.name} has no subject; fill it in."))
-        else:
-            runs.append(
-                Run(
-                    subject=row["subject"].removeprefix("sub-"),
-                    session=_text(row, "session"),
-                    site=_text(row, "site"),
-                    tr=parse_number(row.get("tr")),
-                    path=path,
-                    mask_path=_beside(table, row, "mask"),
-                    phenotype=canonical(row, _KNOWN),
-                    task=_text(row, "task"),
-                    number=_text(row, "run"),
-                    confounds_path=_beside(table, row, "confounds"),
-                )
-            )
+        try:
+            runs.append(_run(table, root, row | {"tr": "" if tr is not None else row.get("tr", "")}))
+        except _UnusableError as error:
+            skipped.append(Skipped(table.parent / row["path"], f"line {line} of {table.name} {error}"))
     return RunList(tuple(runs), tuple(skipped), "table")
 
 
-def _beside(table: Path, row: dict[str, str], column: str) -> Path | None:
-    return table.parent / row[column] if row.get(column) else None
+class _UnusableError(Exception):
+    """What is wrong with a row; the rest of a sentence that names the row."""
+
+
+def _run(table: Path, root: Path, row: dict[str, str]) -> Run:
+    if not row["path"]:
+        raise _UnusableError("has no path; fill it in.")
+    if is_missing(row["subject"]):
+        raise _UnusableError("has no subject; fill it in.")
+    return Run(
+        subject=row["subject"].removeprefix("sub-"),
+        session=_text(row, "session"),
+        site=_text(row, "site"),
+        tr=_seconds(row["tr"]),
+        path=_file(table, root, row["path"], "a file"),
+        mask_path=_beside(table, root, row, "mask"),
+        phenotype=canonical(row, _KNOWN),
+        task=_text(row, "task"),
+        number=_text(row, "run"),
+        confounds_path=_beside(table, root, row, "confounds"),
+    )
+
+
+def _seconds(text: str) -> float | None:
+    if is_missing(text):
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = float("nan")
+    if not SHORTEST_TR <= seconds <= LONGEST_TR:
+        raise _UnusableError(
+            f"has {text!r} in the column tr, expected seconds from {SHORTEST_TR:g} to {LONGEST_TR:g}, for example 2.0; "
+            "mend it, or leave it empty to take the header's."
+        )
+    return seconds
+
+
+def _file(table: Path, root: Path, name: str, called: str) -> Path:
+    path = table.parent / name
+    try:
+        reason = why_refused(path, root)
+        exists = path.is_file()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+        raise _UnusableError(f"has a path that no file can have ({error}); mend it.") from None
+    if reason is not None:
+        raise _UnusableError(f"names {called} that {reason}")
+    if not exists:
+        raise _UnusableError(f"names {called} that {'is no file' if path.exists() else 'does not exist'}; mend it.")
+    return path
+
+
+def _beside(table: Path, root: Path, row: dict[str, str], column: str) -> Path | None:
+    name = _text(row, column)
+    return None if name is None else _file(table, root, name, f"the {column} {name}")
 
 
 def _text(row: dict[str, str], column: str) -> str | None:
-    return None if parse_value(row.get(column)) is None else row[column]
+    return None if is_missing(row.get(column)) else row[column]

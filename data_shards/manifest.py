@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from pydantic import ConfigDict, PlainSerializer, PlainValidator, PrivateAttr, ValidationError
+from pydantic import ConfigDict, PlainSerializer, PlainValidator, PrivateAttr
 
 from boldforge.configs import StrictModel
 from boldforge.data_shards.grid import Grid, mask_hash
@@ -140,7 +140,7 @@ class Manifest(StrictModel):
         path = self.folder / MASK_FILE
         try:
             mask = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of a damaged header numpy lets through whatever Python's tokenizer raises
             raise ShardError(f"{path}: the brain mask cannot be read ({error}); build the shards again.") from None
         # numpy takes any byte for a bool: one that is neither 0 nor 1 is a flipped bit.
         whole = mask.dtype == np.bool_ and mask.view(np.uint8).max(initial=0) <= 1
@@ -168,10 +168,23 @@ def load_manifest(path: str | Path) -> Manifest:
         If there is none, it is not valid, was edited, or was written by a newer version.
     """
     path = Path(path)
-    path = path / MANIFEST_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise ShardError(f"{path}: no manifest here; build the shards with: boldforge shard INPUT --out {path.parent}")
-    manifest = parse_manifest(path.read_bytes(), str(path), str(path.parent)).placed_in(path.parent)
+    try:
+        if not path.exists():
+            raise ShardError(
+                f"{path}: no such folder of shards; check the name, or build it: boldforge shard INPUT --out {path}"
+            )
+        path = path / MANIFEST_FILE if path.is_dir() else path
+        if not path.exists():
+            raise ShardError(
+                f"{path}: no manifest here; build the shards with: boldforge shard INPUT --out {path.parent}"
+            )
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise ShardError(
+            f"{path}: the manifest cannot be read ({getattr(error, 'strerror', None) or error}); check that it is a "
+            "file, and its permissions."
+        ) from None
+    manifest = parse_manifest(data, str(path), str(path.parent)).placed_in(path.parent)
     if len(manifest.runs) != manifest.n_runs:
         raise ShardError(
             f"{path}: names {manifest.n_runs} runs, its index {len(manifest.runs)}; build the shards again."
@@ -204,7 +217,7 @@ def parse_manifest(data: bytes, name: str, folder: str) -> Manifest:
                 f"build the shards again: boldforge shard INPUT --out {folder} --overwrite"
             )
         manifest = Manifest.model_validate(content)
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, JSON of something else, or nested beyond reason
         first = str(error).splitlines()[0]
         raise ShardError(f"{name}: is not a valid manifest ({first}); build the shards again.") from None
     if manifest.computed_hash() != manifest.content_hash or software_xxh3(manifest.software) != manifest.software_xxh3:

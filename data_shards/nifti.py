@@ -39,8 +39,8 @@ SIMULATED_MARK = b"simulated by BoldForge"
 _DEFLATE_LIMIT = 1032
 _SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
 # No scanner takes 100 s for a volume, and 2000 in a field labelled "sec" is the commonest wrong label there is.
-_LONGEST_TR = 100.0
-_SHORTEST_TR = 0.02
+LONGEST_TR = 100.0
+SHORTEST_TR = 0.02
 _NOT_READABLE: tuple[type[Exception], ...] = (
     OSError,
     EOFError,
@@ -162,7 +162,7 @@ def open_bold(path: str | Path, tr: float | None = None) -> Bold:
         ) from None
     if tr is None:
         tr = _read_tr(path, image)
-    elif not (np.isfinite(tr) and _SHORTEST_TR <= tr <= _LONGEST_TR):
+    elif not (np.isfinite(tr) and SHORTEST_TR <= tr <= LONGEST_TR):
         raise HeaderError(f"{path}: a repetition time of {tr} s was given; expected seconds, for example 2.0.")
     simulated = bytes(image.header["descrip"]).startswith(SIMULATED_MARK)
     return Bold(path, image, affine, float(tr), n_frames, simulated)
@@ -277,12 +277,12 @@ def _read_tr(path: Path, image: Any) -> float:
     code = int(image.header["xyzt_units"]) & 0x38
     unit = {8: "sec", 16: "msec", 24: "usec"}.get(code, "sec")
     tr = step * _SECONDS[unit]
-    if unit == "sec" and tr > _LONGEST_TR:
+    if unit == "sec" and tr > LONGEST_TR:
         log.warning("%s: a repetition time of %g s cannot be; read as milliseconds.", path, step)
         tr *= 1e-3
     if not np.isfinite(tr) or tr <= 0:
         raise HeaderError(f"{path}: its header gives no repetition time (found {step:g}); pass it with --source-tr.")
-    if not _SHORTEST_TR <= tr <= _LONGEST_TR:
+    if not SHORTEST_TR <= tr <= LONGEST_TR:
         raise HeaderError(
             f"{path}: its header gives an impossible repetition time ({step:g} {unit}); pass it with --source-tr."
         )

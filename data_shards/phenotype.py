@@ -1,7 +1,9 @@
 """Read phenotype tables: missing codes, canonical names and values."""
 
 import csv
+import io
 import math
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
@@ -32,39 +34,70 @@ def read_table(path: Path, root: Path | None = None) -> list[dict[str, str]]:
     Raises
     ------
     LayoutError
-        If the file is empty, has no header, repeats a column, is not UTF-8 text, or leads out of `root`.
+        If the file is empty, has no header, repeats a column, is not UTF-8 text, has a quote that is not closed, or
+        leads out of `root`.
     """
+    return [row for _, row in read_lines(path, root)]
+
+
+def read_lines(path: Path, root: Path | None = None) -> list[tuple[int, dict[str, str]]]:
+    """Read a table as `read_table` does, each row with the number of the line on which it starts."""
     if root is not None and (reason := why_refused(path, root)):
         raise LayoutError(f"{path}: {reason}")
     if path.name.lower().endswith((".nii", ".nii.gz")):
         raise LayoutError(f"{path}: is one scan, expected a folder of scans or a table of runs; pass its folder.")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise LayoutError(f"{path}: is not UTF-8 text; save it as a TSV or CSV file in UTF-8.") from None
-    lines = [line for line in lines if line.strip()]
-    if not lines:
+    rows = list(_cells(path, text))
+    if not rows:
         raise LayoutError(f"{path}: the table is empty, expected a header line and one line per row.")
-    rows = csv.reader(lines, delimiter="\t" if "\t" in lines[0] else ",")
-    header = [name.strip() for name in next(rows)]
+    header = rows[0][1]
     repeated = {name for name in header if header.count(name) > 1}
     if repeated:
         raise LayoutError(f"{path}: column {sorted(repeated)[0]!r} occurs twice; rename one.")
-    return [
-        {name: value.strip() for name, value in zip_longest(header, row[: len(header)], fillvalue="")} for row in rows
-    ]
+    return [(line, dict(zip_longest(header, row[: len(header)], fillvalue=""))) for line, row in rows[1:]]
+
+
+def _cells(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line on which a row starts, and its cells, stripped; rows of empty cells are passed over."""
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    rows = csv.reader(io.StringIO(text), delimiter="\t" if "\t" in first else ",", strict=True)
+    start = 1
+    try:
+        for row in rows:
+            cells = [cell.strip() for cell in row]
+            if any(cells):
+                yield start, cells
+            start = rows.line_num + 1
+    except csv.Error as error:
+        # Read on without strict rules, a quote that is never closed would take all rows after it into one cell.
+        raise LayoutError(
+            f"{path}: the row at line {start} cannot be told apart into cells ({error}); close or remove its quotes."
+        ) from None
+
+
+def is_missing(text: str | None) -> bool:
+    """Say whether a cell is empty or one of the codes for "not known", -999 among them."""
+    if text is None or text.strip().lower() in MISSING:
+        return True
+    try:
+        return float(text) == _NOT_MEASURED
+    except ValueError:
+        return False
 
 
 def parse_value(text: str | None) -> float | str | None:
     """Return a number where the text is one, None where it is a missing code or not finite, else the text."""
-    if text is None or text.strip().lower() in MISSING:
+    if text is None or is_missing(text):
         return None
     try:
         number = float(text)
     except ValueError:
         return text.strip()
     # JSON has no infinity: it would come back from the manifest as something else.
-    return number if math.isfinite(number) and number != _NOT_MEASURED else None
+    return number if math.isfinite(number) else None
 
 
 def parse_number(text: str | None) -> float | None:

@@ -19,7 +19,14 @@ from boldforge.data_shards.tables import ShardEntry, ShardError, write_atomic
 
 logger = logging.getLogger(__name__)
 
-PROTOCOLS = ("s3", "gs", "gcs", "hf", "http", "https", "abfs", "az", "file", "memory")
+# What to install where fsspec finds nothing that speaks a protocol; file and memory are its own.
+PROTOCOLS = {
+    **dict.fromkeys(("s3", "gs", "gcs"), "'boldforge[remote]'"),
+    "hf": "huggingface_hub",
+    **dict.fromkeys(("http", "https"), "aiohttp"),
+    **dict.fromkeys(("abfs", "az"), "adlfs"),
+    **dict.fromkeys(("file", "memory"), "fsspec"),
+}
 CACHE_VARIABLE = "BOLDFORGE_CACHE"
 CACHE_BYTES = 32 * 2**30
 _WAITS = (0.2, 1.0, 3.0)  # seconds before another try
@@ -141,11 +148,15 @@ class RemoteShards:
         except FileNotFoundError:
             raise ShardError(f"{url}: is missing; copy the dataset there again.") from None
         except ImportError as error:
-            raise RemoteError(f"{url}: needs a package that is not installed ({error}).") from None
+            raise RemoteError(
+                f"{url}: needs a package that is not installed ({_one_line(error)}); install it: pip install "
+                f"{PROTOCOLS[self.url.partition('://')[0]]}"
+            ) from None
         # Every backend raises its own kinds: OSError, aiohttp's, botocore's, Google's.
         except Exception as error:
             raise RemoteError(
-                f"{url}: cannot be fetched ({type(error).__name__}: {error}); check the address and the connection."
+                f"{url}: cannot be fetched ({type(error).__name__}: {_one_line(error)}); check the address and the "
+                "connection."
             ) from None
 
     def _filesystem(self) -> Any:
@@ -159,6 +170,10 @@ class RemoteShards:
             protocol = self.url.partition("://")[0]
             self._connection = (os.getpid(), fsspec.filesystem(protocol, skip_instance_cache=True))
         return self._connection[1]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _patiently(work: Callable[[], Result]) -> Result:

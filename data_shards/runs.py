@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from boldforge.data_shards.dataset_files import files_named, is_outside, links_to_folders, why_refused
-from boldforge.data_shards.nifti import HeaderError, open_bold
+from boldforge.data_shards.nifti import LONGEST_TR, SHORTEST_TR, HeaderError, open_bold
 from boldforge.data_shards.phenotype import LayoutError, Phenotype
 
 Layout = Literal["auto", "bids", "adhd200", "hcp", "table"]
+EXPECTED = {
+    "bids": "fMRIPrep names (sub-*_bold.nii.gz)",
+    "adhd200": "ADHD-200 Athena names (sfnwmrda<ID>_session_<n>_rest_<m>.nii.gz)",
+    "hcp": "HCP folders (<subject>/MNINonLinear/Results/rfMRI_*)",
+    "table": "a table runs.tsv with the columns path and subject",
+}
+"""What a folder of each layout holds, as messages say it."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +106,18 @@ def find_runs(
     Raises
     ------
     LayoutError
-        If the folder does not exist, its layout cannot be told, or its table is malformed or lies outside `root`.
+        If the folder does not exist, its layout cannot be told or nothing in it fits the one asked for, it holds
+        several datasets or layouts, its table is malformed or lies outside `root`, or `tr` is no repetition time.
     """
     from boldforge.data_shards.layout_adhd200 import find_adhd200
     from boldforge.data_shards.layout_bids import find_bids
     from boldforge.data_shards.layout_hcp import find_hcp
     from boldforge.data_shards.layout_table import find_table
 
+    if tr is not None and not SHORTEST_TR <= tr <= LONGEST_TR:
+        raise LayoutError(
+            f"--source-tr is {tr:g}, expected seconds from {SHORTEST_TR:g} to {LONGEST_TR:g}, for example 2.0."
+        )
     folder = Path(folder)
     if not folder.exists():
         raise LayoutError(f"{folder}: no such folder or table of runs.")
@@ -118,11 +130,14 @@ def find_runs(
         "bids": lambda: find_bids(folder, root),
         "adhd200": lambda: find_adhd200(folder, root, band_passed),
         "hcp": lambda: find_hcp(folder, root),
-        "table": lambda: find_table(folder, root),
+        "table": lambda: find_table(folder, root, tr),
     }
     if chosen not in finders:
         raise LayoutError(f"Unknown layout {layout!r}; valid layouts are auto, {', '.join(finders)}.")
-    found = _without_repeats(_inside(finders[chosen](), root))
+    found = finders[chosen]()
+    if not found.runs and not found.skipped and not found.notes:
+        raise LayoutError(f"{folder}: holds no runs in the layout {chosen}; expected {EXPECTED[chosen]}.")
+    found = _without_repeats(_inside(found, root), folder)
     if tr is not None:
         found = replace(found, runs=tuple(replace(run, tr=tr) for run in found.runs))
     return found
@@ -134,24 +149,28 @@ def detect_layout(folder: Path) -> str:
     Raises
     ------
     LayoutError
-        If nothing in it looks like a known layout.
+        If nothing in it looks like a known layout, or files look like two.
     """
     if folder.is_file() or (folder / "runs.tsv").is_file():
         return "table"
     from boldforge.data_shards.layout_hcp import is_hcp
 
+    first: dict[str, Path] = {}
     for path in files_named(folder, re.compile(r".*\.nii(\.gz)?$")):
-        if re.match(r"s?f?nwmrda\d+", path.name):
-            return "adhd200"
-        if is_hcp(path):
-            return "hcp"
-        if re.match(r"sub-[^_]+_.*bold\.nii(\.gz)?$", path.name):
-            return "bids"
-    raise LayoutError(
-        f"{folder}: no runs found; expected fMRIPrep names (sub-*_bold.nii.gz), ADHD-200 Athena names "
-        "(sfnwmrda*.nii.gz), HCP folders (<subject>/MNINonLinear/Results/rfMRI_*), or a table runs.tsv with the "
-        "columns path and subject."
-    )
+        if re.match(r"s?f?nwmrda[0-9]", path.name):
+            first.setdefault("adhd200", path)
+        elif is_hcp(path):
+            first.setdefault("hcp", path)
+        elif re.match(r"sub-[^_]+_.*bold\.nii(\.gz)?$", path.name):
+            first.setdefault("bids", path)
+    if len(first) > 1:
+        seen = ", ".join(f"{layout} ({path.relative_to(folder)})" for layout, path in first.items())
+        raise LayoutError(
+            f"{folder}: holds files of several layouts, {seen}; give the folder of one study, or choose with --layout."
+        )
+    if first:
+        return next(iter(first))
+    raise LayoutError(f"{folder}: no runs found; expected {', '.join(EXPECTED.values())}.")
 
 
 def check_headers(found: RunList) -> RunList:
@@ -187,13 +206,31 @@ def _inside(found: RunList, root: Path) -> RunList:
     return replace(found, runs=tuple(runs), skipped=tuple(skipped))
 
 
-def _without_repeats(found: RunList) -> RunList:
+def _without_repeats(found: RunList, folder: Path) -> RunList:
+    """Skip runs whose names in the dataset say too little to tell them apart: repeated ones, and empty ones."""
     kept: dict[str, Run] = {}
     skipped = list(found.skipped)
     for run in sorted(found.runs, key=lambda run: (run.key, str(run.path))):
-        if run.key in kept:
-            reason = f"has the same name in the dataset ({run.key}) as {kept[run.key].path.name}; rename one of them."
+        if re.search("[A-Za-z0-9]", run.subject) is None:
+            reason = f"its subject {run.subject!r} has no letter a-z or digit, of which names are made; rename it."
             skipped.append(Skipped(run.path, reason))
+        elif run.key in kept:
+            skipped.append(Skipped(run.path, _repeated(run, kept[run.key], folder)))
         else:
             kept[run.key] = run
     return replace(found, runs=tuple(kept.values()), skipped=tuple(skipped))
+
+
+def _repeated(run: Run, first: Run, folder: Path) -> str:
+    if run.path == first.path:
+        return f"is named twice as the run {run.key}, and taken once; remove one of the rows."
+    other = first.path.relative_to(folder) if first.path.is_relative_to(folder) else first.path
+    if run.subject != first.subject:
+        return (
+            f"its subject {run.subject!r} would have the same name in the dataset ({run.key}) as {first.subject!r} of "
+            f"{other}, since only letters a-z and digits count; rename one."
+        )
+    return (
+        f"has the same name in the dataset ({run.key}) as {other}, which was taken; if both are to be used, give them "
+        "different subjects, sessions or runs."
+    )

@@ -32,7 +32,13 @@ from boldforge.launch.progress import progress
 def print_inspection(
     folder: Path, layout: Layout, source_tr: float | None, console: Console, root: Path | None = None
 ) -> None:
-    """Print a table of the runs in a folder, opened but not decoded, and of what would be skipped and why."""
+    """Print a table of the runs in a folder, opened but not decoded, and of what would be skipped and why.
+
+    Raises
+    ------
+    ConfigError
+        If nothing in the folder can be used, once that is printed.
+    """
     found = check_headers(find_runs(folder, layout, source_tr, root=root))
     counts = f"{len(found.runs)} usable runs, {len(found.skipped)} skipped"
     console.print(f"{folder}: layout {found.layout}, {counts}.", highlight=False, soft_wrap=True)
@@ -47,6 +53,10 @@ def print_inspection(
         console.print(note, highlight=False, soft_wrap=True)
     for path, reason in found.skipped:
         console.print(Text(f"skipped {_below(path, folder)}: {reason.removeprefix(f'{path}: ')}"), soft_wrap=True)
+    if not found.runs:
+        raise ConfigError(
+            f"{folder}: none of the {len(found.skipped)} files found can be used; the reasons are listed above."
+        )
 
 
 def is_dataset(path: Path) -> bool:
@@ -128,9 +138,9 @@ def shard_folder(
     Raises
     ------
     ConfigError
-        If there is no `out`.
+        If there is no `out`, or it lies in the folder.
     """
-    out = _required(out)
+    out = _outside(folder, _required(out))
     shard_runs(find_runs(folder, source.layout, source.tr, root=source.root), out, recipe, console, crew, overwrite)
 
 
@@ -149,7 +159,7 @@ def shard_runs(
 
 def append(folder: Path, out: Path | None, source: Source, crew: Crew, console: Console) -> None:
     """Add the new runs of a folder to a dataset, and print how many there were."""
-    out = _required(out)
+    out = _outside(folder, _required(out))
     found = find_runs(folder, source.layout, source.tr, root=source.root)
     with progress(f"append to {out}", "runs") as on_progress:
         report = append_shards(found, out, crew.workers, on_progress, crew.address)
@@ -206,6 +216,14 @@ def _required(out: Path | None) -> Path:
     return out
 
 
+def _outside(folder: Path, out: Path) -> Path:
+    """Refuse to write where the runs are: a user's data are only read."""
+    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        place = "is the input itself" if out.resolve() == folder.resolve() else f"lies in the input {folder}"
+        raise ConfigError(f"{out}: {place}, which is only read; choose an --out elsewhere.")
+    return out
+
+
 def _print_rejected(out: Path, count: int, console: Console) -> None:
     if count:
         listed = f"{count} files left out; the reasons are in {out / 'rejected.tsv'}."
@@ -224,6 +242,7 @@ def export(folder: Path, out: Path, console: Console) -> None:
 
 def verify(folder: Path, console: Console) -> int:
     """Read a dataset against its checksums, print everything that is damaged, and return the exit code."""
+    load_manifest(folder)  # what is no dataset is told at once
     with progress(f"verify {folder}", "shards") as on_progress:
         damages = verify_shards(folder, on_progress)
     for damage in damages:

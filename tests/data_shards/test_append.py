@@ -85,7 +85,10 @@ def test_new_runs_that_cannot_be_used_are_listed_and_the_dataset_stays_as_it_was
         report = append_shards(find_runs(path.parent), dataset)
         assert (report.added, report.known, len(report.rejected)) == (0, 3, 1)
     after = contents(dataset)
-    assert after.pop("rejected.tsv") == f"path\treason\n{path}\t{report.rejected[0].reason}\n".encode()
+    assert (
+        after.pop("rejected.tsv")
+        == f"path\treason\n{path}\t{report.rejected[0].reason.removeprefix(f'{path}: ')}\n".encode()
+    )
     before.pop("rejected.tsv")
     assert after == before
 
@@ -137,7 +140,7 @@ def test_an_append_that_is_killed_while_it_publishes_keeps_the_old_dataset_and_g
 
 def test_there_must_be_a_dataset(tmp_path, write_bold):
     found = find_runs(write_bold(name("01")).parent)
-    with pytest.raises(ShardError, match="no manifest here"):
+    with pytest.raises(ShardError, match="no such folder of shards"):
         append_shards(found, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

@@ -232,7 +232,7 @@ def test_a_killed_build_is_cleaned_up_by_the_next(write_bold, tmp_path):
 def test_no_usable_run_is_an_error_that_names_a_reason(write_bold, tmp_path):
     path = write_bold(name("01"))
     path.write_bytes(b"")
-    with pytest.raises(BuildError, match=r"none of the 1 files could be used; .* is empty"):
+    with pytest.raises(BuildError, match=r"none of the 1 files could be used, the first of them .*: the file is empty"):
         build_shards(find_runs(path.parent), tmp_path / "out", RECIPE)
     assert not (tmp_path / "out/manifest.json").exists()
     assert "is empty" in (tmp_path / "out/rejected.tsv").read_text()

@@ -161,7 +161,7 @@ def test_table_gives_everything_by_column(place):
     assert (one.key, one.site, one.tr, one.phenotype) == ("sub-P1_ses-2", "X", 1.5, {"diagnosis": 0.0, "age": 30.0})
     assert (two.key, two.session, two.tr, two.phenotype["diagnosis"]) == ("sub-P2", None, None, 1.0)
     assert "does not exist" in reasons(found)["gone.nii.gz"]
-    assert "same name in the dataset (sub-P2)" in reasons(found)["second.nii.gz"]
+    assert "is named twice as the run sub-P2, and taken once" in reasons(found)["second.nii.gz"]
     assert find_runs(root / "runs.tsv").runs == found.runs
 
 

@@ -98,8 +98,18 @@ def test_the_version_is_printed():
             ["shard", ".", "--verify", "--out", "x"],
             "--verify reads the folder of shards it is given, and takes no --out",
         ),
-        (["shard", "nowhere", "--export-zarr", "z"], "no manifest here"),
-        (["shard", ".", "--out", "nowhere", "--append"], "no manifest here"),
+        (["shard", "nowhere", "--export-zarr", "z"], "nowhere: no such folder of shards"),
+        (["shard", "nowhere", "--verify"], "nowhere: no such folder of shards; check the name"),
+        (["shard", ".", "--verify"], "manifest.json: no manifest here"),
+        (["shard", ".", "--out", "nowhere", "--append"], "nowhere: no such folder of shards"),
+        (["shard", ".", "--out", "."], ".: is the input itself, which is only read; choose an --out elsewhere"),
+        (["shard", ".", "--out", "sub/shards"], "sub/shards: lies in the input ., which is only read"),
+        (["inspect", ".", "--source-tr", "0"], "--source-tr is 0, expected seconds from 0.02 to 100"),
+        (["inspect", ".", "--source-tr", "nan"], "--source-tr is nan, expected seconds"),
+        (["shard", "nowhere", "--out", "x", "--source-tr", "-2"], "--source-tr is -2, expected seconds"),
+        (["inspect", ".", "--layout", "adhd200"], ".: holds no runs in the layout adhd200; expected ADHD-200 Athena"),
+        (["inspect", ".", "--layout", "bids"], ".: holds no runs in the layout bids; expected fMRIPrep names"),
+        (["inspect", ".", "--layout", "hcp"], ".: holds no runs in the layout hcp; expected HCP folders"),
         (["shard", ".", "--out", "x", "--append", "--overwrite"], "pass one of them"),
         (["simulate", "x", "--region", "Atlantis"], "no region named Atlantis"),
         (["release", "nowhere", "--out", "x"], "nowhere/config.json: no such file"),
@@ -258,13 +268,32 @@ def test_a_dataset_is_verified_appended_to_and_exported_from_the_command_line(mi
     assert "shard-000001.tar: run sub-new_task-rest: frame 0 damaged" in text
 
 
-def test_a_folder_of_nothing_but_bad_runs_is_an_error(tmp_path, monkeypatch, capsys):
-    (tmp_path / "sub-empty_task-rest_space-MNI152_bold.nii.gz").write_bytes(b"")
-    monkeypatch.setattr(sys, "argv", ["boldforge", "shard", str(tmp_path), "--out", str(tmp_path / "shards")])
+@pytest.mark.parametrize("verb", ["inspect", "shard"])
+def test_a_folder_of_nothing_but_bad_runs_is_an_error(verb, tmp_path, monkeypatch, capsys):
+    folder, out = tmp_path / "study", tmp_path / "shards"
+    folder.mkdir()
+    (folder / "sub-empty_task-rest_space-MNI152_bold.nii.gz").write_bytes(b"")
+    options = ["--out", str(out)] if verb == "shard" else []
+    monkeypatch.setattr(sys, "argv", ["boldforge", verb, str(folder), *options])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2
-    assert "none of the 1 files could be used" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert f"none of the 1 files {'could' if verb == 'shard' else 'found can'} be used" in said.err.splitlines()[-1]
+    assert "the file is empty" in (said.err if verb == "shard" else said.out)
+
+
+def test_nothing_is_written_into_the_input_and_nothing_done_is_called_done(mixed_folder, tmp_path, boldforge):
+    before = sorted(mixed_folder.rglob("*"))
+    (tmp_path / "link").symlink_to(mixed_folder)
+    for out in (mixed_folder, mixed_folder / "sub" / "shards", tmp_path / "link" / "shards"):
+        done = boldforge("shard", mixed_folder, "--out", out)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "the input" in done.stderr and "which is only read" in done.stderr
+    assert sorted(mixed_folder.rglob("*")) == before
+    done = boldforge("shard", tmp_path / "nosuch", "--verify")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "nosuch: no such folder of shards" in done.stderr
 
 
 def test_simulate_says_that_it_simulated(tmp_path):

@@ -162,7 +162,7 @@ def test_without_html_a_folder_of_shards_gives_a_short_table(shards, monkeypatch
         (["SHARDS", "--anonymous"], "pass --html OUT.html too"),
         (["SHARDS", "--html", "page.html", "--layout", "bids"], "takes no --layout"),
         (["empty", "--html", "page.html"], "no manifest here; build the shards with"),
-        (["nowhere", "--html", "page.html"], "no manifest here; build the shards with"),
+        (["nowhere", "--html", "page.html"], "nowhere: no such folder of shards; check the name"),
         (["damaged", "--html", "page.html"], "does not match its checksum"),
         (["SHARDS", "--html", "file/page.html"], "file"),
     ],
