@@ -1,7 +1,8 @@
 """Checkpoints that are either whole or absent.
 
 A checkpoint is written under a temporary name, listed with sizes and hashes, flushed to disk and only then renamed.
-A kill at any moment leaves the last committed checkpoint as it was; a damaged one is noticed and passed over.
+A kill at any moment leaves the last committed checkpoint as it was; a damaged one is noticed and passed over. What it
+holds belongs to no number of ranks and to no ZeRO stage, see `boldforge.pretrain.training_state`.
 """
 
 import json
@@ -9,14 +10,17 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch.distributed as dist
 import xxhash
+from safetensors import SafetensorError
 
 from boldforge.configs import BoldForgeError
+from boldforge.pretrain.training_state import write_state
 
 logger = logging.getLogger(__name__)
 _LISTING = "checkpoint.json"
@@ -25,6 +29,28 @@ _DAMAGED = "damaged"
 
 class CheckpointError(BoldForgeError):
     """A checkpoint cannot be continued from."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint.
+
+    Attributes
+    ----------
+    folder
+        ``step-XXXXXXXX``.
+    step
+        Optimiser steps done.
+    state
+        As given to `save_checkpoint`.
+    world_size
+        Ranks of the run that wrote it.
+    """
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+    world_size: int
 
 
 def save_checkpoint(
@@ -51,16 +77,21 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".writing-*"):
             shutil.rmtree(leftover)
+        partial.mkdir()
 
     _on_rank_zero(prepare)
     try:
-        engine.save_checkpoint(str(folder), tag=partial.name, client_state={"step": step}, save_latest=False)
-    except (OSError, RuntimeError) as error:
-        # torch's writer turns a full disk into a RuntimeError about positions in the file.
+        write_state(engine, partial)
+        problem = None
+    except (OSError, SafetensorError) as error:
+        problem = _line(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if any(problems):
         raise CheckpointError(
-            f"{folder}: the checkpoint of step {step} could not be written ({_line(error)}); free some space and run "
-            "the same command again, it goes on from the last checkpoint."
-        ) from error
+            f"{folder}: the checkpoint of step {step} could not be written ({next(filter(None, problems))}); free some "
+            "space and run the same command again, it goes on from the last checkpoint."
+        )
 
     def commit() -> None:
         files = {path.name: _hash_and_flush(path) for path in sorted(partial.iterdir())}
@@ -87,18 +118,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any] | None:
-    """Load the newest whole checkpoint into the engine; called by every rank.
+def find_checkpoint(folder: Path) -> Checkpoint | None:
+    """Find the newest whole checkpoint; called by every rank.
 
     Returns
     -------
-    dict or None
-        ``step`` and ``state`` as saved, or None when there is nothing to continue from.
+    Checkpoint or None
+        None when there is nothing to continue from.
 
     Raises
     ------
     CheckpointError
-        If the checkpoint was written by another number of ranks.
+        If every checkpoint is damaged, or this version cannot read the newest.
     """
     box: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -112,14 +143,12 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str
             f"{folder}: every checkpoint is damaged, so the run cannot go on; move the folder away to start anew."
         )
     listing = json.loads((folder / box[0] / _LISTING).read_text())
-    if listing["world_size"] != dist.get_world_size():
+    if not any(name.endswith(".safetensors") for name in listing["files"]):
         raise CheckpointError(
-            f"{folder / box[0]} was written by {listing['world_size']} rank(s) and cannot be continued by "
-            f"{dist.get_world_size()}; start with --ranks {listing['world_size']}, or choose another out folder."
+            f"{folder / box[0]} was written by an older version of boldforge, in files of DeepSpeed's that belong to "
+            "one number of ranks; finish the run with that version, or choose another out folder."
         )
-    # DeepSpeed unpickles here. The hashes notice damage, not malice: never resume a run folder from somebody else.
-    engine.load_checkpoint(str(folder), tag=box[0])
-    return {"step": listing["step"], "state": listing["state"]}
+    return Checkpoint(folder / box[0], listing["step"], listing["state"], listing["world_size"])
 
 
 def _on_rank_zero(action: Callable[[], None]) -> None:

@@ -42,6 +42,11 @@ class PretrainConfig(StrictModel):
         ge=1,
         description="Clips per rank and forward pass; smaller needs less memory. None: the rank's whole share.",
     )
+    checkpoint_activations: bool = Field(
+        False,
+        description="Keep only the input of every block and compute the rest again in the backward pass: less memory, "
+        "more time, the same bits.",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         2, description="What ZeRO shards: 1 optimiser, 2 also gradients, 3 also parameters."
     )

@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from boldforge.kernels import ScanIndex, window_index
 from boldforge.pretrain.mamba import Block, ShiftedMamba
@@ -58,7 +59,9 @@ class PatchExpanding(nn.Module):
         """[B, S', T, C] and int64 [S] twice to [B, S, T, C/2]."""
         B, S, T, C = x_BSTC.shape
         children = self.expand(x_BSTC).view(B, S, T, 8, C // 2).transpose(2, 3).reshape(B, S * 8, T, C // 2)
-        return self.norm(children.index_select(1, parent_S * 8 + slot_S))
+        children = children.index_select(1, parent_S * 8 + slot_S)
+        # Under autocast LayerNorm gives float32 on CUDA, but bf16 on the CPU: the residual stream is float32 on both.
+        return self.norm(children.to(torch.promote_types(children.dtype, torch.float32)))
 
 
 class EncoderStage(nn.Module):
@@ -82,6 +85,12 @@ class NeuroStorm(nn.Module):
         Shape of the network.
     token_grid
         Tokens of a clip; ``config.frames`` frames, ``config.n_stages`` stages.
+
+    Attributes
+    ----------
+    checkpoint_activations : bool
+        Keep only the input of every block for the backward pass, which computes the rest again: the same bits, less
+        memory, a third more work. False at first.
     """
 
     patch_voxels: Tensor
@@ -92,6 +101,7 @@ class NeuroStorm(nn.Module):
         super().__init__()
         self.config = config
         self.token_grid = token_grid
+        self.checkpoint_activations = False
         self._indexes: dict[tuple[int, int, Window, Window, torch.device], ScanIndex] = {}
         self._tables: dict[tuple[int, Window, Window, torch.device], WindowTable] = {}
         patch_voxels = torch.from_numpy(token_grid.patch_voxels)
@@ -275,7 +285,11 @@ class NeuroStorm(nn.Module):
             else:
                 index = visible.index(self._index(0, *place, torch.device("cpu")), prompts)
                 table = table and visible.windows(table)
-            x_BLC = block(x_BLC, index, table, visible)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # The generator's state is kept too, so that the same branches and tokens are dropped again.
+                x_BLC = checkpoint(block, x_BLC, index, table, visible, use_reentrant=False)
+            else:
+                x_BLC = block(x_BLC, index, table, visible)
         return x_BLC
 
     def _index(self, prompts: int, stage: int, window: Window, shift: Window, device: torch.device) -> ScanIndex:

@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 import yaml
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from boldforge.configs import load_config
 from boldforge.data_shards import Atlas, Manifest, atlas_on_grid, load_atlas, load_manifest
@@ -20,6 +18,7 @@ from boldforge.pretrain.region_errors import region_errors, write_map, write_tab
 from boldforge.pretrain.regions import RegionTokens
 from boldforge.pretrain.run import Run
 from boldforge.pretrain.tokens import scatter_patches
+from boldforge.pretrain.training_state import read_weights
 
 
 def finish_run(run: Run) -> None:
@@ -89,7 +88,7 @@ def export_checkpoint(run_dir: str | Path, out: str | Path, checkpoint: Path) ->
         "data": data_recipe(config, manifest, load_atlas(config.mask.atlas, config.mask.labels)),
         "training": {**training, "step": step},
     }
-    return write_export(_trained_weights(checkpoint, config.zero_stage), description, Path(out))
+    return write_export(read_weights(checkpoint), description, Path(out))
 
 
 def _reconstruct_examples(run: Run) -> dict[str, np.ndarray]:
@@ -119,14 +118,6 @@ def _reconstruct_examples(run: Run) -> dict[str, np.ndarray]:
         "labels": np.where(run.token_grid.mask, atlas_on_grid(run.atlas, run.manifest.grid), 0).astype(np.int16),
         "affine": np.asarray(run.manifest.grid.affine, dtype=np.float64),
     }
-
-
-def _trained_weights(checkpoint: Path, zero_stage: int) -> dict[str, torch.Tensor]:
-    # Unpickles files that this run has just written and hashed.
-    if zero_stage == 0:
-        whole = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        return dict(whole["module"])
-    return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name))
 
 
 def _hidden_regions(regions: RegionTokens, spatial_S: np.ndarray) -> list[str]:

@@ -23,7 +23,7 @@ from boldforge.data_shards import (
     load_manifest,
     split_segments,
 )
-from boldforge.pretrain.checkpoint import newest_checkpoint
+from boldforge.pretrain.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint
 from boldforge.pretrain.config import PretrainConfig
 from boldforge.pretrain.evaluate import HeldoutClips, HeldoutError
 from boldforge.pretrain.loss import Objective
@@ -31,11 +31,13 @@ from boldforge.pretrain.masking import MaskSampler
 from boldforge.pretrain.model import NeuroStorm
 from boldforge.pretrain.regions import RegionTokens, RegionVoxels, region_tokens, region_voxels
 from boldforge.pretrain.tokens import TokenGrid
+from boldforge.pretrain.training_state import read_weights
 
 logger = logging.getLogger(__name__)
 
 # Keys that may change between the parts of one run without making it another run.
 _FREE_KEYS = {"shards", "out", "num_workers", "checkpoint_every", "keep_checkpoints", "evaluate_every"}
+_FREE_KEYS |= {"zero_stage", "micro_batch_size", "checkpoint_activations"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Run:
     engine: deepspeed.DeepSpeedEngine
     token_grid: TokenGrid
     patch_voxels: Tensor
+    resumed: Checkpoint | None
 
     def measure(self) -> HeldoutError:
         """Measure the model on the held-out clips."""
@@ -90,6 +93,10 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
     sampler = MaskSampler(token_grid, config.mask, regions, config.model.window, groups)
     torch.manual_seed(config.seed)
     model = NeuroStorm(config.model, token_grid)
+    model.checkpoint_activations = config.checkpoint_activations
+    resumed = find_checkpoint(config.out / "checkpoints")
+    if resumed:
+        model.load_state_dict(read_weights(resumed.folder))
     engine, _, _, _ = deepspeed.initialize(
         model=model, model_parameters=list(model.parameters()), config=config.deepspeed(world_size)
     )
@@ -123,6 +130,7 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
         engine=engine,
         token_grid=token_grid,
         patch_voxels=patch_voxels,
+        resumed=resumed,
     )
 
 

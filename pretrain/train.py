@@ -28,9 +28,10 @@ from boldforge.pretrain.schedule import learning_rate
 
 accelerator_ready()
 
-from boldforge.pretrain.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402  (imports deepspeed)
+from boldforge.pretrain.checkpoint import save_checkpoint  # noqa: E402  (imports deepspeed)
 from boldforge.pretrain.results import finish_run  # noqa: E402
 from boldforge.pretrain.run import Run, start_run  # noqa: E402
+from boldforge.pretrain.training_state import restore_moments  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +81,16 @@ def train(config: PretrainConfig) -> Path:
 
 
 def go_on(run: Run) -> int:
-    """Load the newest checkpoint, if there is one, and return the number of steps already done."""
-    resumed = load_checkpoint(run.engine, run.config.out / "checkpoints")
-    if resumed is None:
+    """Go on where the newest checkpoint stopped, if there is one, and return the number of steps already done.
+
+    The model was made with its weights; any number of ranks and any ZeRO stage can go on.
+    """
+    if run.resumed is None:
         return 0
-    run.stream.load_state_dict(resumed["state"]["stream"])
-    logger.info("going on from the checkpoint of step %d", resumed["step"])
-    return int(resumed["step"])
+    restore_moments(run.engine, run.resumed.folder)
+    run.stream.load_state_dict(run.resumed.state["stream"])
+    logger.info("going on from the checkpoint of step %d", run.resumed.step)
+    return run.resumed.step
 
 
 def training_step(run: Run, batch: ClipBatch, step: int) -> dict[str, float]:

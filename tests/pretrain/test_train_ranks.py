@@ -1,0 +1,63 @@
+"""A run goes on at another number of ranks and another ZeRO stage."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from boldforge.pretrain import load_pretrained, read_metrics
+from tests.pretrain.test_train import launch
+
+SAME = ["model.drop_path=0", "precision=fp32", "checkpoint_every=1", "keep_checkpoints=9"]
+# From the step on which the checkpoint was written; each finds what the one before it left.
+CHAIN = {2: (1, 3), 4: (2, 0), 6: (2, 3), 7: (1, 1)}
+FIGURES = ("loss", "lr", "grad_norm", "heldout_error", "heldout_baseline")
+
+
+def stop_at(out: Path, step: int) -> None:
+    """Leave the run as if it had died after this step."""
+    for checkpoint in (out / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_rest_of_a_run_is_the_same_on_other_ranks_and_stages(real_shards: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "moved"
+    done = launch(real_shards, whole, *SAME, "zero_stage=2", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.copytree(whole, out)
+    for step, (ranks, stage) in CHAIN.items():
+        stop_at(out, step)
+        done = launch(real_shards, out, *SAME, f"zero_stage={stage}", ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"going on from the checkpoint of step {step}" in done.stderr
+        listing = json.loads((out / "checkpoints" / "step-00000008" / "checkpoint.json").read_text())
+        assert listing["world_size"] == ranks
+        found, wanted = read_metrics(out), read_metrics(whole)
+        assert [row["step"] for row in found] == list(range(1, 9))
+        for one, other in zip(found, wanted, strict=True):
+            for name in FIGURES:
+                assert one.get(name, 0.0) == pytest.approx(other.get(name, 0.0), rel=1e-5), f"{name}, {ranks}, {stage}"
+    moved, stayed = (load_pretrained(run / "export").model.state_dict() for run in (out, whole))
+    for name, weight in stayed.items():
+        torch.testing.assert_close(moved[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_checkpoint_of_deepspeeds_own_files_is_refused(real_shards: Path, tmp_path: Path) -> None:
+    done = launch(real_shards, tmp_path, "steps=1", ranks=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    path = folder / "checkpoint.json"
+    (folder / "mp_rank_00_model_states.pt").touch()
+    listing = json.loads(path.read_text())
+    empty = "99aa06d3014798d86001c324468d497f"  # xxh3_128 of nothing
+    path.write_text(json.dumps(listing | {"files": {"mp_rank_00_model_states.pt": [0, empty]}}))
+    done = launch(real_shards, tmp_path, "steps=1", ranks=1)
+    assert done.returncode == 2
+    assert "written by an older version of boldforge" in done.stderr and "Traceback" not in done.stderr
