@@ -46,6 +46,12 @@ class PatchMerging(nn.Module):
         picked = padded.index_select(1, children_S8.reshape(-1)).view(B, -1, 8, T, C)
         return self.reduction(self.norm(picked.transpose(2, 3).flatten(3)))
 
+    def merge_visible(self, x_1NC: Tensor, children_NK: Tensor) -> Tensor:
+        """Merge tokens that lie one after the other, clips and frames alike: [1, N, C] and [N', K] to [1, N', 2C]."""
+        padded = nn.functional.pad(x_1NC, (0, 0, 0, 1))
+        picked = padded.index_select(1, children_NK.flatten()).view(1, len(children_NK), -1)
+        return self.reduction(self.norm(picked))
+
 
 class PatchExpanding(nn.Module):
     """Linear C to 4C without bias, seen as 8 children of C/2 channels, LayerNorm; children outside the brain vanish."""
@@ -205,14 +211,14 @@ class NeuroStorm(nn.Module):
         x_BLC = x_BLC + (embedding_1LC if visible is None else visible.pick(embedding_1LC))
         blocks = cast(EncoderStage, self.stages[i]).blocks
         x_BLC = self._run_blocks(x_BLC, blocks, i, self._encoder_window(i), visible)
-        if i < len(self.merging):
-            # Every token of [1, N, C] has a place in space of its own.
-            T, children = self.config.frames, self.get_buffer(f"children_{i}")
-            if visible is not None:
-                assert visible.children_N8 is not None
-                T, children = 1, visible.children_N8
-            x_BLC = self.merging[i](x_BLC.unflatten(1, (-1, T)), children).flatten(1, 2)
-        return x_BLC
+        if i == len(self.merging):
+            return x_BLC
+        merging = cast(PatchMerging, self.merging[i])
+        if visible is not None:
+            assert visible.children_NK is not None, "only the last stage has no children table"
+            return merging.merge_visible(x_BLC, visible.children_NK)
+        children = self.get_buffer(f"children_{i}")
+        return merging(x_BLC.unflatten(1, (-1, self.config.frames)), children).flatten(1, 2)
 
     def _embedding(self, i: int) -> Tensor:
         """Return what stage i adds to its tokens: [1, S, T, C]."""

@@ -5,9 +5,10 @@ token-wise notices. Clips may see different tokens, and at coarser stages differ
 exists for a clip if any of its children does; those that do not are zero, as at the brain's edge.
 
 Shape suffixes: B clips · S spatial tokens of a stage · T frames · L = S·T tokens · N visible tokens of all clips · C
-channels · W windows.
+channels · K children of a token of the next stage · W windows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,15 +31,15 @@ class VisibleTokens:
         int64, clip · L + token of every visible token, ascending; on the model's device.
     clip_N
         int64, the clip of every visible token; on the model's device.
-    children_N8
-        int64 [N of the next stage, 8], visible tokens merged into each of the next stage's, N where the child does not
+    children_NK
+        int64 [N of the next stage, K], visible tokens merged into each of the next stage's, N where the child does not
         exist or is hidden; on the model's device. None for the last stage.
     """
 
     visible_BL: Tensor
     row_N: Tensor
     clip_N: Tensor
-    children_N8: Tensor | None
+    children_NK: Tensor | None
     _indexes: dict[tuple[ScanIndex, int], ScanIndex] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -74,7 +75,9 @@ class VisibleTokens:
         return WindowTable(tokens_WN[used], whole.side_WN.repeat(B, 1)[used], whole.window)
 
 
-def visible_tokens(mask_BL: Tensor, token_grid: TokenGrid, device: torch.device) -> list[VisibleTokens]:
+def visible_tokens(
+    mask_BL: Tensor, token_grid: TokenGrid, device: torch.device, joined: Sequence[int] | None = None
+) -> list[VisibleTokens]:
     """List what is visible of a batch at every stage.
 
     Parameters
@@ -85,37 +88,39 @@ def visible_tokens(mask_BL: Tensor, token_grid: TokenGrid, device: torch.device)
         Tokens of a clip.
     device
         Where the tables are used.
+    joined
+        Frames that each merging joins, 1 unless given; the last of an odd number lacks its second child.
 
     Raises
     ------
     ValueError
         If the mask does not fit the tokens, or hides all of a clip.
     """
-    n_tokens = token_grid.stages[0].n_tokens * token_grid.frames
-    if mask_BL.dtype != torch.bool or mask_BL.ndim != 2 or mask_BL.shape[1] != n_tokens:
-        raise ValueError(f"the mask must be bool [B, {n_tokens}], found {mask_BL.dtype} {list(mask_BL.shape)}")
+    S = token_grid.stages[0].n_tokens
+    if mask_BL.dtype != torch.bool or mask_BL.ndim != 2 or mask_BL.shape[1] % S or mask_BL.shape[1] == 0:
+        raise ValueError(f"the mask must be bool [B, {S} · frames], found {mask_BL.dtype} {list(mask_BL.shape)}")
     visible_BL = ~mask_BL.cpu()
     if not visible_BL.any(dim=1).all():
         raise ValueError("the mask hides all tokens of a clip, so that its encoder has nothing to see; hide fewer")
-    found = []
-    for children in (*token_grid.children, None):
-        row_N = visible_BL.flatten().nonzero().flatten()
-        clip_N = row_N.div(visible_BL.shape[1], rounding_mode="floor")
-        children_N8 = None
-        coarse_BL = visible_BL
-        if children is not None:
-            coarse_BL, children_N8 = _merge(visible_BL, torch.from_numpy(children), token_grid.frames)
-            children_N8 = children_N8.to(device)
-        found.append(VisibleTokens(visible_BL, row_N.to(device), clip_N.to(device), children_N8))
-        visible_BL = coarse_BL
-    return found
+    visible_BST, found = visible_BL.unflatten(1, (S, -1)), []
+    for children, times in zip(token_grid.children, joined or [1] * len(token_grid.children), strict=True):
+        coarse_BST, children_NK = _merge(visible_BST, torch.from_numpy(children), times)
+        found.append(_listed(visible_BST.flatten(1), children_NK.to(device), device))
+        visible_BST = coarse_BST
+    return [*found, _listed(visible_BST.flatten(1), None, device)]
 
 
-def _merge(visible_BL: Tensor, children_S8: Tensor, frames: int) -> tuple[Tensor, Tensor]:
-    """Return the next stage's visible tokens [B, L'], and the visible children [N', 8] of each, N where hidden."""
-    N = int(visible_BL.sum())
-    number_BL = torch.where(visible_BL, visible_BL.flatten().cumsum(0).view_as(visible_BL) - 1, N)
-    number_BST = torch.nn.functional.pad(number_BL.unflatten(1, (-1, frames)), (0, 0, 0, 1), value=N)
-    children_BST8 = number_BST[:, children_S8].transpose(2, 3)
-    exists_BST = (children_BST8 < N).any(dim=3)
-    return exists_BST.flatten(1), children_BST8[exists_BST]
+def _listed(visible_BL: Tensor, children_NK: Tensor | None, device: torch.device) -> VisibleTokens:
+    row_N = visible_BL.flatten().nonzero().flatten()
+    clip_N = row_N.div(visible_BL.shape[1], rounding_mode="floor")
+    return VisibleTokens(visible_BL, row_N.to(device), clip_N.to(device), children_NK)
+
+
+def _merge(visible_BST: Tensor, children_S8: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    """Return the next stage's visible tokens [B, S', T'], and the visible children [N', 8 · times] of each."""
+    N, T = int(visible_BST.sum()), visible_BST.shape[2]
+    number_BST = torch.where(visible_BST, visible_BST.flatten().cumsum(0).view_as(visible_BST) - 1, N)
+    padded_BST = torch.nn.functional.pad(number_BST, (0, -T % times, 0, 1), value=N)
+    children_BSTK = padded_BST[:, children_S8].unflatten(3, (-1, times)).transpose(2, 3).flatten(3)
+    exists_BST = (children_BSTK < N).any(dim=3)
+    return exists_BST, children_BSTK[exists_BST]

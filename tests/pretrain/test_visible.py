@@ -1,5 +1,7 @@
 """An encoder that sees visible tokens only: the same as computing every clip alone, token by token."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from boldforge.configs import ConfigError, load_config
 from boldforge.kernels import window_index
 from boldforge.pretrain import MaskConfig, MaskSampler, ModelConfig, NeuroStorm, TokenGrid, gather_patches
+from boldforge.pretrain.visible import visible_tokens
 
 
 def visible_model(config: ModelConfig, mask: np.ndarray, **changes: object) -> NeuroStorm:
@@ -167,10 +170,34 @@ def test_hiding_three_quarters_costs_the_encoder_a_quarter_where_no_token_is_mer
     assert flops[0.5] == flops[0.75], "work per visible token"
 
 
+@pytest.mark.parametrize("frames", [5, 6])
+def test_merging_may_join_frames(frames: int, small_mask: np.ndarray) -> None:
+    grid = TokenGrid(small_mask, (2, 2, 2), frames, 3)
+    seen_BL = torch.rand(2, grid.stages[0].n_tokens * frames, generator=torch.Generator().manual_seed(0)) < 0.1
+    stages = visible_tokens(~seen_BL, grid, torch.device("cpu"), joined=(2, 2))
+    fine = [
+        (clip, *grid.stages[0].coordinates[row // frames], row % frames) for clip, row in seen_BL.nonzero().tolist()
+    ]
+    for level, (stage, coarse) in enumerate(pairwise(stages), start=1):
+        T = -(-frames // 2**level)
+        places = grid.stages[level].coordinates
+        L = len(places) * T
+        found = [(row // L, *places[row % L // T], row % T) for row in coarse.row_N.tolist()]
+        assert [*map(tuple, found)] == sorted({(place[0], *(n // 2 for n in place[1:])) for place in fine})
+        assert sorted(stage.children_NK[stage.children_NK < len(fine)].tolist()) == list(range(len(fine)))
+        for parent, children in zip(found, stage.children_NK.tolist(), strict=True):
+            for slot, child in enumerate(children):
+                if child < len(fine):
+                    offsets = (slot >> 3 & 1, slot >> 2 & 1, slot >> 1 & 1, slot & 1)
+                    at = [2 * place + offset for place, offset in zip(parent[1:], offsets, strict=True)]
+                    assert tuple(fine[child]) == (parent[0], *at)
+        fine = found
+
+
 def test_masks_that_cannot_be_used_are_refused(small_config: ModelConfig, small_mask: np.ndarray) -> None:
     model = visible_model(small_config, small_mask)
     hidden_BL = masks_of(model, "random", 0.5, 2)
-    with pytest.raises(ValueError, match=r"the mask must be bool \[B, \d+\], found torch.bool \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"the mask must be bool \[B, 156 · frames\], found torch.bool \[2, 5\]"):
         model.encode(clips_of(model, 2), hidden_BL[:, :5])
     hidden_BL[1] = True
     with pytest.raises(ValueError, match="hides all tokens of a clip"):
