@@ -150,13 +150,14 @@ def hide(run: Run, batch: ClipBatch, step: int) -> tuple[torch.Tensor, torch.Ten
 
     Returns
     -------
-    values_BTV float32, signal_BV bool, hidden tokens mask_BL and counted voxels_BLP, both bool.
+    values_BTV float32, signal_BV bool, hidden tokens mask_BL and counted voxels_BLP, both bool. The mask stays on the
+    CPU, where the tables of visible tokens are built.
     """
     clips = len(batch.run)
     first = step * run.config.batch_size + run.rank * clips
-    mask_BL = run.sampler.sample(sample_keys(run.config.seed, first, clips)).to(run.device)
+    mask_BL = run.sampler.sample(sample_keys(run.config.seed, first, clips))
     signal_BV = batch.signal().to(run.device) | run.config.loss.background
-    counted_BLP = counted_voxels(mask_BL, signal_BV, run.patch_voxels)
+    counted_BLP = counted_voxels(mask_BL.to(run.device), signal_BV, run.patch_voxels)
     return batch.dequantise(run.device, torch.float32), signal_BV, mask_BL, counted_BLP
 
 
