@@ -108,6 +108,7 @@ class NeuroStorm(nn.Module):
         self.config = config
         self.token_grid = token_grid
         self.checkpoint_activations = False
+        self._visible: list[VisibleTokens] = []
         self._indexes: dict[tuple[int, int, Window, Window, torch.device], ScanIndex] = {}
         self._tables: dict[tuple[int, Window, Window, torch.device], WindowTable] = {}
         patch_voxels = torch.from_numpy(token_grid.patch_voxels)
@@ -188,7 +189,8 @@ class NeuroStorm(nn.Module):
 
     def _encode_visible(self, values_BTV: Tensor, mask_BL: Tensor) -> Tensor:
         self._check(values_BTV)
-        stages = visible_tokens(mask_BL, self.token_grid, values_BTV.device)
+        # Kept until the next batch: the backward pass asks for the paths again, and makes anew those that are gone.
+        stages = self._visible = visible_tokens(mask_BL, self.token_grid, values_BTV.device)
         x_BLC = self.patch_embed(stages[0].pick(gather_patches(values_BTV, self.patch_voxels)))
         for i, visible in enumerate(stages):
             x_BLC = self.encode_stage(x_BLC, i, visible)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from boldforge.configs import ConfigError, load_config
-from boldforge.kernels import window_index
+from boldforge.kernels import ScanIndex, window_index
 from boldforge.pretrain import MaskConfig, MaskSampler, ModelConfig, NeuroStorm, TokenGrid, gather_patches
 from boldforge.pretrain.visible import visible_tokens
 
@@ -138,6 +138,18 @@ def test_with_nothing_hidden_it_is_the_encoder_of_all_tokens_with_the_same_draws
         found.append(model.encode(values_BTV, mask))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(found[0], model.eval().encode(values_BTV), atol=1e-3), "nothing was dropped"
+
+
+def test_every_path_is_built_once_a_step(
+    small_config: ModelConfig, small_mask: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, built = visible_model(small_config, small_mask), []
+    hidden_BL, values_BTV = masks_of(model, "random", 0.5, 2), clips_of(model, 2)
+    model(values_BTV, hidden_BL)  # whole paths, which all steps share
+    check = ScanIndex.__post_init__
+    monkeypatch.setattr(ScanIndex, "__post_init__", lambda index: (built.append(index.n_tokens), check(index))[1])
+    model(values_BTV, hidden_BL).square().mean().backward()
+    assert len(built) == 4, "two stages, each with straight and shifted windows"
 
 
 def test_a_dropped_branch_is_dropped_for_one_clip_and_not_for_its_neighbour(
