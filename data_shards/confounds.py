@@ -124,6 +124,24 @@ def consecutive(kept: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
+def check_band(recipe: DataRecipe, tr: float) -> None:
+    """Refuse a filter that a run is sampled too slowly for.
+
+    Raises
+    ------
+    ConfoundError
+        If a filter's frequency is not below the run's Nyquist frequency.
+    """
+    nyquist = 0.5 / tr
+    for name, frequency in (("high_pass", recipe.high_pass), ("low_pass", recipe.low_pass)):
+        # nilearn warns and filters at the Nyquist frequency instead, which for a high-pass leaves next to nothing.
+        if frequency is not None and frequency >= nyquist:
+            raise ConfoundError(
+                f"{name} is {frequency:g} Hz, expected less than {nyquist:.3g} Hz, half of the sampling rate at its "
+                f"repetition time of {tr:g} s; choose a lower frequency or leave {name} out."
+            )
+
+
 def clean(
     values_TV: npt.NDArray[np.float32],
     confounds: npt.NDArray[np.float64] | None,
@@ -157,14 +175,7 @@ def clean(
     """
     from nilearn.signal import clean as nilearn_clean
 
-    nyquist = 0.5 / tr
-    for name, frequency in (("high_pass", recipe.high_pass), ("low_pass", recipe.low_pass)):
-        # nilearn warns and filters at the Nyquist frequency instead, which for a high-pass leaves next to nothing.
-        if frequency is not None and frequency >= nyquist:
-            raise ConfoundError(
-                f"{name} is {frequency:g} Hz, expected less than {nyquist:.3g} Hz, half of the sampling rate at its "
-                f"repetition time of {tr:g} s; choose a lower frequency or leave {name} out."
-            )
+    check_band(recipe, tr)
     filtered = recipe.high_pass is not None or recipe.low_pass is not None
     cleaned = nilearn_clean(
         values_TV.astype(np.float64),

@@ -17,7 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from boldforge.data_shards.confounds import ConfoundError, clean, consecutive, read_confounds, regressors, still_frames
+from boldforge.data_shards.confounds import (
+    ConfoundError,
+    check_band,
+    clean,
+    consecutive,
+    read_confounds,
+    regressors,
+    still_frames,
+)
 from boldforge.data_shards.grid import Grid, brain_mask, get_grid, mask_centres
 from boldforge.data_shards.nifti import Bold, HeaderError, ReadError, open_bold, read_volume
 from boldforge.data_shards.normalise import (
@@ -226,7 +234,8 @@ class _TimePlan:
 
 
 def _plan_time(run: Run, bold: Bold, recipe: DataRecipe) -> _TimePlan:
-    """Read the confounds, if the recipe needs any, before a voxel is decoded."""
+    """Check the filters and read the confounds, if the recipe needs any, before a voxel is decoded."""
+    check_band(recipe, bold.tr)
     kept = np.ones(bold.n_frames, dtype=bool)
     confounds = None
     if recipe.confounds or recipe.scrub_fd is not None:

@@ -5,7 +5,11 @@ A run's figures are those of what is stored: on the grid, cleaned, at the recipe
 Shape suffixes: T frames, V brain voxels of the grid.
 """
 
+import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +33,7 @@ LEAST_RUNS = 5
 DVARS_EDGES = np.linspace(0.0, 3.0, 61)
 """Edges of the bins in which every frame's DVARS is counted; the last bin takes all that is larger."""
 
+_MOST_THREADS = 8
 _BLOCK_BYTES = 4 * 2**20  # of stored integers; float32 copies of them are two or four times as large
 
 
@@ -135,35 +140,36 @@ class DatasetQuality:
     dvars_counts: npt.NDArray[np.int64]
 
 
-def measure_quality(manifest: Manifest, on_progress: Callable[[int, int], None] | None = None) -> DatasetQuality:
+def measure_quality(
+    manifest: Manifest, on_progress: Callable[[int, int], None] | None = None, workers: int | None = None
+) -> DatasetQuality:
     """Read a dataset once, checksums included, and measure every run.
 
-    Memory holds some frames, a few images of the grid, and a row of figures per run.
+    Memory holds some frames and a few images of the grid per thread, and a row of figures per run.
 
     Parameters
     ----------
     manifest
         The dataset.
     on_progress
-        Called with (frames done, frames in all).
+        Called with (frames done, frames in all), one call at a time, from any thread.
+    workers
+        Threads, by default one per CPU and at most eight; the figures are the same bits at any number.
 
     Raises
     ------
     ShardError
         If a shard is missing or damaged.
     """
-    report = on_progress or (lambda done, total: None)
-    reader = ShardReader(manifest)
+    ShardReader(manifest).close()  # a shard that is missing or cut is told before hours of reading
     kinds: tuple[ImageKind, ...] = _kinds(manifest.recipe.normalisation)
     sums = {kind: np.zeros(manifest.n_voxels) for kind in kinds}
     covering = np.zeros(manifest.n_voxels, dtype=np.int64)
     counts = np.zeros(len(DVARS_EDGES) - 1, dtype=np.int64)
     rows = []
-    done = 0
-    report(done, manifest.n_frames)
-    for number, run in enumerate(manifest.runs):
-        moments = measure_run(reader, number, _onwards(report, done, manifest.n_frames))
-        done += run.n_frames
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = workers or min(cpus, _MOST_THREADS)
+    for number, (run, moments) in enumerate(zip(manifest.runs, _measured(manifest, on_progress, threads), strict=True)):
         covering += moments.covered
         for kind in kinds:
             sums[kind] += np.nan_to_num(run_image(moments, run.normalisation, kind))
@@ -183,7 +189,6 @@ def measure_quality(manifest: Manifest, on_progress: Callable[[int, int], None] 
                 **_dvars_figures(moments.dvars),
             )
         )
-    reader.close()
     # Residual data keep no mean, whatever the normalisation: their tSNR is not defined.
     kind = kinds[0] if kinds[0] != "mean" or all(np.isfinite(row.tsnr) for row in rows) else kinds[-1]
     image_V = np.divide(sums[kind], covering, out=np.full(manifest.n_voxels, np.nan), where=covering > 0)
@@ -293,8 +298,38 @@ def flag_outliers(runs: Sequence[RunQuality]) -> tuple[Flag, ...]:
     return tuple(sorted(flags, key=lambda flag: (-abs(flag.z), flag.number, flag.measure)))
 
 
-def _onwards(report: Callable[[int, int], None], before: int, total: int) -> Callable[[int], None]:
-    return lambda frames: report(before + frames, total)
+def _measured(manifest: Manifest, on_progress: Callable[[int, int], None] | None, threads: int) -> Iterator[RunMoments]:
+    """Yield every run's moments in the dataset's order; few more than the threads work on are held at a time."""
+    report = on_progress or (lambda done, total: None)
+    own = threading.local()
+    lock = threading.Lock()
+    done = 0
+
+    def measure(number: int) -> RunMoments:
+        if not hasattr(own, "reader"):
+            own.reader = ShardReader(manifest, look=False)
+        before = 0
+
+        def onwards(frames: int) -> None:
+            nonlocal done, before
+            with lock:
+                done, before = done + frames - before, frames
+                report(done, manifest.n_frames)
+
+        return measure_run(own.reader, number, onwards)
+
+    report(0, manifest.n_frames)
+    waiting: deque[Future[RunMoments]] = deque()
+    pool = ThreadPoolExecutor(threads, "quality")
+    try:
+        for number in range(manifest.n_runs):
+            waiting.append(pool.submit(measure, number))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _kinds(method: str) -> tuple[ImageKind, ...]:

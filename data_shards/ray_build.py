@@ -1,29 +1,15 @@
 """Spread a build over Ray: a few more tasks in flight than there are CPUs, crashed ones tried again."""
 
-import logging
-import os
-import secrets
-import socket
-import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from boldforge.data_shards.ray_session import ray_session
 from boldforge.data_shards.work import BuildError, Outcome, RunTask, Task, perform
 
 ATTEMPTS = 3
 # Enough that no CPU waits for the next task; everything else stays here, where it costs nothing.
 _IN_FLIGHT_PER_CPU = 2
-_PATIENCE_S = 10.0
-_OBJECT_STORE_BYTES = 80 * 2**20  # tasks and their outcomes only: the data goes through files
-_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray guards its ports with a token; one made here keeps it from writing its own into the user's home.
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),
-}
-_QUIET_LOGGERS = ("ray._private.worker", "ray._private.authentication")
 
 
 def perform_on_ray(queue: deque[Task], workers: int | None, address: str | None) -> Iterator[Outcome]:
@@ -49,8 +35,7 @@ def perform_on_ray(queue: deque[Task], workers: int | None, address: str | None)
     OSError
         If the staging folder cannot be written to.
     """
-    with ExitStack() as stack:
-        ray = stack.enter_context(_session(workers, address))
+    with ray_session(address, workers, BuildError, "a build") as ray:
         remote = ray.remote(num_cpus=1, max_retries=0)(_perform_there)
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
         bound = workers if address is not None and workers is not None else _IN_FLIGHT_PER_CPU * cpus
@@ -113,57 +98,3 @@ def _crashes() -> tuple[type[Exception], ...]:
         exceptions.NodeDiedError,
         exceptions.LocalRayletDiedError,
     )
-
-
-def _knock(address: str | None) -> None:
-    """Raise OSError where nothing listens at ``host:port``: Ray itself would try for minutes."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=_PATIENCE_S).close()
-
-
-@contextmanager
-def _session(workers: int | None, address: str | None) -> Iterator[Any]:
-    environment = _ENVIRONMENT if address is None else {}
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    levels = {name: logging.getLogger(name).level for name in _QUIET_LOGGERS}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        import ray
-
-        if ray.is_initialized():
-            raise BuildError("Ray is already running in this process; call ray.shutdown() before a build.")
-        # A short path of our own: Ray puts sockets below it, and socket names are limited to about 100 characters.
-        with tempfile.TemporaryDirectory(prefix="bf-", ignore_cleanup_errors=True) as folder:
-            here: dict[str, Any] = {
-                "num_cpus": workers,
-                "include_dashboard": False,
-                "object_store_memory": _OBJECT_STORE_BYTES,
-                "_temp_dir": folder,
-            }
-            try:
-                _knock(address)
-                ray.init(
-                    address=address or "local",
-                    log_to_driver=False,
-                    configure_logging=False,
-                    **(here if address is None else {}),
-                )
-            except (OSError, RuntimeError, ValueError) as error:
-                where = "start on this machine" if address is None else f"be reached at {address}"
-                reason = " ".join(str(error).split())
-                raise BuildError(f"Ray could not {where} ({reason}); see boldforge doctor.") from error
-            try:
-                yield ray
-            finally:
-                ray.shutdown()
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -1,41 +1,25 @@
 """Run a sweep's trials under Ray Tune, on a Ray of this machine or on a cluster, and leave nothing running."""
 
-import logging
-import os
-import secrets
-import socket
-import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from boldforge.data_shards.ray_session import ray_session
 from boldforge.finetune.sweep_journal import SweepError
 from boldforge.finetune.sweep_rungs import Segment, Trial, failed, one_line
 from boldforge.finetune.trial import TrialSpec, read_curve
 
-# No statistics are sent anywhere, no files are written that nobody reads, and Ctrl-C ends the sweep like any program.
+# No files are written that nobody reads, and Ctrl-C ends the sweep like any program.
 _ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray guards its ports with a token; one made here keeps it from writing its own into the user's home.
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }
-# Ray repeats in the log what `SweepError` says in a sentence, and complains about the log files switched off above.
-_QUIET_LOGGERS = (
-    "ray._private.worker",
-    "ray._private.authentication",
-    "ray.air.execution._internal.event_manager",
-    "ray.tune",
-)
-_OBJECT_STORE_BYTES = 80 * 2**20
-_PATIENCE_S = 10.0
+# Tune complains about the log files switched off above.
+_QUIET_LOGGERS = ("ray.air.execution._internal.event_manager", "ray.tune")
 _ATTEMPTS = 3
 
 
@@ -82,16 +66,10 @@ def run_on_ray(
     first = next(rounds, None)
     if first is None:
         return
-    with _quiet_ray(config.address is None):
-        import ray
-
-        # A short path of our own: Ray puts sockets below it, and socket names are limited to about 100 characters.
-        with tempfile.TemporaryDirectory(prefix="bf-", ignore_cleanup_errors=True) as session:
-            try:
-                _start(session, config)
-                _fit(spec, _Course(first, rounds, folder), folder, on_epoch, config, scratch)
-            finally:
-                ray.shutdown()
+    cpus = config.concurrency * config.cpus
+    with ray_session(config.address, cpus, SweepError, "a sweep", _ENVIRONMENT, _QUIET_LOGGERS):
+        _check_resources(config)
+        _fit(spec, _Course(first, rounds, folder), folder, on_epoch, config, scratch)
 
 
 class _Course:
@@ -226,28 +204,9 @@ def _ray_trial(spec: TrialSpec, folder: Path, parameters: Mapping[str, Any]) -> 
         tune.report({"failed": one_line(error)})
 
 
-def _start(session: str, config: RayConfig) -> None:
+def _check_resources(config: RayConfig) -> None:
     import ray
 
-    if ray.is_initialized():
-        raise SweepError("Ray is already running in this process; call ray.shutdown() before a sweep.")
-    here: dict[str, Any] = {
-        "num_cpus": config.concurrency * config.cpus,
-        "include_dashboard": False,
-        "object_store_memory": _OBJECT_STORE_BYTES,
-        "_temp_dir": session,
-    }
-    try:
-        _knock(config.address)
-        ray.init(
-            address=config.address or "local",
-            log_to_driver=False,
-            configure_logging=False,
-            **(here if config.address is None else {}),
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        where = "start on this machine" if config.address is None else f"be reached at {config.address}"
-        raise SweepError(f"Ray could not {where} ({one_line(error)}); see boldforge doctor.") from error
     for kind, name, asked in (("GPU", "gpus", config.gpus), ("CPU", "cpus", config.cpus)):
         found = ray.cluster_resources().get(kind, 0)
         if found < asked:
@@ -255,30 +214,3 @@ def _start(session: str, config: RayConfig) -> None:
                 f"{name} is {asked:g} per trial, but Ray sees {found:g} here; "
                 + ("set gpus=0 to use CPUs." if kind == "GPU" else "set cpus lower.")
             )
-
-
-def _knock(address: str | None) -> None:
-    """Raise OSError where nothing listens at ``host:port``: Ray itself would try for minutes."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=_PATIENCE_S).close()
-
-
-@contextmanager
-def _quiet_ray(local: bool) -> Iterator[None]:
-    environment = {name: value for name, value in _ENVIRONMENT.items() if local or name != "RAY_AUTH_TOKEN"}
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    levels = {name: logging.getLogger(name).level for name in _QUIET_LOGGERS}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

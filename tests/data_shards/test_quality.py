@@ -157,6 +157,14 @@ def test_memory_does_not_grow_with_the_length_of_a_run(real_shards, monkeypatch)
     assert max(blocks) == 5 and sum(blocks) == real_shards.n_frames
 
 
+def test_the_number_of_threads_changes_no_bit(with_mean):
+    one, *others = (measure_quality(with_mean, workers=workers) for workers in (1, 2, 5, None))
+    for other in others:
+        assert repr((other.runs, other.flags)) == repr((one.runs, one.flags))
+        for name in ("image_V", "share_V", "dvars_counts"):
+            assert getattr(other, name).tobytes() == getattr(one, name).tobytes()
+
+
 def test_a_damaged_run_is_named(real_shards, tmp_path):
     import shutil
 

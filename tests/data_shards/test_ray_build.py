@@ -7,6 +7,7 @@ import pytest
 from ray.exceptions import WorkerCrashedError
 
 from boldforge.data_shards import BuildError, DataRecipe, build_shards, find_runs, plan, ray_build
+from boldforge.data_shards.ray_session import ray_session
 from boldforge.data_shards.work import RunTask
 
 RECIPE = DataRecipe(grid="mni4mm", tr=2.0)
@@ -93,7 +94,7 @@ class FewCpus:
 def few_cpus(monkeypatch):
     def start(crash):
         ray = FewCpus(crash)
-        monkeypatch.setattr(ray_build, "_session", lambda workers, address: nullcontext(ray))
+        monkeypatch.setattr(ray_build, "ray_session", lambda *arguments: nullcontext(ray))
         return ray
 
     return start
@@ -127,13 +128,24 @@ def test_a_single_crash_costs_nothing(folder, tmp_path, few_cpus):
 
 def test_few_runs_do_not_start_ray(folder, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(ray_build, "_session", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(ray_build, "ray_session", lambda *arguments: started.append(arguments))
     runs = find_runs(folder).runs
     few = build_shards(runs[:2], tmp_path / "few", RECIPE, workers=2)
     one = build_shards(runs, tmp_path / "one", RECIPE, workers=1)
-    assert not started and (len(few.manifest.runs), len(one.manifest.runs)) == (2, len(runs))
+    assert not started and (len(few.manifest.runs), len(one.manifest.runs)) == (2, len(runs) - 1)
 
 
 def test_an_address_without_a_cluster_is_told_in_one_sentence(folder, tmp_path):
     with pytest.raises(BuildError, match=r"Ray could not be reached at 127.0.0.1:1 .*refused"):
         build_shards(find_runs(folder), tmp_path / "out", RECIPE, address="127.0.0.1:1")
+
+
+def test_a_ray_of_the_users_own_is_left_running_and_the_environment_as_it_was(monkeypatch):
+    import ray
+
+    stopped, before = [], dict(os.environ)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "shutdown", lambda: stopped.append(True))
+    with pytest.raises(BuildError, match=r"already running in this process; call ray.shutdown\(\) before a build"):
+        ray_session(None, 1, BuildError, "a build").__enter__()
+    assert not stopped and dict(os.environ) == before

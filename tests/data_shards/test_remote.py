@@ -128,6 +128,20 @@ def test_the_cache_serves_without_a_connection(real_shards, server, tmp_path):
         open_remote(server.url, tmp_path / "empty")
 
 
+def test_without_a_connection_what_the_cache_lacks_is_one_sentence(server, tmp_path):
+    manifest = open_remote(server.url, tmp_path, block_bytes=BLOCK)
+    wanted = ShardReader(manifest).read(1, 10, 4).q
+    server.shutdown()
+    server.server_close()
+    reader = ShardReader(open_remote(server.url, tmp_path, block_bytes=BLOCK))
+    assert (reader.read(1, 11, 2).q == wanted[1:3]).all()
+    with pytest.raises(RemoteError) as caught:
+        reader.read(0, 40, 2)
+    said = str(caught.value)
+    assert said.startswith(f"{server.url}/shard-000000.tar: cannot be fetched (")
+    assert said.endswith("; check the address and the connection.") and "\n" not in said
+
+
 def test_a_failing_connection_is_tried_again_and_never_skipped(server, tmp_path):
     manifest = open_remote(server.url, tmp_path, block_bytes=BLOCK)
     server.failures += [1, 1]
