@@ -26,7 +26,10 @@ def find_table(source: Path, root: Path, tr: float | None = None) -> RunList:
     if not table.is_file():
         raise LayoutError(f"{table}: no such table; write one with the columns path and subject.")
     runs, skipped = [], []
-    for line, raw in read_lines(table, root):
+    lines = read_lines(table, root)
+    if not lines:
+        raise LayoutError(f"{table}: has a header and no rows; write one row for each run.")
+    for line, raw in lines:
         row = {name.lower() if name.lower() in _KNOWN else name: value for name, value in raw.items()}
         for column in ("path", "subject"):
             if column not in row:

@@ -170,7 +170,8 @@ def detect_layout(folder: Path) -> str:
         )
     if first:
         return next(iter(first))
-    raise LayoutError(f"{folder}: no runs found; expected {', '.join(EXPECTED.values())}.")
+    *others, last = EXPECTED.values()
+    raise LayoutError(f"{folder}: no runs found; expected {', '.join(others)}, or {last}.")
 
 
 def check_headers(found: RunList) -> RunList:

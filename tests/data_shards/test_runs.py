@@ -199,7 +199,12 @@ def test_headers_are_checked_before_any_work(place, write_bold):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "table is empty"), ("path\tid\na\tb\n", "no column 'subject'"), ("path\tpath\na\tb\n", "occurs twice")],
+    [
+        ("", "table is empty"),
+        ("path\tsubject\n", "a header and no rows"),
+        ("path\tid\na\tb\n", "no column 'subject'"),
+        ("path\tpath\na\tb\n", "occurs twice"),
+    ],
 )
 def test_malformed_tables_are_explained(tmp_path, content, message):
     (tmp_path / "runs.tsv").write_text(content)
