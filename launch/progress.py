@@ -52,7 +52,7 @@ def progress(title: str, unit: str, console: Console | None = None) -> Iterator[
 @contextmanager
 def _bar(title: str, unit: str, console: Console) -> Iterator[OnProgress]:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _RateColumn(unit),
@@ -84,9 +84,9 @@ def _lines(title: str, unit: str, console: Console) -> Iterator[OnProgress]:
             if done > before:
                 rate = (done - before) / max(now - since, 1e-9)
                 speed = f", {rate:.3g} {unit}/s, {(total - done) / rate:.0f} s left"
-            console.print(f"{title}: {100 * done // total} % ({done}/{total} {unit}{speed})")
+            console.print(f"{title}: {100 * done // total} % ({done}/{total} {unit}{speed})", markup=False)
 
-    console.print(f"{title}: started")
+    console.print(f"{title}: started", markup=False)
     yield on_progress
     count = f"{last_done} {unit} in " if last_done else ""
-    console.print(f"{title}: done, {count}{time.monotonic() - began:.1f} s")
+    console.print(f"{title}: done, {count}{time.monotonic() - began:.1f} s", markup=False)

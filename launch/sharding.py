@@ -41,16 +41,16 @@ def print_inspection(
     """
     found = check_headers(find_runs(folder, layout, source_tr, root=root))
     counts = f"{len(found.runs)} usable runs, {len(found.skipped)} skipped"
-    console.print(f"{folder}: layout {found.layout}, {counts}.", highlight=False, soft_wrap=True)
+    console.print(f"{folder}: layout {found.layout}, {counts}.", highlight=False, soft_wrap=True, markup=False)
     if found.runs:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for title in ("run", "site", "frames", "TR (s)", "shape", "with", "diagnosis"):
             table.add_column(title, overflow="fold", justify="right" if title in ("frames", "TR (s)") else "left")
         for run in found.runs:
             table.add_row(*_cells(run))
-        console.print(table)
+        console.print(table, markup=False)
     for note in found.notes:
-        console.print(note, highlight=False, soft_wrap=True)
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
     for path, reason in found.skipped:
         console.print(Text(f"skipped {_below(path, folder)}: {reason.removeprefix(f'{path}: ')}"), soft_wrap=True)
     if not found.runs:
@@ -89,7 +89,10 @@ def print_summary(path: Path, console: Console) -> None:
         table.add_row(name, text)
     console.print(table, highlight=False, markup=False)
     console.print(
-        f"For figures of every run: boldforge inspect {path} --html quality.html", highlight=False, soft_wrap=True
+        f"For figures of every run: boldforge inspect {path} --html quality.html",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
     )
 
 
@@ -152,7 +155,7 @@ def shard_runs(
         built = build_shards(found, out, recipe, crew.workers, on_progress, overwrite, crew.address)
     manifest = built.manifest
     stored = f"{manifest.n_runs} runs, {manifest.n_frames} frames, {recipe.grid} at {recipe.tr:g} s"
-    console.print(f"{out}: {stored}.", highlight=False, soft_wrap=True)
+    console.print(f"{out}: {stored}.", highlight=False, soft_wrap=True, markup=False)
     _print_rejected(out, len(built.rejected), console)
     return manifest
 
@@ -164,7 +167,7 @@ def append(folder: Path, out: Path | None, source: Source, crew: Crew, console: 
     with progress(f"append to {out}", "runs") as on_progress:
         report = append_shards(found, out, crew.workers, on_progress, crew.address)
     runs = f"{report.added} runs added, {report.known} were there already, {report.manifest.n_runs} in all"
-    console.print(f"{out}: {runs}.", highlight=False, soft_wrap=True)
+    console.print(f"{out}: {runs}.", highlight=False, soft_wrap=True, markup=False)
     _print_rejected(out, len(report.rejected), console)
 
 
@@ -227,7 +230,7 @@ def _outside(folder: Path, out: Path) -> Path:
 def _print_rejected(out: Path, count: int, console: Console) -> None:
     if count:
         listed = f"{count} files left out; the reasons are in {out / 'rejected.tsv'}."
-        console.print(listed, highlight=False, soft_wrap=True)
+        console.print(listed, highlight=False, soft_wrap=True, markup=False)
 
 
 def export(folder: Path, out: Path, console: Console) -> None:
@@ -237,7 +240,9 @@ def export(folder: Path, out: Path, console: Console) -> None:
     manifest = load_manifest(folder)
     with progress(f"export to {out}", "runs") as on_progress:
         export_zarr(manifest, out, on_progress)
-    console.print(f"{out}: {manifest.n_runs} runs as Zarr v3, read back equal.", highlight=False, soft_wrap=True)
+    console.print(
+        f"{out}: {manifest.n_runs} runs as Zarr v3, read back equal.", highlight=False, soft_wrap=True, markup=False
+    )
 
 
 def verify(folder: Path, console: Console) -> int:
@@ -251,7 +256,7 @@ def verify(folder: Path, console: Console) -> int:
         return 2
     manifest = load_manifest(folder)
     sound = f"{manifest.n_runs} runs in {len(manifest.shards)} shards, every byte as it was written"
-    console.print(f"{folder}: {sound}.", highlight=False, soft_wrap=True)
+    console.print(f"{folder}: {sound}.", highlight=False, soft_wrap=True, markup=False)
     return 0
 
 

@@ -323,3 +323,20 @@ def test_inspect_shows_what_comes_with_a_run(tmp_path):
     (tmp_path / f"{stem}_desc-confounds_timeseries.tsv").write_text("trans_x\n")
     result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
     assert re.search(r"sub-01_task-rest +110 +1\.16 +49×58×47 +mask confounds", result.output)
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path):
+    folder, out = tmp_path / "[/study]", tmp_path / "[/shards]"
+    folder.mkdir(parents=True)
+    shutil.copy(REAL, folder / "sub-01_task-rest_space-MNI152_bold.nii.gz")
+    (folder / "participants.tsv").write_text("participant_id\tsite\tdx\nsub-01\t[/A]\t[bold]x\n")
+    for arguments in (
+        ["inspect", folder],
+        ["shard", folder, "--out", out],
+        ["inspect", out],
+        ["shard", out, "--verify"],
+    ):
+        result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "500"})
+        assert result.exit_code == 0, result.exception
+        assert "[/" in result.output
+        assert arguments != ["inspect", folder] or re.search(r"\[/A\] .*\[bold\]x", result.output)
