@@ -3,15 +3,18 @@
 import logging
 import os
 import secrets
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from boldforge.configs import BoldForgeError
 
 _PATIENCE_S = 10.0
+_PREFIX = "bf-"
 _OBJECT_STORE_BYTES = 80 * 2**20  # tasks and their outcomes only: the data goes through files
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -32,6 +35,7 @@ def ray_session(
     work: str,
     environment: Mapping[str, str] | None = None,
     loggers: Sequence[str] = (),
+    record: Path | None = None,
 ) -> Iterator[Any]:
     """Run Ray while something is done; environment and log levels are as before afterwards.
 
@@ -47,6 +51,9 @@ def ray_session(
         What is to be done, as a message says it: ``"a build"``.
     environment, loggers
         More variables to set and loggers to quiet meanwhile.
+    record
+        File that names Ray's folder meanwhile, so that the next session with the same record removes what a killed one
+        left there.
 
     Yields
     ------
@@ -63,8 +70,7 @@ def ray_session(
 
         if ray.is_initialized():
             raise error(f"Ray is already running in this process; call ray.shutdown() before {work}.")
-        # A short path of our own: Ray puts sockets below it, and socket names are limited to about 100 characters.
-        with tempfile.TemporaryDirectory(prefix="bf-", ignore_cleanup_errors=True) as folder:
+        with session_folder(record) as folder:
             here: dict[str, Any] = {
                 "num_cpus": cpus,
                 "include_dashboard": False,
@@ -87,6 +93,25 @@ def ray_session(
                 yield ray
             finally:
                 ray.shutdown()
+
+
+@contextmanager
+def session_folder(record: Path | None) -> Iterator[str]:
+    """Lend a folder under a short path: Ray puts sockets below it, whose names are limited to about 100 characters.
+
+    `record` as for `ray_session`; only a folder of the same making and owner is removed.
+    """
+    if record is not None and record.is_file():
+        left = Path(record.read_text())
+        made_here = left.name.startswith(_PREFIX) and left.parent == Path(tempfile.gettempdir())
+        if made_here and left.is_dir() and left.stat().st_uid == os.getuid():
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as folder:
+        if record is not None:
+            record.write_text(folder)
+        yield folder
+    if record is not None:
+        record.unlink(missing_ok=True)
 
 
 def _knock(address: str | None) -> None:

@@ -235,11 +235,7 @@ def gather_clips(
         Clips in the order of `subjects`.
     """
     length = int(backbone.data["clip_length"])
-    plan = [
-        (number, run, start)
-        for number, subject in enumerate(subjects)
-        for run, start in _clip_starts(reader.manifest, subject, clips, length)
-    ]
+    plan = plan_clips(reader.manifest, subjects, clips, length)
     device = next(backbone.network.parameters()).device
     pooled = []
     # Plain writes: through a memory map of a file without blocks, a full disk is a SIGBUS that no program survives.
@@ -277,6 +273,15 @@ def _name_full_disk(folder: Path) -> Iterator[None]:
         raise FinetuneError(
             f"{folder}: the disk is full; make room for the clips, choose an out on another disk, or set clips lower."
         ) from error
+
+
+def plan_clips(manifest: Manifest, subjects: Sequence[Subject], clips: int, length: int) -> list[tuple[int, int, int]]:
+    """Say which clips are read: position in `subjects`, run, first frame; in the order of `subjects`."""
+    return [
+        (number, run, start)
+        for number, subject in enumerate(subjects)
+        for run, start in _clip_starts(manifest, subject, clips, length)
+    ]
 
 
 def _clip_starts(manifest: Manifest, subject: Subject, clips: int, length: int) -> list[tuple[int, int]]:

@@ -2,8 +2,8 @@
 
 import json
 import logging
-import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -14,23 +14,27 @@ from pydantic import Field, field_validator, model_validator
 
 from boldforge.finetune.adapters import AdapterConfig
 from boldforge.finetune.backbone import load_backbone
-from boldforge.finetune.cohort import ClipSet, OnProgress
+from boldforge.finetune.cohort import ClipSet, OnProgress, Subject
+from boldforge.finetune.embedded import head_on_embeddings, read_labels
+from boldforge.finetune.embedding_cache import EmbeddingCache
 from boldforge.finetune.evaluation import best_threshold
 from boldforge.finetune.fit import TrainingConfig, predict_subjects
 from boldforge.finetune.networks import BackboneSpec
 from boldforge.finetune.ray_driver import RayConfig, run_on_ray
 from boldforge.finetune.serial_driver import run_serially
 from boldforge.finetune.study import Study, StudyConfig, open_study
-from boldforge.finetune.sweep_journal import Journal, SweepError, sync_folder
+from boldforge.finetune.sweep_clips import SeenClips, embed_unseen, gather_seen
+from boldforge.finetune.sweep_journal import Journal, SweepError
 from boldforge.finetune.sweep_results import Tested, TrialResult, choose, write_results
 from boldforge.finetune.sweep_rungs import Halving, Rounds
-from boldforge.finetune.sweep_space import Sampler, SpaceConfig, Span, ask_tpe, draw, grid
+from boldforge.finetune.sweep_space import OF_TRAINING, Sampler, SpaceConfig, Span, ask_tpe, draw, grid
 from boldforge.finetune.trial import TrialSpec, read_best
 
 logger = logging.getLogger(__name__)
-_JOURNAL, _TRIALS, _SEEN = "journal.jsonl", "trials", "seen"
+_JOURNAL, _TRIALS, _SEEN, _EMBEDDINGS = "journal.jsonl", "trials", "seen", "embeddings"
+_ATTEMPTS = 20
 # Who does the work and where the result lies changes nothing in it.
-_IMMATERIAL = {"shards", "backbone", "out", "driver", "concurrency", "gpus", "address"}
+_IMMATERIAL = {"shards", "backbone", "out", "driver", "concurrency", "gpus", "address", "cache", "cache_gb"}
 
 
 class SweepConfig(StudyConfig):
@@ -57,6 +61,12 @@ class SweepConfig(StudyConfig):
     address: str | None = Field(
         None, description="Ray cluster to work on, e.g. auto or 10.0.0.1:6379; its nodes must see out. None: here."
     )
+
+    cache: Path | None = Field(
+        None,
+        description="Folder that keeps embeddings for other sweeps over heads alone (rank 0). None: gone with them.",
+    )
+    cache_gb: float = Field(10.0, ge=0, description="GB that the cache may hold; what was not used for longest goes.")
 
     @field_validator("backbone")
     @classmethod
@@ -91,9 +101,9 @@ class SweepConfig(StudyConfig):
     @model_validator(mode="after")
     def _one_meaning(self) -> "SweepConfig":
         for name in self.space.searched():
-            section: Any = self.training if name == "lr" else self.adapter
-            if name in section.model_fields_set:
-                place = f"training.{name}" if name == "lr" else f"adapter.{name}"
+            called = "training" if name in OF_TRAINING else "adapter"
+            if name in getattr(self, called).model_fields_set:
+                place = f"{called}.{name}"
                 raise ValueError(f"space.{name} is searched, so {place} has no meaning; remove one of the two")
         spans = [name for name in ("rank", *self.space.searched()) if isinstance(getattr(self.space, name), Span)]
         if self.sampler == "grid" and spans:
@@ -107,7 +117,10 @@ class SweepConfig(StudyConfig):
     def settings(self) -> dict[str, Any]:
         """Return what a user may set and this sweep reads, as JSON."""
         searched = set(self.space.searched())
-        unread: dict[str, Any] = {"adapter": {"rank"} | searched - {"lr"}, "training": {"patience"} | searched & {"lr"}}
+        unread: dict[str, Any] = {
+            "adapter": {"rank"} | searched - OF_TRAINING,
+            "training": {"patience"} | searched & OF_TRAINING,
+        }
         return self.model_dump(mode="json", exclude=unread | ({"ranks": True} if self.space.rank is not None else {}))
 
     def propose(self, batch: int, seen: list[tuple[dict[str, Any], float | None]]) -> list[dict[str, Any]]:
@@ -120,6 +133,12 @@ class SweepConfig(StudyConfig):
         if self.sampler == "grid":
             return grid(self.space, self.ranks)
         return [draw(self.space, self.ranks, self.seed, trial) for trial in range(self.trials)]
+
+    @property
+    def trains(self) -> tuple[bool, bool]:
+        """Whether some trials train a head alone, and whether some adapt layers."""
+        ranks = (self.space.rank.low,) if self.space.rank is not None else self.ranks
+        return 0 in ranks, any(rank > 0 for rank in ranks)
 
     @property
     def n_trials(self) -> int:
@@ -175,7 +194,7 @@ def _search_and_test(
         for name, subjects in (("train", fold.train), ("validation", fold.validation), ("test", fold.test))
     }
     seen = parts["train"] + parts["validation"]
-    reading, epoch_size = len(seen) * config.clips, len(parts["train"]) * config.clips
+    reading, epoch_size = len(seen) * config.clips * sum(config.trains), len(parts["train"]) * config.clips
     total = reading + epoch_size * config.training.epochs * config.n_trials
     done: dict[int, int] = {}
 
@@ -184,10 +203,11 @@ def _search_and_test(
         if on_progress:
             on_progress(reading + epoch_size * sum(done.values()), total)
 
-    clips = (config.out / _SEEN).resolve()
-    if not clips.exists():
-        study.gather(seen, scratch / _SEEN, on_progress and (lambda read, _: on_progress(read, total)))
-        _put_in_place(scratch / _SEEN, clips)
+    cache = EmbeddingCache(config.cache or config.out / _EMBEDDINGS, int(config.cache_gb * 1e9))
+    place = (config.out / _SEEN).resolve()
+    clips = gather_seen(
+        study, seen, config.trains, place, cache, scratch, on_progress and (lambda n, _: on_progress(n, total))
+    )
     spec = _trial_spec(config, study.task.classes, clips, len(parts["train"]), len(seen))
     folder = (config.out / _TRIALS).resolve()
     folder.mkdir(exist_ok=True)
@@ -196,16 +216,39 @@ def _search_and_test(
     drive(config, spec, rounds, folder, on_epoch, scratch)
     trials = [TrialResult(trial, rounds.curve(trial)) for trial in rounds.trials]
     best = choose(trials, study.task.selects_by)
-    classifier = study.classifier(best.trial.spec(spec).adapter)
-    classifier.load_state(read_best(best.trial.folder(folder), best.curve))
-    validation = ClipSet.load(clips).select(range(len(parts["train"]), len(seen)))
-    checked = predict_subjects(classifier, validation, config.training.batch_size)
-    threshold = best_threshold(validation.labels, checked) if study.task.kind == "binary" else 0.5
-    unseen = study.gather(parts["test"], scratch / "unseen")
-    scores = predict_subjects(classifier, unseen, config.training.batch_size)
+    tested = _test(study, spec, best, folder, parts["test"], cache, scratch)
     if on_progress:
         on_progress(total, total)
-    return write_results(study, config.settings(), parts, trials, best, Tested(classifier, scores, threshold), scratch)
+    return write_results(study, config.settings(), parts, trials, best, tested, scratch)
+
+
+def _test(
+    study: Study,
+    spec: TrialSpec,
+    best: TrialResult,
+    folder: Path,
+    unseen: list[Subject],
+    cache: EmbeddingCache,
+    scratch: Path,
+) -> Tested:
+    """Set the chosen trial's threshold on the validation subjects, then read the test subjects and score them once."""
+    adapter, size = best.trial.spec(spec).adapter, spec.training.batch_size
+    state = read_best(best.trial.folder(folder), best.curve)
+    classifier = study.classifier(adapter)
+    classifier.load_state(state)
+    scorer = classifier
+    if adapter.frozen and spec.embedded is not None:
+        seen = spec.embedded.load(*read_labels(spec.clips))
+        scorer = head_on_embeddings(study.task, seen.x.shape[1], spec.seed)
+        scorer.load_state(state)
+        test = embed_unseen(study, unseen, cache, scratch)
+    else:
+        seen, test = ClipSet.load(spec.clips), None
+    validation = seen.select(spec.validation)
+    checked = predict_subjects(scorer, validation, size)
+    threshold = best_threshold(validation.labels, checked) if study.task.kind == "binary" else 0.5
+    test = test or study.gather(unseen, scratch / "unseen")
+    return Tested(classifier, predict_subjects(scorer, test, size), threshold)
 
 
 def drive(
@@ -260,29 +303,27 @@ def _open_journal(study: Study, config: SweepConfig) -> Journal:
 
 
 def _clear_work(out: Path) -> None:
-    for name in (_TRIALS, _SEEN):
-        if (out / name).exists():
-            shutil.rmtree(out / name)
+    for folder in (out / _TRIALS, out / _SEEN, out / _EMBEDDINGS):
+        # The worker of a driver that was killed may still be tidying up its trial.
+        for _ in range(_ATTEMPTS):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.1)
+        else:
+            shutil.rmtree(folder)
 
 
-def _put_in_place(made: Path, folder: Path) -> None:
-    """Rename a folder to where it is looked for, once everything in it is durable."""
-    for path in made.iterdir():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-    sync_folder(made)
-    made.rename(folder)
-    sync_folder(folder.parent)
-
-
-def _trial_spec(config: SweepConfig, classes: tuple[str, ...], clips: Path, n_train: int, n_seen: int) -> TrialSpec:
+def _trial_spec(
+    config: SweepConfig, classes: tuple[str, ...], clips: SeenClips, n_train: int, n_seen: int
+) -> TrialSpec:
     assert isinstance(config.backbone, Path)
     return TrialSpec(
         backbone=config.backbone.resolve(),
         pool=config.pool,
         task=config.task,
         classes=classes,
-        clips=clips.resolve(),
+        clips=clips.folder,
         train=tuple(range(n_train)),
         validation=tuple(range(n_train, n_seen)),
         adapter=config.adapter,
@@ -290,4 +331,5 @@ def _trial_spec(config: SweepConfig, classes: tuple[str, ...], clips: Path, n_tr
         seed=config.seed,
         threads=config.cpus,
         device="cuda" if config.gpus else "cpu",
+        embedded=clips.embedded,
     )

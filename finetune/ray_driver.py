@@ -20,7 +20,7 @@ _ENVIRONMENT = {
 }
 # Tune complains about the log files switched off above.
 _QUIET_LOGGERS = ("ray.air.execution._internal.event_manager", "ray.tune")
-_ATTEMPTS = 3
+_ATTEMPTS, _SESSION = 3, ".ray-session"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def run_on_ray(
     if first is None:
         return
     cpus = config.concurrency * config.cpus
-    with ray_session(config.address, cpus, SweepError, "a sweep", _ENVIRONMENT, _QUIET_LOGGERS):
+    with ray_session(config.address, cpus, SweepError, "a sweep", _ENVIRONMENT, _QUIET_LOGGERS, folder / _SESSION):
         _check_resources(config)
         _fit(spec, _Course(first, rounds, folder), folder, on_epoch, config, scratch)
 

@@ -96,11 +96,15 @@ class Study:
         seed = self.config.seed if seed is None else seed
         return Classifier(self._backbone(seed), self.task, adapter, seed).to(_device())
 
+    def backbone(self) -> Backbone:
+        """Load the encoder afresh, frozen, on the device that is there."""
+        backbone = self._backbone(self.config.seed)
+        backbone.network.to(_device())
+        return backbone
+
     def gather(self, subjects: Sequence[Subject], folder: Path, on_progress: OnProgress | None = None) -> ClipSet:
         """Read these subjects' clips, up to the first adapted stage, into a new folder."""
-        config = self.config
-        backbone = self._backbone(config.seed)
-        backbone.network.to(_device())
+        config, backbone = self.config, self.backbone()
         stage = config.adapter.first_stage
         return gather_clips(backbone, stage, ShardReader(self.manifest), subjects, config.clips, folder, on_progress)
 

@@ -1,5 +1,6 @@
 """What a sweep found: the choice, the table of trials, and the chosen one's figures."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from boldforge.finetune.sweep_journal import SweepError
 from boldforge.finetune.sweep_rungs import Curve, Trial
 from boldforge.finetune.tasks import describe_labels
 from boldforge.finetune.trial import has_diverged
+
+_Z95, _BISECTIONS = 1.959964, 60
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,29 @@ def choose(trials: Sequence[TrialResult], figure: str) -> TrialResult:
     return max(left, key=lambda t: (_best_epoch(t)[figure], -t.trial.values["rank"], -t.trial.number))
 
 
+def auc_interval(auc: float, n_positive: int, n_negative: int) -> list[float]:
+    """Return the 95 % interval of an AUC from its height and the numbers of subjects alone.
+
+    Method 5 of Newcombe 2006 (Statistics in Medicine 25, 559): all areas θ that lie within 1.96 standard errors of the
+    one measured, the error that of Hanley and McNeil 1982 at θ itself, so that an AUC of 1 has an interval too.
+    """
+    n = (n_positive + n_negative) / 2 - 1
+
+    def outside(theta: float) -> bool:
+        spread = 1 + n * (1 - theta) / (2 - theta) + n * theta / (1 + theta)
+        error = math.sqrt(theta * (1 - theta) * spread / (n_positive * n_negative))
+        return abs(theta - auc) > _Z95 * error
+
+    ends = []
+    for far in (0.0, 1.0):
+        inner, outer = auc, far
+        for _ in range(_BISECTIONS):
+            middle = (inner + outer) / 2
+            inner, outer = (inner, middle) if outside(middle) else (middle, outer)
+        ends.append(inner)
+    return ends
+
+
 def write_results(
     study: Study,
     settings: dict[str, Any],
@@ -67,7 +93,7 @@ def write_results(
     figure = study.task.selects_by
     labels = [subject.label for subject in parts["test"]]
     figures = study.task.metrics(labels, scores, threshold)
-    rows = [_row(trial, figure, study) for trial in trials]
+    rows = [_row(trial, figure, study, parts["validation"]) for trial in trials]
     shared: dict[str, Any] = {
         "task": study.task.name,
         "simulated": study.cohort.simulated,
@@ -107,7 +133,7 @@ def write_results(
         "trainable_parameters": classifier.trainable,
     }
     write_json(folder / "metrics.json", {**shared, **own, "total_parameters": classifier.total})
-    columns = [name for name in rows[0] if name != "name" and not name.endswith("_by_epoch")]
+    columns = [name for name in rows[0] if name != "name" and not name.endswith(("_by_epoch", "_interval"))]
     write_table(config.out / "trials.tsv", columns, [[_cell(row[name]) for name in columns] for row in rows])
     write_json(scratch / "sweep.json", results)
     (scratch / "sweep.json").replace(config.out / "sweep.json")
@@ -118,7 +144,7 @@ def _best_epoch(trial: TrialResult) -> dict[str, Any]:
     return next((epoch for epoch in reversed(trial.curve) if epoch.get("improved")), {})
 
 
-def _row(result: TrialResult, figure: str, study: Study) -> dict[str, Any]:
+def _row(result: TrialResult, figure: str, study: Study, validation: list[Subject]) -> dict[str, Any]:
     adapter, training, values = study.config.adapter, study.config.training, result.trial.values
     best, curve = _best_epoch(result), [epoch for epoch in result.curve if "diverged" not in epoch]
     return {
@@ -136,10 +162,21 @@ def _row(result: TrialResult, figure: str, study: Study) -> dict[str, Any]:
         "dropout": values.get("dropout", adapter.dropout),
         "targets": values.get("targets", list(adapter.targets)),
         "lr": values.get("lr", training.lr),
+        "head_lr": values.get("head_lr", training.head_lr),
+        "weight_decay": values.get("weight_decay", training.weight_decay),
         "diverged": has_diverged(result.curve),
+        **_interval(best, figure, study, validation),
         f"validation_{figure}_by_epoch": [epoch[figure] for epoch in curve],
         "train_loss_by_epoch": [epoch["train_loss"] for epoch in curve],
     }
+
+
+def _interval(best: dict[str, Any], figure: str, study: Study, validation: list[Subject]) -> dict[str, Any]:
+    if study.task.kind != "binary":
+        return {}
+    n_positive = sum(subject.label == 1 for subject in validation)
+    found = auc_interval(best[figure], n_positive, len(validation) - n_positive) if best else None
+    return {f"validation_{figure}_interval": found}
 
 
 def _cell(value: object) -> object:

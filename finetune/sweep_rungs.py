@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from boldforge.finetune.sweep_journal import Journal, SweepError
+from boldforge.finetune.sweep_space import OF_TRAINING
 from boldforge.finetune.trial import Report, TrialSpec, has_diverged, read_curve, run_trial
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Trial:
     def spec(self, spec: TrialSpec) -> TrialSpec:
         """Return the trial that trains at this point."""
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in self.values.items()}
-        training = {"lr": values.pop("lr")} if "lr" in values else {}
+        training = {name: values.pop(name) for name in OF_TRAINING & values.keys()}
         return replace(
             spec,
             adapter=spec.adapter.model_copy(update=values),

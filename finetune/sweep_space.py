@@ -12,7 +12,9 @@ from boldforge.configs import StrictModel
 
 Sampler = Literal["grid", "random", "tpe"]
 # Also the order in which a grid is walked: the first changes slowest.
-DIMENSIONS = ("rank", "alpha", "dropout", "targets", "lr")
+DIMENSIONS = ("rank", "alpha", "dropout", "targets", "lr", "head_lr", "weight_decay")
+# Those that are keys of the recipe's training, not of its adapter.
+OF_TRAINING = {"lr", "head_lr", "weight_decay"}
 
 
 class Span(StrictModel):
@@ -37,19 +39,22 @@ class SpaceConfig(StrictModel):
     dropout: tuple[float, ...] | Span | None = Field(None, description="adapter.dropout.")
     targets: tuple[tuple[str, ...], ...] | None = Field(None, description="adapter.targets: lists of layers to adapt.")
     lr: tuple[float, ...] | Span | None = Field(None, description="training.lr: step size of the adapter.")
+    head_lr: tuple[float, ...] | Span | None = Field(None, description="training.head_lr: step size of the head.")
+    weight_decay: tuple[float, ...] | Span | None = Field(None, description="training.weight_decay: AdamW's decay.")
 
     @model_validator(mode="after")
     def _possible(self) -> "SpaceConfig":
-        bounds = {"rank": (1, 256), "alpha": (0, math.inf), "dropout": (0, 0.999), "lr": (0, 1)}
+        bounds = {"rank": (1, 256), "alpha": (0, math.inf), "dropout": (0, 0.999), "lr": (0, 1), "head_lr": (0, 1)}
+        bounds["weight_decay"] = (0, math.inf)
         for name, (least, most) in bounds.items():
             values = getattr(self, name)
             if values is None:
                 continue
             ends = (values.low, values.high) if isinstance(values, Span) else values
-            open_below = name in ("alpha", "lr")
+            open_below = name in ("alpha", "lr", "head_lr")
             if not all(least < value <= most or (value == least and not open_below) for value in ends):
                 raise ValueError(f"{name} must lie {'above' if open_below else 'from'} {least:g} and at most {most:g}")
-        for name in ("alpha", "dropout", "targets", "lr"):
+        for name in DIMENSIONS[1:]:
             values = getattr(self, name)
             if isinstance(values, tuple) and (not values or len(set(values)) != len(values)):
                 raise ValueError(f"{name} must list at least one value, each once")

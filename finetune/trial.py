@@ -16,6 +16,7 @@ from boldforge.finetune.adapters import AdapterConfig
 from boldforge.finetune.backbone import Pool, load_backbone
 from boldforge.finetune.classifier import Classifier
 from boldforge.finetune.cohort import ClipSet
+from boldforge.finetune.embedded import EmbeddedClips, head_on_embeddings, read_labels
 from boldforge.finetune.fit import DivergedError, Fit, TrainingConfig
 from boldforge.finetune.sweep_journal import Journal, SweepError, checksum, read_journal, write_whole
 from boldforge.finetune.tasks import get_task
@@ -39,6 +40,8 @@ class TrialSpec:
         Positions of the subjects in that folder's labels.
     device
         ``cuda``, where the trial was given a share of a GPU, or ``cpu``.
+    embedded
+        Embeddings of the clips, for a trial that trains a head alone; None where it computes them itself.
     """
 
     backbone: Path
@@ -53,6 +56,7 @@ class TrialSpec:
     seed: int
     threads: int
     device: str
+    embedded: EmbeddedClips | None = None
 
 
 def run_trial(spec: TrialSpec, folder: Path, until: int, report: Report) -> None:
@@ -116,28 +120,25 @@ def read_best(folder: Path, curve: tuple[dict[str, Any], ...]) -> dict[str, Tens
 
 
 def _epochs(spec: TrialSpec, folder: Path, journal: Journal, until: int) -> Iterator[dict[str, Any]]:
-    task = get_task(spec.task, classes=spec.classes)
-    clips = ClipSet.load(spec.clips)
-    train, validation = clips.select(spec.train), clips.select(spec.validation)
     state = _last_state(folder, journal)
     if state is None and journal.records:
         # The files behind the lines are gone or damaged: the same epochs again give the same lines.
         journal.clear()
     records = journal.records
     best = next((record for record in reversed(records) if record["improved"]), None)
-    classifier = Classifier(load_backbone(spec.backbone, spec.pool), task, spec.adapter, spec.seed)
-    classifier.to(spec.device)
+    classifier, clips, kept_elsewhere = _prepare(spec)
+    task = classifier.task
     fitting = Fit(
         classifier,
-        train,
-        validation,
+        clips.select(spec.train),
+        clips.select(spec.validation),
         spec.training,
         spec.seed,
         state=state,
         done=len(records),
         best=(best[task.selects_by], best["validation_loss"]) if best else None,
     )
-    sizes = {"trainable_parameters": classifier.trainable, "total_parameters": classifier.total}
+    sizes = {"trainable_parameters": classifier.trainable, "total_parameters": classifier.total + kept_elsewhere}
     while len(records) < until:
         try:
             epoch = fitting.step()
@@ -154,6 +155,16 @@ def _epochs(spec: TrialSpec, folder: Path, journal: Journal, until: int) -> Iter
             **sizes,
         }
         yield _keep(folder, journal, figures, fitting.state(), classifier.state() if epoch.improved else None)
+
+
+def _prepare(spec: TrialSpec) -> tuple[Classifier, ClipSet, int]:
+    """Return what is trained, what on, and how many parameters of the network need not be here."""
+    task = get_task(spec.task, classes=spec.classes)
+    if spec.embedded is not None and spec.adapter.frozen:
+        clips = spec.embedded.load(*read_labels(spec.clips))
+        return head_on_embeddings(task, clips.x.shape[1], spec.seed).to(spec.device), clips, spec.embedded.parameters
+    classifier = Classifier(load_backbone(spec.backbone, spec.pool), task, spec.adapter, spec.seed)
+    return classifier.to(spec.device), ClipSet.load(spec.clips), 0
 
 
 def _keep(

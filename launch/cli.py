@@ -4,6 +4,7 @@ Everything heavy (torch, ray, deepspeed, nibabel) is imported inside the verbs, 
 """
 
 import errno
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -253,14 +254,22 @@ def finetune(
 @app.command(
     epilog="Example: boldforge sweep --config configs/sweep/adhd-rank.yaml shards=shards/adhd backbone=runs/pretrain"
 )
-def sweep(config: Recipe = "configs/sweep/adhd-rank.yaml", overrides: Overrides = None) -> None:
+def sweep(
+    config: Recipe = "configs/sweep/adhd-rank.yaml",
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to work on, e.g. auto or 10.0.0.1:6379; by default this machine")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
     """Search over LoRA adapters with Ray Tune; the best by validation AUC is tested once.
 
     The same command again goes on from where a stopped or killed one was.
     """
     from boldforge.launch.training import sweep_and_print
 
-    sweep_and_print(config, overrides or [], Console())
+    # As YAML, so that an address that looks like a number stays what it is.
+    where = [f"address={json.dumps(address)}"] if address is not None else []
+    sweep_and_print(config, [*(overrides or []), *where], Console())
 
 
 @app.command(

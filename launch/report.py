@@ -18,7 +18,7 @@ from markupsafe import Markup
 import boldforge
 from boldforge.configs import BoldForgeError
 from boldforge.data_shards import load_manifest
-from boldforge.launch import figures
+from boldforge.launch import figures, sweep_figures
 from boldforge.launch.model_card import FIGURES, describe_overlap
 
 _MOST_EXAMPLES = 2
@@ -101,7 +101,7 @@ def render_page(sections: Sequence[Section]) -> str:
 
 
 def page_template(name: str) -> Template:
-    """Return a template of a page: texts are escaped, an unknown name is an error, filters `figure` and `percent`."""
+    """Return a template of a page: texts escaped, unknown names an error; filters `figure`, `percent`, `value`."""
     environment = Environment(
         loader=PackageLoader("boldforge.launch"),
         undefined=StrictUndefined,
@@ -109,7 +109,7 @@ def page_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(figure=_show_number, percent=_show_percent)
+    environment.filters.update(figure=_show_number, percent=_show_percent, value=sweep_figures.say)
     return environment.get_template(name)
 
 
@@ -195,6 +195,12 @@ def _read_finetuning(folder: Path) -> Section:
 def _read_sweep(folder: Path) -> Section:
     results = _read_json(folder / "sweep.json")
     content = {"name": folder.resolve().name, "results": results, **_adapted(results)}
+    trials, by, called = results["trials"], content["selects_by"], content["compared_by"]
+    searched = sweep_figures.searched(results)
+    content["searched"] = {name: label for name, label in searched.items() if name != "rank"}
+    content["rank_curve"] = _inline(sweep_figures.rank_figure(trials, by, called, results))
+    drawn = sweep_figures.parallel_figure(trials, searched, by, called, results["best"])
+    content["parallel"] = _inline(drawn)
     return Section("sweep", content, bool(results["simulated"]))
 
 

@@ -157,6 +157,7 @@ def sweep(tmp_path_factory) -> Path:
         "simulated": True,
         "measured_by": "test subjects held out of a sweep, scored once",
         "figures": FIGURES,
+        "intervals": {"auc": [0.6, 1.0]},
         "subjects": PARTS,
         "sentence": "Rank 2 was best.",
         "best": trials[0],

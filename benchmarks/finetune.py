@@ -1,0 +1,145 @@
+"""What a sweep and an adapter cost, and what a sweep survives.
+
+    python benchmarks/finetune.py [--quick] [--part cache|lora|kills|kills_serial] [--kills N] [--json FILE]
+
+Cohorts are noise with a planted difference, encoders are untrained: only time, memory and identity are measured here.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from finetune_parts import adapters, heads, kills, made
+
+PARTS = ("cache", "lora", "kills", "kills_serial")
+
+Row = dict[str, object]
+
+
+def row(figure: str, value: float, unit: str, goal: float | None = None, better: str = "higher") -> Row:
+    """Return one line of the table."""
+    return {"figure": figure, "value": float(f"{value:.4g}"), "unit": unit, "goal": goal, "better": better}
+
+
+def cache(scratch: Path, quick: bool, n_kills: int) -> list[Row]:
+    """Head sweeps over a frozen encoder with its embeddings kept, against trials that compute them themselves.
+
+    Both are whole sweeps with the serial driver: opening, embedding, training, choosing and testing. Without the cache
+    every trial embeds its clips once, not once per epoch. ``…_later_sweeps`` finds the embeddings of an earlier one.
+    """
+    found = heads.measure(scratch, subjects=24 if quick else 40, trials=(2, 8) if quick else (4, 32))
+    rows = [row("head_sweep_cache_speedup", found["with"] / found["without"], "times", 10)]
+    rows.append(row("head_sweep_cache_speedup_later_sweeps", found["again"] / found["without"], "times"))
+    for name, called in (("with", "cache"), ("again", "cache_filled"), ("without", "no_cache")):
+        rows.append(row(f"head_trials_per_hour_{called}", 3600 * found[name], "trials/h"))
+    return rows
+
+
+def lora(scratch: Path, quick: bool, n_kills: int) -> list[Row]:
+    """One training step at the NeuroSTORM size (5 M parameters, 20 frames of the 2 mm grid), each in its own process.
+
+    Against full fine-tuning: LoRA of rank 4 on all linear layers of the blocks. The step is the median of forward,
+    backward and AdamW; memory is the process's peak beyond what it held with its weights loaded.
+    """
+    rows = []
+    found = {kind: adapters.measure(kind, 2 if quick else 5) for kind in ("full", "lora")}
+    for name, unit, goal in (("step_seconds", "s", 0.75), ("memory_mb", "MiB", 0.8), ("peak_mb", "MiB", None)):
+        short = name.split("_")[0]
+        rows.append(row(f"lora_{short}_ratio", found["lora"][name] / found["full"][name], "of full", goal, "lower"))
+        rows += [row(f"{kind}_{name}", found[kind][name], unit, None, "lower") for kind in found]
+    return rows
+
+
+def killed(scratch: Path, quick: bool, n_kills: int) -> list[Row]:
+    """Sweeps on Ray killed at random moments, and whether they end as one that nobody disturbed.
+
+    Killed are the driver, a worker, Ray's own processes, or all at once. A kill counts as survived if the sweep it fell
+    into ended with the same files, had trained the same epochs, and began no more of them again than one per kill and
+    trial that can be training at a time.
+    """
+    return _kill("ray", scratch, kills.KINDS, n_kills)
+
+
+def killed_serially(scratch: Path, quick: bool, n_kills: int) -> list[Row]:
+    """Measure the same of the driver that trains one trial after the other, without Ray."""
+    return _kill("serial", scratch, ("driver",), n_kills)
+
+
+def _kill(driver: str, scratch: Path, kinds: tuple[str, ...], n_kills: int) -> list[Row]:
+    recipe = {
+        "shards": made.write_cohort(scratch / "cohort", 24, 12),
+        "backbone": made.write_encoder(scratch / "encoder"),
+        "clips": 2,
+        "folds": 3,
+        "ranks": [0, 1, 2, 4],
+        "space": {"lr": [1e-3, 1e-2]},
+        "grace": 2,
+        "adapter": {"first_stage": 1, "dropout": 0.1},
+        "training": {"epochs": 8},
+        "concurrency": 2,
+        "driver": driver,
+        "out": scratch / "out",
+    }
+    wanted = kills.undisturbed(recipe, scratch / "undisturbed")
+    survived, redone, counts, number = 0, 0, Counter[str](), 0
+    while (left := n_kills - counts.total()) > 0:
+        # Its settings name the folder and are compared, so every sweep has the same.
+        kills.emptied(scratch / "out")
+        chance = random.Random(f"{driver}{number}")
+        outcome = kills.sweep_under_fire(recipe, scratch / f"fire{number}", wanted, kinds, min(10, left), chance)
+        for complaint in outcome.complaints:
+            print(f"  {driver} sweep {number}: {complaint}", flush=True)
+        again = f"{outcome.redone} epochs again, same: {outcome.same}"
+        print(f"  {driver} sweep {number}: {dict(outcome.kills)}, {again}", flush=True)
+        counts += outcome.kills
+        survived += outcome.kills.total() if outcome.same else 0
+        redone += outcome.redone
+        number += 1
+    suffix = "" if driver == "ray" else "_serial"
+    rows = [row(f"sweep_kills_survived{suffix}", survived, f"of {counts.total()}", counts.total())]
+    rows.append(row(f"sweep_epochs_redone{suffix}", redone / counts.total(), "per kill", None, "lower"))
+    return rows + [row(f"sweep_kills{suffix}: {kind}", n, "kills") for kind, n in sorted(counts.items())]
+
+
+def machine() -> str:
+    """Return the processor, its cores and the versions that matter."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def main() -> None:
+    """Measure, print the table, and write it as JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="smaller cohorts, a kill per driver")
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be repeated")
+    parser.add_argument("--kills", type=int, help="kills per driver; by default 50")
+    parser.add_argument("--json", type=Path, help="write machine and rows to this file")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    measures = {"cache": cache, "lora": lora, "kills": killed, "kills_serial": killed_serially}
+    rows: list[Row] = []
+    print(machine())
+    for part in chosen.part or PARTS:
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="boldforge-finetune-", ignore_cleanup_errors=True) as folder:
+            found = measures[part](Path(folder), chosen.quick, chosen.kills or (1 if chosen.quick else 50))
+        for each in found:
+            goal = "" if each["goal"] is None else f"goal {each['goal']:g}"
+            print(f"{each['figure']:<42}{each['value']:>10g} {each['unit']:<14}{goal}", flush=True)
+        print(f"  ({part}: {time.perf_counter() - start:.0f} s)", flush=True)
+        rows += found
+    if chosen.json:
+        chosen.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

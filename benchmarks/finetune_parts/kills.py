@@ -1,0 +1,226 @@
+"""Sweeps that are killed at random moments: the driver, a worker, a process of Ray's, or everything at once."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILES = (
+    "sweep.json",
+    "trials.tsv",
+    "journal.jsonl",
+    "best/metrics.json",
+    "best/predictions.tsv",
+    "best/adapter/task.json",
+    "best/adapter/head.safetensors",
+)
+KINDS = ("driver", "worker", "ray", "all")
+# Every process of a sweep carries this in its environment, whoever its parent is by now.
+_MARK = "BOLDFORGE_KILLED_SWEEP"
+_PATIENCE_S = 180.0
+
+
+@dataclass
+class Outcome:
+    """What became of a sweep that was killed again and again.
+
+    Attributes
+    ----------
+    kills
+        How often each kind of process was killed.
+    redone
+        Epochs that were begun more than once, counted as often as they were begun again.
+    allowed
+        As many as may be: one per kill and trial that can be training at a time.
+    same
+        Whether its files are those of a sweep that nobody disturbed, and the epochs it trained too.
+    complaints
+        What went wrong, in words.
+    """
+
+    kills: Counter[str] = field(default_factory=Counter)
+    redone: int = 0
+    allowed: int = 0
+    same: bool = False
+    complaints: list[str] = field(default_factory=list)
+
+
+class KilledSweep:
+    """A sweep in processes of its own, which can be killed and started again.
+
+    Parameters
+    ----------
+    recipe
+        What `SweepConfig` reads; ``out`` must not exist yet.
+    scratch
+        A folder for the recipe, the log of epochs and what the processes print.
+    """
+
+    def __init__(self, recipe: dict[str, Any], scratch: Path) -> None:
+        scratch.mkdir(parents=True, exist_ok=True)
+        self.out, self.scratch = Path(recipe["out"]), scratch
+        self._recipe, self.log, self.printed = scratch / "recipe.json", scratch / "epochs.log", scratch / "printed.txt"
+        self._recipe.write_text(json.dumps({name: _plain(value) for name, value in recipe.items()}))
+        self.log.touch()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Give the command that begins it, or goes on."""
+        here = str(Path(__file__).parent)
+        paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for path in paths for p in path.split(os.pathsep)),
+            "BOLDFORGE_EPOCH_LOG": str(self.log),
+            _MARK: str(self.scratch),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(Path(here) / "logged_sweep.py"), str(self._recipe), str(self.log)]
+        with self.printed.open("ab") as stream:
+            self._process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+
+    @property
+    def running(self) -> bool:
+        """Whether the command has not come back yet."""
+        return self._process is not None and self._process.poll() is None
+
+    def wait(self, seconds: float = _PATIENCE_S) -> int | None:
+        """Wait for the command; return its exit status, None if it does not come back."""
+        assert self._process is not None
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def kill(self, kind: str, chance: random.Random) -> bool:
+        """Kill a process, or all of them; return whether there was one of that kind."""
+        assert self._process is not None
+        processes = self.processes()
+        wanted = {
+            "driver": lambda pid, name: pid == self._process.pid,
+            "worker": lambda pid, name: name.startswith("ray::") and "IDLE" not in name,
+            "ray": lambda pid, name: any(part in name.split(" ")[0] for part in ("gcs_server", "raylet")),
+            "all": lambda pid, name: True,
+        }[kind]
+        found = [pid for pid, name in processes.items() if wanted(pid, name)]
+        for pid in found if kind == "all" else chance.sample(found, min(1, len(found))):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        return bool(found)
+
+    def processes(self) -> dict[int, str]:
+        """Return the command lines of all processes that belong to the sweep, by their numbers."""
+        mark, found = f"{_MARK}={self.scratch}".encode(), {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    if command:
+                        found[int(folder.name)] = command
+            except OSError:
+                continue
+        return found
+
+    def epochs(self) -> Counter[str]:
+        """Return how often every epoch of every trial was begun."""
+        return Counter(self.log.read_text().split("\n")[:-1])
+
+    def files(self) -> dict[str, bytes]:
+        """Return what the sweep wrote; its own folder's name reads OUT."""
+        return {
+            name: (self.out / name).read_bytes().replace(str(self.out).encode(), b"OUT")
+            for name in FILES
+            if (self.out / name).is_file()
+        }
+
+
+def undisturbed(recipe: dict[str, Any], scratch: Path) -> tuple[dict[str, bytes], Counter[str], float]:
+    """Sweep without a kill; return the files, the epochs and the seconds it took."""
+    swept = KilledSweep(recipe, scratch)
+    start = time.monotonic()
+    swept.start()
+    status = swept.wait(600)
+    if status != 0:
+        raise RuntimeError(f"the undisturbed sweep ended with {status}: {swept.printed.read_text()[-2000:]}")
+    return swept.files(), swept.epochs(), time.monotonic() - start
+
+
+def sweep_under_fire(
+    recipe: dict[str, Any],
+    scratch: Path,
+    wanted: tuple[dict[str, bytes], Counter[str], float],
+    kinds: tuple[str, ...],
+    n_kills: int,
+    chance: random.Random,
+) -> Outcome:
+    """Kill a sweep as often as asked, let it end, and compare.
+
+    Most kills come moments after some epoch began, one in five at any time of the sweep, start and end included.
+    """
+    files, epochs, seconds = wanted
+    swept, outcome = KilledSweep(recipe, scratch), Outcome()
+    width = recipe.get("concurrency", 2) if recipe.get("driver") != "serial" else 1
+    while True:
+        if not swept.running:
+            swept.start()
+        more = sum(outcome.kills.values()) < n_kills
+        if more and _wait_for_a_moment(swept, seconds, chance):
+            kind = chance.choice(kinds)
+            if swept.kill(kind, chance):
+                outcome.kills[kind] += 1
+                outcome.allowed += 1 if kind == "worker" else width
+            if kind != "worker" and swept.wait() is None:
+                outcome.complaints.append(f"hangs after a kill of {kind}")
+                swept.kill("all", chance)
+                swept.wait()
+            continue
+        status = swept.wait(600)
+        if status == 0:
+            break
+        outcome.complaints.append(f"ended with {status}: {swept.printed.read_text()[-1500:]}")
+        if len(outcome.complaints) > 3:
+            swept.kill("all", chance)
+            return outcome
+    begun = swept.epochs()
+    outcome.redone = sum(begun.values()) - len(begun)
+    differing = [name for name in FILES if swept.files().get(name) != files.get(name)]
+    if differing:
+        outcome.complaints.append(f"differs in {', '.join(differing)}")
+    if begun.keys() != epochs.keys():
+        outcome.complaints.append("trained other epochs")
+    if outcome.redone > outcome.allowed:
+        outcome.complaints.append(f"redid {outcome.redone} epochs, allowed are {outcome.allowed}")
+    outcome.same = not differing and begun.keys() == epochs.keys() and outcome.redone <= outcome.allowed
+    return outcome
+
+
+def _wait_for_a_moment(swept: KilledSweep, seconds: float, chance: random.Random) -> bool:
+    """Wait; return whether the sweep is still running."""
+    deadline = time.monotonic() + chance.uniform(0, 1.2 * seconds)
+    after = chance.randint(1, 6) if chance.random() < 0.8 else None
+    begun = sum(swept.epochs().values())
+    while swept.running and time.monotonic() < (deadline if after is None else deadline + seconds):
+        if after is not None and sum(swept.epochs().values()) >= begun + after:
+            time.sleep(chance.uniform(0, 0.3))
+            break
+        time.sleep(0.02)
+    return swept.running
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def emptied(folder: Path) -> None:
+    """Remove a folder."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,55 @@
+"""A sweep whose trials note every epoch that they begin: ``python logged_sweep.py RECIPE.json LOG``.
+
+The file is imported by Ray's workers too, so its folder must be on PYTHONPATH.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from boldforge.configs import load_config
+from boldforge.finetune import SweepConfig, fit, ray_driver, sweep, sweep_rungs
+from boldforge.finetune.trial import TrialSpec
+
+LOG = "BOLDFORGE_EPOCH_LOG"
+_run_segment, _step, _ray_trial = sweep_rungs.Segment.run, fit.Fit.step, ray_driver._ray_trial
+_now: list[int] = []
+
+
+def _noted_run(segment: sweep_rungs.Segment, spec: TrialSpec, folder: Path, report: Callable[[int], None]) -> None:
+    _now[:] = [segment.trial.number]
+    _run_segment(segment, spec, folder, report)
+
+
+def _noted_step(fitting: fit.Fit) -> fit.Epoch:
+    # One write of a few bytes at the end of a file: several processes may note at once.
+    with Path(os.environ[LOG]).open("a") as stream:
+        stream.write(f"{_now[0]} {fitting._number + 1}\n")
+    return _step(fitting)
+
+
+def note_epochs() -> None:
+    """Let this process note the epochs that it begins."""
+    sweep_rungs.Segment.run, fit.Fit.step = _noted_run, _noted_step  # type: ignore[method-assign]
+
+
+def noted_trial(spec: TrialSpec, folder: Path, parameters: Mapping[str, Any]) -> None:
+    """Do what a Ray trial does, and note its epochs; Ray finds this function by its name."""
+    note_epochs()
+    _ray_trial(spec, folder, parameters)
+
+
+def main() -> None:
+    """Sweep."""
+    import logged_sweep  # not __main__, which no worker could import
+
+    note_epochs()
+    ray_driver._ray_trial = logged_sweep.noted_trial
+    sweep(load_config(SweepConfig, json.loads(Path(sys.argv[1]).read_text())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What Ray's trials are given to do and what becomes of those that die: the course of a sweep, without Ray."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from boldforge.data_shards.ray_session import session_folder
+from boldforge.finetune.ray_driver import _Course
+from boldforge.finetune.sweep_journal import Journal, SweepError
+from boldforge.finetune.sweep_rungs import Segment, Trial
+
+
+def _segments(*numbers, until=1):
+    return [Segment(Trial(number, {"rank": number}), until) for number in numbers]
+
+
+def _course(tmp_path, first, *rest):
+    return _Course(first, iter(rest), tmp_path)
+
+
+def test_the_next_round_starts_when_all_of_this_one_are_done(tmp_path):
+    course = _course(tmp_path, _segments(0, 1), _segments(1, until=2))
+    first, second = course.take("a"), course.take("b")
+    assert [first.trial.number, second.trial.number] == [0, 1]
+    assert course.take("c") is None and not course.finished
+    course.done("b", {}, error=False)
+    assert course.take("c") is None
+    course.done("a", {}, error=False)
+    third = course.take("c")
+    assert (third.trial.number, third.until) == (1, 2)
+    course.done("c", None, error=False)
+    assert course.finished and course.error is None
+
+
+def test_a_worker_that_dies_is_replaced_until_it_gets_nowhere(tmp_path):
+    course = _course(tmp_path, _segments(0, until=9))
+    journal = Journal(tmp_path / "0000" / "epochs.jsonl")
+    tune_id = 0
+    # Two deaths in each of five epochs: the trial goes on every time.
+    for epoch in range(5):
+        for _ in range(2):
+            assert course.take(str(tune_id)).trial.number == 0
+            course.done(str(tune_id), None, error=True)
+            tune_id += 1
+        journal.append({"epoch": epoch + 1})
+    assert course.error is None
+    for _ in range(3):
+        assert not course.finished
+        course.take(str(tune_id))
+        course.done(str(tune_id), None, error=True)
+        tune_id += 1
+    journal.close()
+    assert course.finished and "was killed 3 times in the same epoch" in str(course.error)
+
+
+def test_a_trial_that_fails_ends_the_course_with_its_message(tmp_path):
+    course = _course(tmp_path, _segments(0, 1), _segments(2))
+    course.take("a"), course.take("b")
+    course.done("a", {"failed": "no such file"}, error=False)
+    assert course.finished and str(course.error) == "The trial at rank 0 failed: no such file"
+    course.done("b", {}, error=False)
+    assert course.take("c") is None
+
+
+def test_a_damaged_journal_met_between_rounds_ends_the_course(tmp_path):
+    def rounds():
+        yield from ()
+        raise SweepError("journal.jsonl: line 2 of 3 is damaged")
+
+    course = _Course(_segments(0), rounds(), tmp_path)
+    course.take("a")
+    course.done("a", {}, error=False)
+    assert course.finished and "line 2 of 3" in str(course.error)
+
+
+def test_the_files_that_a_killed_sweep_left_for_ray_are_removed(tmp_path, monkeypatch):
+    above = tmp_path / "tmp"
+    above.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(above))
+    record = tmp_path / ".ray-session"
+    left = above / "bf-left"
+    (left / "session").mkdir(parents=True)
+    record.write_text(str(left))
+    with session_folder(record) as session:
+        assert not left.exists() and Path(session).is_dir() and record.read_text() == session
+    assert list(above.iterdir()) == [] and not record.exists()
+
+
+@pytest.mark.parametrize("name", ["elsewhere/bf-mine", "tmp/other", "tmp/bf-link"])
+def test_no_other_folder_is_removed_whatever_the_record_says(tmp_path, monkeypatch, name):
+    above, other = tmp_path / "tmp", tmp_path / name
+    above.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(above))
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").touch()
+    other.parent.mkdir(exist_ok=True)
+    if name.endswith("link"):
+        other.symlink_to(precious)
+    else:
+        precious.rename(other)
+    record = tmp_path / ".ray-session"
+    record.write_text(str(other))
+    with session_folder(record):
+        assert [path.name for path in other.iterdir()] == ["file"]

@@ -1,0 +1,98 @@
+"""A sweep's figures in the report: the rank against the AUC with intervals, and parallel coordinates."""
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from boldforge.finetune.sweep_results import auc_interval
+from boldforge.launch.report import write_report
+from boldforge.launch.sweep_figures import parallel_figure, rank_figure, say, searched
+
+LAYERS = [["in_proj"], ["in_proj", "fc1"]]
+
+
+def _results(n=6, **space):
+    trials = [
+        {
+            "trial": number,
+            "rank": (0, 2, 8)[number % 3],
+            "alpha": 4.0 * (number + 1),
+            "targets": LAYERS[number % 2],
+            "lr": 1e-3 * 10 ** (number % 2),
+            "validation_auc": 0.5 + 0.05 * number,
+            "validation_auc_interval": auc_interval(0.5 + 0.05 * number, 10, 12),
+            "validation_loss": 0.6,
+            "trainable_parameters": 10,
+            "epochs": 3,
+            "stopped_early": False,
+            "diverged": False,
+        }
+        for number in range(n)
+    ]
+    tested = {"figures": {"auc": 0.6, "n": 20, "n_positive": 9}, "intervals": {"auc": [0.4, 0.8]}}
+    return tested | {"trials": trials, "best": trials[-1], "settings": {"space": space}}
+
+
+def _texts(svg):
+    return [re.sub("<[^>]+>", "", text).strip() for text in re.findall(r"<text[^>]*>(.*?)</text>", svg, re.S)]
+
+
+@given(auc=st.floats(0, 1), n_positive=st.integers(2, 300), n_negative=st.integers(2, 300))
+def test_the_interval_of_an_auc_lies_around_it_and_narrows_with_subjects(auc, n_positive, n_negative):
+    low, high = auc_interval(auc, n_positive, n_negative)
+    assert 0 <= low <= auc <= high <= 1 and high - low > 0
+    assert auc_interval(1 - auc, n_positive, n_negative) == pytest.approx([1 - high, 1 - low], abs=1e-6)
+    narrow = auc_interval(auc, 4 * n_positive, 4 * n_negative)
+    assert narrow[1] - narrow[0] < high - low
+
+
+def test_the_interval_is_the_one_published():
+    """Coin's AUC with 10 and 10: θ(1−θ)(1 + N(1−θ)/(2−θ) + Nθ/(1+θ)) / 100 at the ends, N = 9."""
+    low, high = auc_interval(0.5, 10, 10)
+    for end in (low, high):
+        variance = end * (1 - end) * (1 + 9 * (1 - end) / (2 - end) + 9 * end / (1 + end)) / 100
+        assert abs(end - 0.5) / variance**0.5 == pytest.approx(1.959964, abs=1e-5)
+    assert 0.25 < low < 0.28
+
+
+def test_only_what_was_searched_is_an_axis():
+    assert list(searched(_results())) == ["rank"]
+    assert list(searched(_results(lr=[1], alpha=[1], targets=LAYERS))) == ["rank", "alpha", "targets", "lr"]
+
+
+def test_the_rank_curve_shows_every_rank_the_test_and_chance():
+    results = _results()
+    texts = _texts(rank_figure(results["trials"], "auc", "AUC", results))
+    assert {"0", "2", "8"} <= set(texts)
+    assert {"LoRA rank (0: the head alone)", "chance", "test, the chosen one"} <= set(texts)
+
+
+@pytest.mark.parametrize("broken", ["diverged", "no interval"])
+def test_a_trial_without_a_figure_or_an_interval_is_no_error(broken):
+    results = _results(lr=[1])
+    if broken == "diverged":
+        results["trials"][1] |= {"validation_auc": None, "validation_auc_interval": None, "diverged": True}
+    else:
+        for trial in results["trials"]:
+            del trial["validation_auc_interval"]
+    assert "<svg" in rank_figure(results["trials"], "auc", "AUC", results)
+    drawn = parallel_figure(results["trials"], searched(results), "auc", "AUC", results["best"])
+    assert {"rank", "step size", "validation AUC", "the chosen one"} <= set(_texts(drawn))
+
+
+def test_parallel_coordinates_need_two_axes():
+    results = _results()
+    assert parallel_figure(results["trials"], searched(results), "auc", "AUC", results["best"]) == ""
+
+
+def test_the_report_shows_the_table_and_both_figures(tmp_path):
+    more = {"simulated": True, "measured_by": "once", "sentence": "Said.", "selected_by": "validation auc", "roc": None}
+    more["subjects"] = {name: {"n": 20} for name in ("train", "validation", "test")}
+    (tmp_path / "sweep.json").write_text(json.dumps(_results(lr=[1], targets=LAYERS) | more))
+    page = write_report([tmp_path], tmp_path / "r.html").read_text()
+    assert page.count("<svg") == 2
+    assert re.search(r"<th>LoRA rank.*layers.*step size.*trainable", page)
+    assert f'<td class="n">{say(LAYERS[1])}</td>' in page and '<td class="n">0.01</td>' in page
