@@ -51,14 +51,13 @@ class EmbeddingCache:
     Parameters
     ----------
     folder
-        Made if missing. Several sweeps may use it at once.
+        Made when something is kept. Several sweeps may use it at once.
     limit
         Bytes that it may hold; what was not used for longest goes first.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._folder, self._limit = folder, limit
-        folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: Mapping[str, Any], compute: Callable[[], np.ndarray], place: Path) -> Embeddings:
         """Put the embeddings of a key at `place`: a link to the cache's file, which stays when the cache is emptied.
@@ -74,6 +73,7 @@ class EmbeddingCache:
         """
         key = {"format": _FORMAT, **key}
         entry = self._folder / checksum(json.dumps(key, sort_keys=True).encode())
+        self._folder.mkdir(parents=True, exist_ok=True)
         found = self._find(entry, key, place)
         if found is None:
             found = self._add(entry, key, compute(), place)
