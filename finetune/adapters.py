@@ -15,6 +15,7 @@ from boldforge.configs import StrictModel
 from boldforge.finetune.backbone import Backbone
 from boldforge.finetune.conv_lora import Conv3dLora
 from boldforge.finetune.errors import FinetuneError
+from boldforge.finetune.linear_lora import LinearLora
 
 # peft writes this before every name, so that a file also loads through `peft.PeftModel.from_pretrained`.
 _PEFT_PREFIX = "base_model.model."
@@ -138,7 +139,7 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 0) -> 
     lora.rank_pattern = other
     if config.alpha is None:
         lora.alpha_pattern = {name: 2 * rank for name, rank in other.items()}
-    lora._register_custom_module({nn.Conv3d: Conv3dLora})
+    lora._register_custom_module({nn.Conv3d: Conv3dLora, nn.Linear: LinearLora})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(lora, network)

@@ -108,8 +108,8 @@ class EmbeddingCache:
             content = (made / _VALUES).read_bytes()
             with (made / _VALUES).open("rb") as stream:
                 os.fsync(stream.fileno())
-            described = {"key": key, "xxh3": checksum(content)}
-            write_whole(made / _ENTRY, (json.dumps(described, indent=1) + "\n").encode())
+            xxh3 = checksum(content)
+            write_whole(made / _ENTRY, (json.dumps({"key": key, "xxh3": xxh3}, indent=1) + "\n").encode())
             sync_folder(made)
             place.unlink(missing_ok=True)
             _link(made / _VALUES, place)
@@ -117,7 +117,7 @@ class EmbeddingCache:
             with contextlib.suppress(OSError):
                 made.rename(entry)
         sync_folder(self._folder)
-        return Embeddings(place, described["xxh3"])
+        return Embeddings(place, xxh3)
 
     @contextlib.contextmanager
     def _partial(self) -> Iterator[Path]:

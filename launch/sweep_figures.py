@@ -108,7 +108,9 @@ def parallel_figure(
         line, chosen = heights[row], trials[row] == best
         shown = line[np.isfinite(line)]
         colour = GREY if len(shown) < len(line) else to_hex(_SHADES(0.15 + 0.7 * line[-1]))
-        style = {"color": ORANGE, "lw": 2.6, "alpha": 1.0} if chosen else {"color": colour, "lw": 1.1, "alpha": 0.75}
+        style: dict[str, Any] = (
+            {"color": ORANGE, "lw": 2.6, "alpha": 1.0} if chosen else {"color": colour, "lw": 1.1, "alpha": 0.75}
+        )
         axes.plot(range(len(shown)), shown, label="the chosen one" if chosen else None, **style)
     axes.set(xlim=(-0.3, len(names) + 0.5), ylim=(-0.14, 1.12))
     axes.set_axis_off()
@@ -127,7 +129,7 @@ def _axis(axes: Axes, column: int, values: Sequence[Any], called: str) -> np.nda
     axes.text(column, 1.07, called, color=INK, ha="center", fontsize=10)
     shown = [value for value in values if value is not None]
     words = not all(isinstance(value, int | float) for value in shown)
-    choices = sorted({say(value) for value in shown}) if words else sorted(set(shown))
+    choices: list[Any] = sorted({say(value) for value in shown} if words else set(shown))
     if words:
         ticks = {choice: _height(number, 0, len(choices) - 1) for number, choice in enumerate(choices)}
         heights = [ticks[say(value)] for value in values]
