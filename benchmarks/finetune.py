@@ -29,7 +29,7 @@ def row(figure: str, value: float, unit: str, goal: float | None = None, better:
     return {"figure": figure, "value": float(f"{value:.4g}"), "unit": unit, "goal": goal, "better": better}
 
 
-def cache(scratch: Path, quick: bool, n_kills: int) -> list[Row]:
+def cache(scratch: Path, quick: bool, n_kills: int, seed: int) -> list[Row]:
     """Head sweeps over a frozen encoder with its embeddings kept, against trials that compute them themselves.
 
     Both are whole sweeps with the serial driver: opening, embedding, training, choosing and testing. Without the cache
@@ -43,7 +43,7 @@ def cache(scratch: Path, quick: bool, n_kills: int) -> list[Row]:
     return rows
 
 
-def lora(scratch: Path, quick: bool, n_kills: int) -> list[Row]:
+def lora(scratch: Path, quick: bool, n_kills: int, seed: int) -> list[Row]:
     """One training step at the NeuroSTORM size (5 M parameters, 20 frames of the 2 mm grid), on one thread.
 
     LoRA of rank 4 on all linear layers of the blocks against full fine-tuning, both of the whole encoder. The step is
@@ -69,22 +69,22 @@ def lora(scratch: Path, quick: bool, n_kills: int) -> list[Row]:
     return rows
 
 
-def killed(scratch: Path, quick: bool, n_kills: int) -> list[Row]:
+def killed(scratch: Path, quick: bool, n_kills: int, seed: int) -> list[Row]:
     """Sweeps on Ray killed at random moments, and whether they end as one that nobody disturbed.
 
     Killed are the driver, a worker, Ray's own processes, or all at once. A kill counts as survived if the sweep it fell
     into ended with the same files, had trained the same epochs, and began no more of them again than one per kill and
     trial that can be training at a time.
     """
-    return _kill("ray", scratch, kills.KINDS, n_kills)
+    return _kill("ray", scratch, kills.KINDS, n_kills, seed)
 
 
-def killed_serially(scratch: Path, quick: bool, n_kills: int) -> list[Row]:
+def killed_serially(scratch: Path, quick: bool, n_kills: int, seed: int) -> list[Row]:
     """Measure the same of the driver that trains one trial after the other, without Ray."""
-    return _kill("serial", scratch, ("driver",), n_kills)
+    return _kill("serial", scratch, ("driver",), n_kills, seed)
 
 
-def _kill(driver: str, scratch: Path, kinds: tuple[str, ...], n_kills: int) -> list[Row]:
+def _kill(driver: str, scratch: Path, kinds: tuple[str, ...], n_kills: int, seed: int) -> list[Row]:
     recipe = {
         "shards": made.write_cohort(scratch / "cohort", 24, 12),
         "backbone": made.write_encoder(scratch / "encoder"),
@@ -104,7 +104,7 @@ def _kill(driver: str, scratch: Path, kinds: tuple[str, ...], n_kills: int) -> l
     while (left := n_kills - counts.total()) > 0:
         # Its settings name the folder and are compared, so every sweep has the same.
         kills.emptied(scratch / "out")
-        chance = random.Random(f"{driver}{number}")
+        chance = random.Random(f"{driver}{number}{seed}")
         outcome = kills.sweep_under_fire(recipe, scratch / f"fire{number}", wanted, kinds, min(10, left), chance)
         for complaint in outcome.complaints:
             print(f"  {driver} sweep {number}: {complaint}", flush=True)
@@ -134,16 +134,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smaller cohorts, a kill per driver")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be repeated")
     parser.add_argument("--kills", type=int, help="kills per driver; by default 50")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills, to count in pieces")
     parser.add_argument("--json", type=Path, help="write machine and rows to this file")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    n_kills = chosen.kills or (1 if chosen.quick else 50)
     measures = {"cache": cache, "lora": lora, "kills": killed, "kills_serial": killed_serially}
     rows: list[Row] = []
     print(machine())
     for part in chosen.part or PARTS:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="boldforge-finetune-", ignore_cleanup_errors=True) as folder:
-            found = measures[part](Path(folder), chosen.quick, chosen.kills or (1 if chosen.quick else 50))
+            found = measures[part](Path(folder), chosen.quick, n_kills, chosen.seed)
         for each in found:
             goal = "" if each["goal"] is None else f"goal {each['goal']:g}"
             print(f"{each['figure']:<42}{each['value']:>10g} {each['unit']:<14}{goal}", flush=True)

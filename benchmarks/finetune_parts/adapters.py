@@ -56,8 +56,8 @@ def measure(kind: str, n_steps: int, first_stage: int = 0) -> dict[str, float]:
     Returns
     -------
     dict
-        ``step_seconds`` of processor time on one thread, the median after a first one; ``memory_mb``, the process's peak less what it held before the
-        first step; ``peak_mb``, all of it; ``trainable`` and ``total`` parameters.
+        ``step_seconds`` of processor time on one thread, the median after a first one; ``memory_mb``, the process's
+        peak less what it held before the first step; ``peak_mb``, all of it; ``trainable`` and ``total`` parameters.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", _CHILD, kind, str(n_steps), str(first_stage)]

@@ -1,11 +1,11 @@
 """Sweeps that are killed at random moments: the driver, a worker, a process of Ray's, or everything at once."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -22,7 +22,9 @@ FILES = (
     "best/adapter/task.json",
     "best/adapter/head.safetensors",
 )
-KINDS = ("driver", "worker", "ray", "all")
+# Every second kill is of a worker, after which the driver goes on.
+KINDS = ("driver", "worker", "ray", "worker", "all", "worker")
+_FORK = multiprocessing.get_context("fork")
 # Every process of a sweep carries this in its environment, whoever its parent is by now.
 _MARK = "BOLDFORGE_KILLED_SWEEP"
 _PATIENCE_S = 180.0
@@ -70,39 +72,25 @@ class KilledSweep:
         self._recipe, self.log, self.printed = scratch / "recipe.json", scratch / "epochs.log", scratch / "printed.txt"
         self._recipe.write_text(json.dumps({name: _plain(value) for name, value in recipe.items()}))
         self.log.touch()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Any = None
 
     def start(self) -> None:
-        """Give the command that begins it, or goes on."""
-        here = str(Path(__file__).parent)
-        paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for path in paths for p in path.split(os.pathsep)),
-            "BOLDFORGE_EPOCH_LOG": str(self.log),
-            _MARK: str(self.scratch),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(Path(here) / "logged_sweep.py"), str(self._recipe), str(self.log)]
-        with self.printed.open("ab") as stream:
-            self._process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+        """Give the command that begins it, or goes on; in a fork, which has all imports behind it."""
+        self._process = _FORK.Process(target=_sweep, args=(self._recipe, self.log, self.printed, self.scratch))
+        self._process.start()
 
     @property
     def running(self) -> bool:
         """Whether the command has not come back yet."""
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self._process.is_alive()
 
     def wait(self, seconds: float = _PATIENCE_S) -> int | None:
         """Wait for the command; return its exit status, None if it does not come back."""
-        assert self._process is not None
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
+        self._process.join(seconds)
+        return self._process.exitcode
 
     def kill(self, kind: str, chance: random.Random) -> bool:
         """Kill a process, or all of them; return whether there was one of that kind."""
-        assert self._process is not None
         processes = self.processes()
         wanted = {
             "driver": lambda pid, name: pid == self._process.pid,
@@ -120,7 +108,8 @@ class KilledSweep:
 
     def processes(self) -> dict[int, str]:
         """Return the command lines of all processes that belong to the sweep, by their numbers."""
-        mark, found = f"{_MARK}={self.scratch}".encode(), {}
+        mark = f"{_MARK}={self.scratch}".encode()
+        found = {self._process.pid: "driver"} if self.running else {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if mark in (folder / "environ").read_bytes().split(b"\0"):
@@ -202,6 +191,20 @@ def sweep_under_fire(
         outcome.complaints.append(f"redid {outcome.redone} epochs, allowed are {outcome.allowed}")
     outcome.same = not differing and begun.keys() == epochs.keys() and outcome.redone <= outcome.allowed
     return outcome
+
+
+def _sweep(recipe: Path, log: Path, printed: Path, mark: Path) -> None:
+    here = str(Path(__file__).parent)
+    paths = [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(path).resolve()) for path in paths)
+    os.environ |= {_MARK: str(mark), "OMP_NUM_THREADS": "1"}
+    sys.path.insert(0, here)
+    with printed.open("ab") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    from logged_sweep import sweep_noting_epochs
+
+    sweep_noting_epochs(recipe, log)
 
 
 def _wait_for_a_moment(swept: KilledSweep, seconds: float, chance: random.Random) -> bool:

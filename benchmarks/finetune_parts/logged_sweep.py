@@ -1,11 +1,7 @@
-"""A sweep whose trials note every epoch that they begin: ``python logged_sweep.py RECIPE.json LOG``.
-
-The file is imported by Ray's workers too, so its folder must be on PYTHONPATH.
-"""
+"""A sweep whose trials note every epoch that they begin; Ray's workers import this file by its name."""
 
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,14 +38,11 @@ def noted_trial(spec: TrialSpec, folder: Path, parameters: Mapping[str, Any]) ->
     _ray_trial(spec, folder, parameters)
 
 
-def main() -> None:
-    """Sweep."""
-    import logged_sweep  # not __main__, which no worker could import
+def sweep_noting_epochs(recipe: Path, log: Path) -> None:
+    """Sweep in this process, whose environment and ways of doing things are changed for good."""
+    import logged_sweep  # by the name by which a worker can import it
 
-    note_epochs()
+    os.environ[LOG] = str(log)
+    logged_sweep.note_epochs()
     ray_driver._ray_trial = logged_sweep.noted_trial
-    sweep(load_config(SweepConfig, json.loads(Path(sys.argv[1]).read_text())))
-
-
-if __name__ == "__main__":
-    main()
+    sweep(load_config(SweepConfig, json.loads(recipe.read_text())))

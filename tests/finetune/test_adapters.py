@@ -174,7 +174,8 @@ def test_peft_itself_loads_the_folder(encoder, values_BTV, tmp_path):
     _train(classifier, values_BTV, steps=2)
     save_adapter(classifier, tmp_path)
     model = peft.PeftModel.from_pretrained(load_pretrained(encoder).model, tmp_path)
-    assert torch.equal(model.encode(values_BTV), classifier.network.encode(values_BTV))
+    # peft's own layers multiply by W and by the update in turn, which rounds elsewhere.
+    torch.testing.assert_close(model.encode(values_BTV), classifier.network.encode(values_BTV))
 
 
 def test_another_base_is_refused(encoder, write_encoder, tmp_path):
