@@ -21,8 +21,9 @@ class LinearLora(PeftLinear):
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
         base: Any = self.get_base_layer()
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return _low_rank(x, base.weight, base.bias, a, b, self.scaling[name])
+        down: Any = self.lora_A[name]
+        up: Any = self.lora_B[name]
+        return _low_rank(x, base.weight, base.bias, down.weight, up.weight, self.scaling[name])
 
     def _plain_adapter(self, x: Tensor) -> str | None:
         """Name the adapter if it is the only one and nothing but W + s·B·A is asked for."""
