@@ -43,9 +43,9 @@ class Pretrained:
     weights_hash: str
 
 
-def build_model(config: ModelConfig, mask: np.ndarray, voxel_mm: float) -> NeuroStorm:
-    """Build an untrained model for a brain mask [X, Y, Z] with voxels of `voxel_mm`."""
-    grid = TokenGrid(mask, config.patch_size(voxel_mm), config.frames, config.n_stages)
+def build_model(config: ModelConfig, mask: np.ndarray, voxel_mm: float, affine: np.ndarray | None = None) -> NeuroStorm:
+    """Build an untrained model for a brain mask [X, Y, Z], voxels of `voxel_mm`; position in mm needs the affine."""
+    grid = TokenGrid(mask, config.patch_size(voxel_mm), config.frames, config.n_stages, affine)
     return NeuroStorm(config, grid)
 
 
@@ -96,7 +96,7 @@ def load_pretrained(folder: str | Path) -> Pretrained:
         grid = get_grid(config["data"]["grid"])
         bits = state["brain_mask_bits"].numpy()
         mask = np.unpackbits(bits, count=int(np.prod(grid.shape))).astype(bool).reshape(grid.shape)
-        model = build_model(shape_config, mask, grid.voxel_size)
+        model = build_model(shape_config, mask, grid.voxel_size, grid.affine)
         problem = model.load_state_dict(state, strict=False)
     except KeyError as error:
         raise ExportError(f"{folder}: {error} is missing; config.json belongs to other weights.") from None

@@ -12,12 +12,58 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from boldforge.kernels import ScanIndex, expand_prompts, shifted_conv, shifted_scan, strip_prompts
+from boldforge.kernels import ScanIndex, expand_prompts, reverse_index, shifted_conv, shifted_scan, strip_prompts
 from boldforge.pretrain.neurostorm_dropout import RedundancyDropout, WindowTable
 from boldforge.pretrain.visible import VisibleTokens
 
 
-class ShiftedMamba(nn.Module):
+class _Path(nn.Module):
+    """What one direction of the scan learns: convolution, step sizes, input and output weights, decay and skip."""
+
+    def _make_path(self, inner: int, dt_rank: int, d_state: int, d_conv: int) -> None:
+        # Kept as numbers: under ZeRO-3 a parameter that lies with another rank has no shape.
+        self.dt_rank, self.d_state = dt_rank, d_state
+        self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
+        self.x_proj = nn.Linear(inner, dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(dt_rank, inner, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(inner))
+        self.A_log = nn.Parameter(torch.log(torch.arange(1, d_state + 1, dtype=torch.float32)).repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+
+    @torch.no_grad()
+    def _initialise_step_sizes(self) -> None:
+        # softplus(bias) spread log-uniformly over [1e-3, 1e-1]: memories of 10 to 1,000 tokens at the start.
+        inner = len(self.dt_bias)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        step = torch.exp(torch.rand(inner) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+    def walk(self, x_BLD: Tensor, z_BLD: Tensor, index: ScanIndex, backend: str) -> Tensor:
+        """Convolve and scan along the index, gated by z; [B, L, D] twice to [B, L, D]."""
+        x_BLD = shifted_conv(x_BLD, self.conv1d.weight.squeeze(1), self.conv1d.bias, index, backend=backend)
+        ranks = [self.dt_rank, self.d_state, self.d_state]
+        dt_BLR, B_BLN, C_BLN = self.x_proj(x_BLD).split(ranks, dim=-1)
+        dt_BLD = self.dt_proj(dt_BLR)
+        A_DN = -torch.exp(self.A_log.float())
+        return shifted_scan(
+            x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, self.D.float(), z_BLD, self.dt_bias.float(), index, backend=backend
+        )
+
+
+class _Backward(_Path):
+    """The other direction's own weights."""
+
+    def __init__(self, inner: int, dt_rank: int, d_state: int, d_conv: int) -> None:
+        super().__init__()
+        self._make_path(inner, dt_rank, d_state, d_conv)
+        self._initialise_step_sizes()
+
+    def forward(self, x_BLD: Tensor, z_BLD: Tensor, index: ScanIndex, backend: str) -> Tensor:
+        """See `walk`; ZeRO-3 fetches the weights of what is called."""
+        return self.walk(x_BLD, z_BLD, index, backend)
+
+
+class ShiftedMamba(_Path):
     """Mamba-1 mixer whose token order is given by a scan index; parameter names and shapes are mamba-ssm's.
 
     Parameters
@@ -28,6 +74,10 @@ class ShiftedMamba(nn.Module):
         N, K and D / C.
     backend
         Scan backend, see `boldforge.kernels.available_backends`.
+    bidirectional
+        Also scan every sequence backwards and add what that gives. As in Vision Mamba (Zhu et al. 2024, arXiv
+        2401.09417) the projections in and out, most of the weights, are shared, and what shapes the scan is not:
+        memory before a token and after it need not fade alike.
 
     Notes
     -----
@@ -36,40 +86,30 @@ class ShiftedMamba(nn.Module):
     kernel adds it in float32: near its usual value of -7, bf16 would round step sizes by up to three per cent.
     """
 
-    def __init__(self, dim: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        backend: str = "auto",
+        bidirectional: bool = False,
+    ) -> None:
         super().__init__()
-        inner = expand * dim
-        self.dt_rank = math.ceil(dim / 16)
-        self.d_state = d_state
+        inner, dt_rank = expand * dim, math.ceil(dim / 16)
         self.backend = backend
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
-        self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
-        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, inner, bias=False)
-        self.dt_bias = nn.Parameter(torch.empty(inner))
-        self.A_log = nn.Parameter(torch.log(torch.arange(1, d_state + 1, dtype=torch.float32)).repeat(inner, 1))
-        self.D = nn.Parameter(torch.ones(inner))
+        self._make_path(inner, dt_rank, d_state, d_conv)
         self.out_proj = nn.Linear(inner, dim, bias=False)
-        self._initialise_step_sizes(inner)
-
-    @torch.no_grad()
-    def _initialise_step_sizes(self, inner: int) -> None:
-        # softplus(bias) spread log-uniformly over [1e-3, 1e-1]: memories of 10 to 1,000 tokens at the start.
-        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        step = torch.exp(torch.rand(inner) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        self._initialise_step_sizes()
+        self.backwards = _Backward(inner, dt_rank, d_state, d_conv) if bidirectional else None
 
     def forward(self, x_BLC: Tensor, index: ScanIndex) -> Tensor:
         """Mix tokens along the scan index; [B, L, C] to [B, L, C]."""
         x_BLD, z_BLD = self.in_proj(x_BLC).chunk(2, dim=-1)
-        x_BLD = shifted_conv(x_BLD, self.conv1d.weight.squeeze(1), self.conv1d.bias, index, backend=self.backend)
-        ranks = [self.dt_rank, self.d_state, self.d_state]
-        dt_BLR, B_BLN, C_BLN = self.x_proj(x_BLD).split(ranks, dim=-1)
-        dt_BLD = self.dt_proj(dt_BLR)
-        A_DN = -torch.exp(self.A_log.float())
-        y_BLD = shifted_scan(
-            x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, self.D.float(), z_BLD, self.dt_bias.float(), index, backend=self.backend
-        )
+        y_BLD = self.walk(x_BLD, z_BLD, index, self.backend)
+        if self.backwards is not None:
+            y_BLD = y_BLD + self.backwards(x_BLD, z_BLD, reverse_index(index), self.backend)
         return self.out_proj(y_BLD)
 
 

@@ -16,7 +16,25 @@ class ModelConfig(StrictModel):
     """Shape of the network; see the fields for units and reasons."""
 
     patch_mm: float = Field(12.0, gt=0, description="Edge of a patch in mm; 12 mm is NeuroSTORM's 6 voxels at 2 mm.")
-    frames: int = Field(20, ge=1, description="T, frames per clip; one token per patch and frame.")
+    frames: int = Field(
+        20,
+        ge=1,
+        description="T, frames per clip; one token per patch and frame. With time: seconds, clips may have another.",
+    )
+    position: Literal["learned", "mm"] = Field(
+        "learned",
+        description="Position embedding. learned: a table with a row per token of this grid; mm: a function of the "
+        "token's centre in MNI millimetres, which another field of view or voxel size can use as it is.",
+    )
+    time: Literal["learned", "seconds"] = Field(
+        "learned",
+        description="Time embedding. learned: a table with a row per frame; seconds: a function of the time since the "
+        "clip's first frame and of the TR, for clips of any length and TR.",
+    )
+    merge_time: tuple[bool, ...] = Field(
+        (),
+        description="For each merging (one fewer than depths) whether it also joins two frames; empty: none does.",
+    )
     embed_dim: int = Field(
         32, ge=2, description="C of the first stage; doubles at every merging. A multiple of 32 suits the kernels."
     )
@@ -33,6 +51,11 @@ class ModelConfig(StrictModel):
     scan_mode: Literal["region", "wrap"] = Field(
         "region",
         description="At a shifted window's seam: restart the scan (region), or run on as NeuroSTORM does (wrap).",
+    )
+    bidirectional: bool = Field(
+        False,
+        description="Scan every window backwards too, with weights of its own between shared projections; the sum goes "
+        "on.",
     )
     d_state: int = Field(16, ge=1, le=64, description="N, states per inner channel.")
     d_conv: int = Field(4, ge=1, le=8, description="Width of the causal convolution, in tokens.")
@@ -82,6 +105,30 @@ class ModelConfig(StrictModel):
                 "which has one for each place in a window of the first; list random instead"
             )
         return self
+
+    @model_validator(mode="after")
+    def _frames_can_be_joined(self) -> "ModelConfig":
+        if self.merge_time and len(self.merge_time) != self.n_stages - 1:
+            raise ValueError(
+                f"merge_time has {len(self.merge_time)} entries, expected one per merging, one fewer than depths: "
+                f"{self.n_stages - 1}"
+            )
+        if self.frames < self.fewest_frames:
+            raise ValueError(
+                f"merge_time halves time {sum(self.merge_time)} times, which needs frames of at least "
+                f"{self.fewest_frames}, found {self.frames}"
+            )
+        return self
+
+    @property
+    def frames_joined(self) -> tuple[int, ...]:
+        """Frames that each merging joins, 1 or 2."""
+        return tuple(1 + joins for joins in self.merge_time) or (1,) * (self.n_stages - 1)
+
+    @property
+    def fewest_frames(self) -> int:
+        """Frames that a clip must have so that every merging of time has two to join."""
+        return 2 ** sum(self.merge_time)
 
     @property
     def n_stages(self) -> int:

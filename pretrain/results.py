@@ -99,7 +99,7 @@ def _reconstruct_examples(run: Run) -> dict[str, np.ndarray]:
     originals, predictions, hidden, names, keys = [], [], [], [], []
     for source, number in sorted(first.items())[:4]:
         clip = run.heldout.read(number)
-        mask_BL, counted_BLP, patches_BLP = run.heldout.reconstruct(run.engine, clip, run.patch_voxels)
+        mask_BL, counted_BLP, patches_BLP = run.heldout.reconstruct(run.predict, clip, run.patch_voxels)
         predicted_BTV = scatter_patches(patches_BLP.float(), run.patch_voxels, V).cpu()
         hidden_BTV = scatter_patches(counted_BLP.float(), run.patch_voxels, V).cpu()
         originals.append(to_volume(clip.values_TV[frame].numpy()))

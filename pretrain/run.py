@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -61,10 +61,14 @@ class Run:
     patch_voxels: Tensor
     resumed: Checkpoint | None
 
+    def predict(self, values_BTV: Tensor, mask_BL: Tensor) -> Tensor:
+        """Reconstruct clips of these shards, patches [B, L, P]; see `NeuroStorm.forward`."""
+        return cast(Tensor, self.engine(values_BTV, mask_BL, self.manifest.recipe.tr))
+
     def measure(self) -> HeldoutError:
         """Measure the model on the held-out clips."""
         self.engine.eval()
-        measured = self.heldout.measure(self.engine, self.patch_voxels, self.token_grid.n_voxels)
+        measured = self.heldout.measure(self.predict, self.patch_voxels, self.token_grid.n_voxels)
         self.engine.train()
         return measured
 
@@ -85,7 +89,7 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
         _claim_folder(config, manifest.content_hash)
     mask = manifest.brain_mask()
     patch_size = config.model.patch_size(manifest.grid.voxel_size)
-    token_grid = TokenGrid(mask, patch_size, config.model.frames, config.model.n_stages)
+    token_grid = TokenGrid(mask, patch_size, config.model.frames, config.model.n_stages, manifest.grid.affine)
     atlas = load_atlas(config.mask.atlas, config.mask.labels)
     groups = load_groups(atlas, config.mask.groups) if config.mask.strategy == "group" else None
     regions = region_tokens(atlas, manifest.grid, token_grid)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from boldforge.configs import ConfigError
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -61,7 +63,9 @@ class TokenGrid:
     frames
         T, frames per clip.
     n_stages
-        Stages of the encoder; each merges 2×2×2 tokens of the one before. Time is never merged.
+        Stages of the encoder; each merges 2×2×2 tokens of the one before. Frames are not listed here.
+    affine
+        [4, 4], voxel index to RAS+ mm; needed by what asks for places in mm.
 
     Attributes
     ----------
@@ -75,12 +79,20 @@ class TokenGrid:
         The inverse: the next stage's token that a token belongs to, and its place (0…7) there.
     """
 
-    def __init__(self, mask: np.ndarray, patch_size: tuple[int, int, int], frames: int, n_stages: int) -> None:
+    def __init__(
+        self,
+        mask: np.ndarray,
+        patch_size: tuple[int, int, int],
+        frames: int,
+        n_stages: int,
+        affine: np.ndarray | None = None,
+    ) -> None:
         if mask.ndim != 3 or not mask.any():
             raise ValueError(f"the brain mask must be 3D with at least one voxel, got shape {mask.shape}")
         self.mask = mask.astype(bool)
         self.patch_size = patch_size
         self.frames = frames
+        self.affine = affine
         self.patch_voxels = _patch_table(self.mask, patch_size)
         stages = [_first_stage(self.mask, patch_size)]
         while len(stages) < n_stages:
@@ -95,6 +107,29 @@ class TokenGrid:
     def n_voxels(self) -> int:
         """V, the number of brain voxels."""
         return int(self.mask.sum())
+
+    def centres(self, stage: int) -> np.ndarray:
+        """Return the centres of a stage's tokens in mm, float64 [S, 3].
+
+        Raises
+        ------
+        ValueError
+            If the grid was made without an affine.
+        ConfigError
+            If its axes do not run to the right, to the front and up: the scan and the patches would be mirrored.
+        """
+        if self.affine is None:
+            raise ValueError("the token grid has no affine, so its places in mm are unknown; give the voxel grid's")
+        edges = np.diag(self.affine)[:3]
+        if (edges <= 0).any() or np.any(self.affine[:3, :3] != np.diag(edges)):
+            raise ConfigError(
+                f"model.position is mm, but the grid's axes run along {self.affine[:3, :3].T.tolist()} mm per voxel, "
+                "not to the right, to the front and up; shard on mni2mm or mni4mm, or set model.position to learned."
+            )
+        edge = np.array(self.patch_size) * 2**stage
+        # The centre of the whole patch, also of one that reaches beyond the volume's end.
+        voxel_S3 = (self.stages[stage].coordinates + 0.5) * edge - 0.5
+        return voxel_S3 @ self.affine[:3, :3].T + self.affine[:3, 3]
 
     def to_volume(self, values_V: np.ndarray, fill: float = float("nan")) -> np.ndarray:
         """Put a brain-voxel vector [V] into the volume [X, Y, Z], `fill` elsewhere."""
@@ -124,10 +159,13 @@ def scatter_patches(patches_BLP: Tensor, patch_voxels: Tensor, n_voxels: int) ->
     return patches_BTSP.flatten(2).index_select(2, order)
 
 
-def window_places(token_grid: TokenGrid, window: tuple[int, int, int, int]) -> np.ndarray:
-    """Say at which place of its (unshifted) window each first-stage token stands: int64 [S·T], raster, t fastest."""
+def window_places(token_grid: TokenGrid, window: tuple[int, int, int, int], frames: int | None = None) -> np.ndarray:
+    """Say at which place of its (unshifted) window each first-stage token stands: int64 [S·T], raster, t fastest.
+
+    T is the token grid's unless `frames` is given.
+    """
     places = token_grid.stages[0].coordinates % window[:3] @ (window[1] * window[2], window[2], 1)
-    return (places[:, None] * window[3] + np.arange(token_grid.frames) % window[3]).reshape(-1)
+    return (places[:, None] * window[3] + np.arange(frames or token_grid.frames) % window[3]).reshape(-1)
 
 
 def _first_stage(mask: np.ndarray, patch_size: tuple[int, int, int]) -> Stage:

@@ -118,7 +118,7 @@ def training_step(run: Run, batch: ClipBatch, step: int) -> dict[str, float]:
         # Stochastic depth draws from the global generator; seeding it by place makes a resumed run the same run.
         torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + number * run.world_size + run.rank)
         target_BLP = make_targets(values_BTV[part], signal_BV[part], run.patch_voxels, config.loss.targets)
-        predicted_BLP = engine(values_BTV[part], mask_BL[part])
+        predicted_BLP = run.predict(values_BTV[part], mask_BL[part])
         terms = run.objective(predicted_BLP, target_BLP, counted_BLP[part], counted)
         # DeepSpeed takes the mean over micro-batches and ranks where the sum is wanted.
         engine.backward(terms["loss"] * (len(parts) * run.world_size))

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from boldforge.pretrain import ModelConfig, NeuroStorm, TokenGrid
 from boldforge.pretrain.flops import clip_flops
+from boldforge.pretrain.merging import frames_at
 from boldforge.pretrain.visible import visible_tokens
 
 CHANGES: dict[str, dict[str, object]] = {
@@ -14,6 +15,9 @@ CHANGES: dict[str, dict[str, object]] = {
     "uneven": {"depths": (1, 3), "decoder_depths": (2,)},
     "encoder alone": {"decoder": False, "mask_tokens": ()},
     "visible": {"encoder_sees": "visible"},
+    "both ways": {"bidirectional": True},
+    "frames merged": {"merge_time": (True,)},
+    "frames merged, visible": {"merge_time": (True,), "encoder_sees": "visible"},
 }
 
 
@@ -22,12 +26,14 @@ def test_the_formula_counts_what_torch_counts(name: str, small_config: ModelConf
     config = small_config.model_copy(update=CHANGES[name])
     model = NeuroStorm(config, small_grid)
     clips = torch.randn(2, small_grid.frames, small_grid.n_voxels)
-    tokens = [stage.n_tokens * small_grid.frames for stage in small_grid.stages]
+    joined = config.frames_joined
+    tokens = [stage.n_tokens * frames_at(i, config.frames, joined) for i, stage in enumerate(small_grid.stages)]
     hidden = torch.zeros(2, tokens[0], dtype=torch.bool)
     hidden[0, ::2], hidden[1, : tokens[0] // 2] = True, True
     seen = None
     if config.encoder_sees == "visible":
-        seen = [float(stage.visible_BL.sum()) / 2 for stage in visible_tokens(hidden, small_grid, clips.device)]
+        stages = visible_tokens(hidden, small_grid, clips.device, joined=joined)
+        seen = [float(stage.visible_BL.sum()) / 2 for stage in stages]
     found = clip_flops(config, tokens, small_grid.patch_voxels.shape[1], seen)
     with FlopCounterMode(display=False) as forward:
         y = model(clips, hidden) if config.decoder else model.encode(clips)
@@ -36,7 +42,7 @@ def test_the_formula_counts_what_torch_counts(name: str, small_config: ModelConf
         y.square().mean().backward()
     assert forward.get_total_flops() + backward.get_total_flops() == 2 * found.step_matmul
     inner = [config.expand * config.embed_dim * 2**i for i in range(2)]
-    per_channel = 9 * config.d_state + 2 * config.d_conv
+    per_channel = (1 + config.bidirectional) * (9 * config.d_state + 2 * config.d_conv)
     blocks = [depth * count for depth, count in zip(config.depths, seen or tokens, strict=True)]
     if config.decoder:
         blocks[0] += config.decoder_depths[0] * tokens[0]

@@ -57,7 +57,8 @@ def encode_slowly(model: NeuroStorm, values_TV: Tensor, hidden_L: Tensor) -> Ten
             x_1NC = block(x_1NC, window_index(keep.shape, window, shift, model.config.scan_mode, keep))
         tokens = dict(zip(places, x_1NC[0], strict=True))
         if i < n_stages - 1:
-            tokens = merge_slowly(model.merging[i], tokens)
+            tokens = merge_slowly(model.merging[i], tokens, model.config.frames_joined[i])
+            T = -(-T // model.config.frames_joined[i])
     learned, result = model.stages[-1], []
     for s, place in enumerate(grid.stages[-1].coordinates.tolist()):
         for t in range(T):
@@ -66,11 +67,14 @@ def encode_slowly(model: NeuroStorm, values_TV: Tensor, hidden_L: Tensor) -> Ten
     return torch.stack(result)
 
 
-def merge_slowly(merging: torch.nn.Module, tokens: dict[tuple[int, ...], Tensor]) -> dict[tuple[int, ...], Tensor]:
+def merge_slowly(
+    merging: torch.nn.Module, tokens: dict[tuple[int, int, int, int], Tensor], times: int
+) -> dict[tuple[int, int, int, int], Tensor]:
     zero = torch.zeros_like(next(iter(tokens.values())))
     merged = {}
-    for x, y, z, t in {(x // 2, y // 2, z // 2, t) for x, y, z, t in tokens}:
-        corners = [(2 * x + i, 2 * y + j, 2 * z + k, t) for i in (0, 1) for j in (0, 1) for k in (0, 1)]
+    for x, y, z, t in {(x // 2, y // 2, z // 2, t // times) for x, y, z, t in tokens}:
+        steps = [(i, j, k, h) for i in (0, 1) for j in (0, 1) for k in (0, 1) for h in range(times)]
+        corners = [(2 * x + i, 2 * y + j, 2 * z + k, times * t + h) for i, j, k, h in steps]
         together = torch.cat([tokens.get(corner, zero) for corner in corners])
         merged[x, y, z, t] = merging.reduction(merging.norm(together))
     return merged
@@ -81,6 +85,8 @@ CASES = {
     "most of them": ("random", 0.93, {}),
     "patches over all frames": ("tube", 0.75, {}),
     "windows": ("window", 0.6, {"depths": (1, 2, 2), "decoder_depths": (1, 1)}),
+    "frames merged": ("random", 0.8, {"depths": (1, 1, 1), "decoder_depths": (1, 1), "merge_time": (True, False)}),
+    "both ways": ("random", 0.5, {"bidirectional": True}),
     "as NeuroSTORM scans": ("random", 0.7, {"scan_mode": "wrap", "last_window": (3, 2, 1, 3), "last_shifted": False}),
 }
 
