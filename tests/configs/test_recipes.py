@@ -23,7 +23,7 @@ def test_every_pretraining_recipe_builds_its_model(name, grid_name):
     config = load_config(PretrainConfig, f"configs/{name}")
     grid = get_grid(grid_name)
     with torch.device("meta"):
-        shape_only = build_model(config.model, brain_mask(grid), grid.voxel_size)
+        shape_only = build_model(config.model, brain_mask(grid), grid.voxel_size, grid.affine)
     assert sum(parameter.numel() for parameter in shape_only.parameters()) > 10_000
 
 

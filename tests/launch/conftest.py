@@ -66,7 +66,7 @@ def pretraining(tmp_path_factory) -> Path:
     mask = brain_mask(grid)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = build_model(MODEL, mask, grid.voxel_size)
+        model = build_model(MODEL, mask, grid.voxel_size, grid.affine)
     config = PretrainConfig(shards=out / "shards", out=out, model=MODEL, steps=20)
     data = {
         "grid": "mni4mm",
