@@ -29,7 +29,8 @@ def block_bytes(config: ModelConfig, dim: int, bf16: bool) -> int:
     """
     inner, rank, hidden = config.expand * dim, ceil(dim / 16), int(config.mlp_ratio * dim)
     normalised, gated, convolved, step, scanned = dim, 2 * inner, inner, inner, inner
-    mixer = normalised + gated + convolved + (rank + 2 * config.d_state) + step + scanned
+    path = convolved + (rank + 2 * config.d_state) + step
+    mixer = normalised + gated + path * (2 if config.bidirectional else 1) + scanned
     mlp = dim + 2 * hidden  # its input, and what enters and leaves GELU
     return 2 * (_SINGLE * dim + _STATISTICS) + (_HALF if bf16 else _SINGLE) * (mixer + mlp)
 
@@ -54,7 +55,7 @@ def activation_bytes(
     patch_voxels
         P, voxels of a patch.
     tokens
-        L of every stage, fine to coarse.
+        L of every stage, fine to coarse. Where frames are joined, an even number is supposed at every merging.
     bf16, checkpointed
         How the run computes.
     visible
@@ -72,7 +73,8 @@ def activation_bytes(
     for stage, depth in enumerate(config.depths):
         kept += blocks(stage, depth, seen[stage])
         if stage + 1 < config.n_stages:
-            kept += (8 * dims[stage] * (_SINGLE + width) + _STATISTICS) * seen[stage + 1]  # merging
+            merged = 8 * config.frames_joined[stage] * dims[stage]
+            kept += (merged * (_SINGLE + width) + _STATISTICS) * seen[stage + 1]
     if not config.decoder:
         return kept
     if visible is not None:

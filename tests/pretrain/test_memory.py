@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from boldforge.configs import load_config
 from boldforge.pretrain import MaskConfig, MaskSampler, ModelConfig, NeuroStorm, TokenGrid
 from boldforge.pretrain.activations import activation_bytes, block_bytes
+from boldforge.pretrain.merging import frames_at
 from boldforge.pretrain.visible import visible_tokens
 
 CASES = {
@@ -20,6 +21,7 @@ CASES = {
     "float32, checkpointed": (False, True, {}),
     "bf16, checkpointed": (True, True, {"depths": (1, 2, 3), "decoder_depths": (2, 1)}),
     "three stages": (True, False, {"depths": (1, 2, 1), "decoder_depths": (2, 1), "mlp_ratio": 3.0, "d_state": 5}),
+    "both ways, frames joined": (False, False, {"bidirectional": True, "merge_time": (True,), "frames": 4}),
     "visible tokens": (False, False, {"encoder_sees": "visible", "depths": (1, 2, 1), "decoder_depths": (2, 1)}),
     "visible tokens, bf16, checkpointed": (True, True, {"encoder_sees": "visible"}),
 }
@@ -69,7 +71,8 @@ def test_a_clip_keeps_as_many_bytes_as_predicted(case: str, small_config: ModelC
     model.checkpoint_activations = checkpointed
     # What does not depend on the number of clips, copies of weights in bf16 for one, is no activation.
     found = kept_bytes(model, 5, bf16) - kept_bytes(model, 2, bf16)
-    tokens = [stage.n_tokens * model.token_grid.frames for stage in model.token_grid.stages]
+    joined, stages = model.config.frames_joined, model.token_grid.stages
+    tokens = [stage.n_tokens * frames_at(i, model.config.frames, joined) for i, stage in enumerate(stages)]
     visible = None
     if model.config.encoder_sees == "visible":
         _, hidden_BL = batch(model, 1)

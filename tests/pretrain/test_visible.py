@@ -15,11 +15,14 @@ from boldforge.kernels import ScanIndex, window_index
 from boldforge.pretrain import MaskConfig, MaskSampler, ModelConfig, NeuroStorm, TokenGrid, gather_patches
 from boldforge.pretrain.visible import visible_tokens
 
+TR = 1.5
+
 
 def visible_model(config: ModelConfig, mask: np.ndarray, **changes: object) -> NeuroStorm:
     config = load_config(ModelConfig, config.model_dump() | {"encoder_sees": "visible"} | changes)
     torch.manual_seed(0)
-    return NeuroStorm(config, TokenGrid(mask, (2, 2, 2), config.frames, config.n_stages))
+    affine = np.diag([6.0, 6.0, 6.0, 1.0])
+    return NeuroStorm(config, TokenGrid(mask, (2, 2, 2), config.frames, config.n_stages, affine))
 
 
 def clips_of(model: NeuroStorm, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -43,11 +46,11 @@ def encode_slowly(model: NeuroStorm, values_TV: Tensor, hidden_L: Tensor) -> Ten
             x, y, z = grid.stages[0].coordinates[row // T].tolist()
             tokens[x, y, z, row % T] = model.patch_embed(patches_LP[row])
     for i, stage in enumerate(grid.stages):
-        learned = model.stages[i]
+        learned, embedding_STC = model.stages[i], model._embedding(i, T, 1, TR)[0]
         keep = torch.zeros(*stage.grid, T, dtype=torch.bool)
         for place, token in tokens.items():
             keep[place] = True
-            tokens[place] = token + learned.position[stage.numbers[place[:3]], 0] + learned.time[0, place[3]]
+            tokens[place] = token + embedding_STC[stage.numbers[place[:3]], place[3]]
         window = (i == n_stages - 1 and model.config.last_window) or model.config.window
         places = sorted(tokens)
         x_1NC = torch.stack([tokens[place] for place in places])[None]
@@ -59,11 +62,10 @@ def encode_slowly(model: NeuroStorm, values_TV: Tensor, hidden_L: Tensor) -> Ten
         if i < n_stages - 1:
             tokens = merge_slowly(model.merging[i], tokens, model.config.frames_joined[i])
             T = -(-T // model.config.frames_joined[i])
-    learned, result = model.stages[-1], []
+    result = []
     for s, place in enumerate(grid.stages[-1].coordinates.tolist()):
         for t in range(T):
-            hidden = model._mask_token() + learned.position[s, 0] + learned.time[0, t]
-            result.append(tokens.get((*place, t), hidden))
+            result.append(tokens.get((*place, t), model._mask_token() + embedding_STC[s, t]))
     return torch.stack(result)
 
 
@@ -87,6 +89,7 @@ CASES = {
     "windows": ("window", 0.6, {"depths": (1, 2, 2), "decoder_depths": (1, 1)}),
     "frames merged": ("random", 0.8, {"depths": (1, 1, 1), "decoder_depths": (1, 1), "merge_time": (True, False)}),
     "both ways": ("random", 0.5, {"bidirectional": True}),
+    "millimetres and seconds": ("random", 0.9, {"position": "mm", "time": "seconds", "merge_time": (True,)}),
     "as NeuroSTORM scans": ("random", 0.7, {"scan_mode": "wrap", "last_window": (3, 2, 1, 3), "last_shifted": False}),
 }
 
@@ -99,10 +102,10 @@ def test_outputs_and_gradients_are_those_of_every_clip_alone(
     model = visible_model(small_config, small_mask, **changes).double()
     hidden_BL, values_BTV = masks_of(model, strategy, ratio, 3), clips_of(model, 3, torch.float64)
     gradients = []
-    for encode in (model.encode, lambda values, mask: torch.stack([*map(encode_slowly, [model] * 3, values, mask)])):
+    for encode in (model.encode, lambda values, mask, _: torch.stack([*map(encode_slowly, [model] * 3, values, mask)])):
         model.zero_grad()
         values_BTV.grad = None
-        tokens_BLC = encode(values_BTV.requires_grad_(), hidden_BL)
+        tokens_BLC = encode(values_BTV.requires_grad_(), hidden_BL, TR)
         model.decode(tokens_BLC).square().mean().backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
         gradients[-1] |= {"tokens": tokens_BLC.detach(), "values": values_BTV.grad.clone()}
