@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +25,10 @@ from boldforge.finetune.serial_driver import run_serially
 from boldforge.finetune.study import Study, StudyConfig, open_study
 from boldforge.finetune.sweep_clips import SeenClips, embed_unseen, gather_seen
 from boldforge.finetune.sweep_journal import Journal, SweepError
-from boldforge.finetune.sweep_results import Tested, TrialResult, choose, write_results
-from boldforge.finetune.sweep_rungs import Halving, Rounds
+from boldforge.finetune.sweep_results import Tested, TrialResult, best_epoch, choose, write_results
+from boldforge.finetune.sweep_rungs import Halving, Rounds, Segment
 from boldforge.finetune.sweep_space import OF_TRAINING, Sampler, SpaceConfig, Span, ask_tpe, draw, grid
-from boldforge.finetune.trial import TrialSpec, read_best
+from boldforge.finetune.trial import TrialSpec, has_diverged, read_best, read_curve
 
 logger = logging.getLogger(__name__)
 _JOURNAL, _TRIALS, _SEEN, _EMBEDDINGS = "journal.jsonl", "trials", "seen", "embeddings"
@@ -149,8 +149,9 @@ class SweepConfig(StudyConfig):
 def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Train one adapter per point, choose by validation AUC (ties: the lower rank), and test the chosen one once.
 
-    Trials get a folder that holds training and validation subjects only; the test subjects' clips and labels are read
-    after the choice is made. Curves, decisions and results are pure functions of the recipe: how many trials run at a
+    Before its test the chosen one is trained anew on training and validation subjects, for as many epochs as were best
+    for it. Trials get a folder that holds training and validation subjects only; the test subjects' clips and labels
+    are read after the choice is made. Curves, decisions and results are pure functions of the recipe: how many trials run at a
     time, on what, and how often the sweep was killed and continued by the same command, changes nothing in them.
 
     Parameters
@@ -213,13 +214,28 @@ def _search_and_test(
     folder.mkdir(exist_ok=True)
     halving = Halving(study.task.selects_by, config.training.epochs, config.grace, config.reduction)
     rounds = Rounds(halving, config.propose, journal, folder)
-    drive(config, spec, rounds, folder, on_epoch, scratch)
-    trials = [TrialResult(trial, rounds.curve(trial)) for trial in rounds.trials]
-    best = choose(trials, study.task.selects_by)
+    drive(config, spec, _course(rounds, study.task.selects_by, folder), folder, on_epoch, scratch)
+    trials, best = _standing(rounds, study.task.selects_by)
     tested = _test(study, spec, best, folder, parts["test"], cache, scratch)
     if on_progress:
         on_progress(total, total)
     return write_results(study, config.settings(), parts, trials, best, tested, scratch)
+
+
+def _course(rounds: Rounds, figure: str, folder: Path) -> Iterator[list[Segment]]:
+    """Yield all rounds of work, and last the chosen trial's, which is trained anew on all subjects seen so far."""
+    yield from rounds
+    _, best = _standing(rounds, figure)
+    last = Segment(best.trial, best_epoch(best)["epoch"], anew=True)
+    curve = read_curve(last.folder(folder))
+    if len(curve) < last.until and not has_diverged(curve):
+        yield [last]
+
+
+def _standing(rounds: Rounds, figure: str) -> tuple[list[TrialResult], TrialResult]:
+    """Return all trials, and the chosen one."""
+    trials = [TrialResult(trial, rounds.curve(trial)) for trial in rounds.trials]
+    return trials, choose(trials, figure)
 
 
 def _test(
@@ -231,40 +247,52 @@ def _test(
     cache: EmbeddingCache,
     scratch: Path,
 ) -> Tested:
-    """Set the chosen trial's threshold on the validation subjects, then read the test subjects and score them once."""
+    """Set the threshold where the chosen trial separates the validation subjects; score the test subjects once.
+
+    They are scored, and read, after that, by the trial trained anew on training and validation subjects.
+    """
     adapter, size = best.trial.spec(spec).adapter, spec.training.batch_size
-    state = read_best(best.trial.folder(folder), best.curve)
+    last = Segment(best.trial, best_epoch(best)["epoch"], anew=True).folder(folder)
+    curve = read_curve(last)
+    if has_diverged(curve):
+        raise SweepError(
+            f"The chosen trial, at {best.trial.name}, diverged when it was trained anew on more subjects; "
+            f"remove {folder.parent} or choose another out, and set training.lr or space.lr lower."
+        )
+    state = read_best(last, curve)
     classifier = study.classifier(adapter)
-    classifier.load_state(state)
     scorer = classifier
-    if adapter.frozen and spec.embedded is not None:
-        seen = spec.embedded.load(*read_labels(spec.clips))
+    kept = spec.embedded if adapter.frozen else None
+    if kept is not None:
+        seen = kept.load(*read_labels(spec.clips))
         scorer = head_on_embeddings(study.task, seen.x.shape[1], spec.seed)
-        scorer.load_state(state)
-        test = embed_unseen(study, unseen, cache, scratch)
     else:
-        seen, test = ClipSet.load(spec.clips), None
+        seen = ClipSet.load(spec.clips)
     validation = seen.select(spec.validation)
+    scorer.load_state(read_best(best.trial.folder(folder), best.curve))
     checked = predict_subjects(scorer, validation, size)
     threshold = best_threshold(validation.labels, checked) if study.task.kind == "binary" else 0.5
-    test = test or study.gather(unseen, scratch / "unseen")
+    classifier.load_state(state)
+    scorer.load_state(state)
+    read = kept is None
+    test = study.gather(unseen, scratch / "unseen") if read else embed_unseen(study, unseen, cache, scratch)
     return Tested(classifier, predict_subjects(scorer, test, size), threshold)
 
 
 def drive(
     config: SweepConfig,
     spec: TrialSpec,
-    rounds: Rounds,
+    rounds: Iterator[list[Segment]],
     folder: Path,
     on_epoch: Callable[[int, int], None],
     scratch: Path,
 ) -> None:
     """Do all rounds of work with the recipe's driver."""
     if config.driver == "serial":
-        run_serially(spec, iter(rounds), folder, on_epoch)
+        run_serially(spec, rounds, folder, on_epoch)
         return
     ray_config = RayConfig(config.concurrency, config.cpus, config.gpus, config.address)
-    run_on_ray(spec, iter(rounds), folder, on_epoch, ray_config, scratch / "ray")
+    run_on_ray(spec, rounds, folder, on_epoch, ray_config, scratch / "ray")
 
 
 def _open_journal(study: Study, config: SweepConfig) -> Journal:

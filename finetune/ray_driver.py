@@ -108,7 +108,7 @@ class _Course:
 
     def _died(self, segment: Segment) -> None:
         # Counted per epoch, so that a long sweep on a machine with troubles still comes to its end.
-        place = (segment.trial.number, len(read_curve(segment.trial.folder(self._folder))))
+        place = (segment.trial.number, len(read_curve(segment.folder(self._folder))))
         self._deaths[place] += 1
         if self._deaths[place] < _ATTEMPTS:
             self._waiting.append(segment)
@@ -138,7 +138,12 @@ def _fit(
             segment = course.take(trial_id)
             if segment is None:
                 return None
-            return {"trial": segment.trial.number, "values": segment.trial.values, "until": segment.until}
+            return {
+                "trial": segment.trial.number,
+                "values": segment.trial.values,
+                "until": segment.until,
+                "anew": segment.anew,
+            }
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             course.done(trial_id, result, error)
@@ -196,7 +201,7 @@ def _fit(
 def _ray_trial(spec: TrialSpec, folder: Path, parameters: Mapping[str, Any]) -> None:
     from ray import tune
 
-    segment = Segment(Trial(parameters["trial"], parameters["values"]), parameters["until"])
+    segment = Segment(Trial(parameters["trial"], parameters["values"]), parameters["until"], parameters["anew"])
     try:
         segment.run(spec, folder, lambda epoch: tune.report({"epoch": epoch}))
     except Exception as error:

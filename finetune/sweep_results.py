@@ -32,7 +32,7 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Tested:
-    """The chosen trial's classifier, its scores on the test subjects, and the threshold that validation set."""
+    """The chosen trial's classifier, trained anew, its scores on the test, and the threshold from validation."""
 
     classifier: Classifier
     scores: np.ndarray
@@ -53,7 +53,7 @@ def choose(trials: Sequence[TrialResult], figure: str) -> TrialResult:
             f"all {len(trials)} trials diverged: their training loss did not stay finite; set training.lr, space.lr or "
             "training.head_lr lower."
         )
-    return max(left, key=lambda t: (_best_epoch(t)[figure], -t.trial.values["rank"], -t.trial.number))
+    return max(left, key=lambda t: (best_epoch(t)[figure], -t.trial.values["rank"], -t.trial.number))
 
 
 def auc_interval(auc: float, n_positive: int, n_negative: int) -> list[float]:
@@ -140,13 +140,14 @@ def write_results(
     return results
 
 
-def _best_epoch(trial: TrialResult) -> dict[str, Any]:
+def best_epoch(trial: TrialResult) -> dict[str, Any]:
+    """Return what a trial recorded of its best epoch; nothing where it has none."""
     return next((epoch for epoch in reversed(trial.curve) if epoch.get("improved")), {})
 
 
 def _row(result: TrialResult, figure: str, study: Study, validation: list[Subject]) -> dict[str, Any]:
     adapter, training, values = study.config.adapter, study.config.training, result.trial.values
-    best, curve = _best_epoch(result), [epoch for epoch in result.curve if "diverged" not in epoch]
+    best, curve = best_epoch(result), [epoch for epoch in result.curve if "diverged" not in epoch]
     return {
         "rank": values["rank"],
         "trainable_parameters": result.curve[-1]["trainable_parameters"],
@@ -206,7 +207,9 @@ def _sentence(
         )
     sentence = (
         f"{among} had the highest validation {called} "
-        f"({chosen[f'validation_{figure}']:.2f}, {len(parts['validation'])} subjects); tested once on "
+        f"({chosen[f'validation_{figure}']:.2f}, {len(parts['validation'])} subjects); "
+        f"trained anew on these and the training subjects for "
+        f"{chosen['best_epoch']} epochs and tested once on "
         f"{len(parts['test'])} subjects that no trial has seen, "
         f"its {called} is {figures[figure]:.2f}{interval}{beside}."
     )

@@ -44,14 +44,25 @@ class Trial:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of work: train a trial up to an epoch."""
+    """A piece of work: train a trial up to an epoch.
+
+    ``anew``: the chosen trial, from its beginning, on training and validation subjects together.
+    """
 
     trial: Trial
     until: int
+    anew: bool = False
 
     def run(self, spec: TrialSpec, folder: Path, report: Report) -> None:
         """Do the work; `folder` is the one of all trials."""
-        run_trial(self.trial.spec(spec), self.trial.folder(folder), self.until, report)
+        spec = self.trial.spec(spec)
+        if self.anew:
+            spec = replace(spec, train=(*spec.train, *spec.validation), validation=())
+        run_trial(spec, self.folder(folder), self.until, report)
+
+    def folder(self, above: Path) -> Path:
+        """Where the work is kept."""
+        return above / "chosen" if self.anew else self.trial.folder(above)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class TrialSpec:
     clips
         Folder written by `gather_clips`; holds training and validation subjects only.
     train, validation
-        Positions of the subjects in that folder's labels.
+        Positions of the subjects in that folder's labels; without validation subjects every epoch is the best so far.
     device
         ``cuda``, where the trial was given a share of a GPU, or ``cpu``.
     embedded
@@ -131,12 +131,12 @@ def _epochs(spec: TrialSpec, folder: Path, journal: Journal, until: int) -> Iter
     fitting = Fit(
         classifier,
         clips.select(spec.train),
-        clips.select(spec.validation),
+        clips.select(spec.validation) if spec.validation else None,
         spec.training,
         spec.seed,
         state=state,
         done=len(records),
-        best=(best[task.selects_by], best["validation_loss"]) if best else None,
+        best=(best[task.selects_by], best["validation_loss"]) if best and spec.validation else None,
     )
     sizes = {"trainable_parameters": classifier.trainable, "total_parameters": classifier.total + kept_elsewhere}
     while len(records) < until:
@@ -145,12 +145,11 @@ def _epochs(spec: TrialSpec, folder: Path, journal: Journal, until: int) -> Iter
         except DivergedError as error:
             journal.append({"epoch": len(records) + 1, "diverged": str(error)} | sizes)
             return
-        assert epoch.figures is not None
         figures = {
             "epoch": epoch.number,
             "train_loss": epoch.train_loss,
             "validation_loss": epoch.validation_loss,
-            task.selects_by: float(epoch.figures[task.selects_by]),
+            task.selects_by: None if epoch.figures is None else float(epoch.figures[task.selects_by]),
             "improved": epoch.improved,
             **sizes,
         }

@@ -12,11 +12,11 @@ from boldforge.finetune.trial import TrialSpec
 
 LOG = "BOLDFORGE_EPOCH_LOG"
 _run_segment, _step, _ray_trial = sweep_rungs.Segment.run, fit.Fit.step, ray_driver._ray_trial
-_now: list[int] = []
+_now: list[str] = []
 
 
 def _noted_run(segment: sweep_rungs.Segment, spec: TrialSpec, folder: Path, report: Callable[[int], None]) -> None:
-    _now[:] = [segment.trial.number]
+    _now[:] = ["chosen" if segment.anew else str(segment.trial.number)]
     _run_segment(segment, spec, folder, report)
 
 

@@ -12,7 +12,8 @@ import torch
 
 from boldforge.configs import BoldForgeError, ConfigError, folder_lock, load_config
 from boldforge.data_shards import load_manifest
-from boldforge.finetune import SweepConfig, SweepError, load_classifier, rank_sweep, sweep
+from boldforge.finetune import SweepConfig, SweepError, fit, load_classifier, rank_sweep, sweep
+from boldforge.finetune import trial as trial_module
 from boldforge.finetune.serial_driver import run_serially
 from boldforge.finetune.sweep_results import TrialResult, choose
 from boldforge.finetune.sweep_rungs import Trial
@@ -104,6 +105,24 @@ def test_the_best_is_the_one_with_the_highest_validation_auc(planted):
         assert trial["validation_auc"] == max(curve) == curve[trial["best_epoch"] - 1]
         assert trial["stopped_early"] == (len(curve) < 8)
     assert results["best"]["validation_auc"] == max(trial["validation_auc"] for trial in results["trials"])
+
+
+def test_the_chosen_one_is_trained_anew_on_all_but_the_test_subjects(planted, shards, encoder, tmp_path, monkeypatch):
+    trained = []
+
+    class Watched(fit.Fit):
+        def __init__(self, classifier, train, validation, config, seed, **others):
+            trained.append((len(train.labels), validation and len(validation.labels), classifier.adapter.rank))
+            super().__init__(classifier, train, validation, config, seed, **others)
+
+    monkeypatch.setattr(trial_module, "Fit", Watched)
+    results = sweep(_config(shards, encoder, tmp_path, driver="serial"))
+    assert trained[-1] == (40, None, results["best"]["rank"])
+    assert {(n, m) for n, m, _ in trained[:-1]} == {(20, 20)}
+    epochs = results["best"]["best_epoch"]
+    assert f"trained anew on these and the training subjects for {epochs} epochs and tested once" in results["sentence"]
+    # The weights that are kept are those, and not the ones that were compared.
+    assert results["figures"] == planted[1]["figures"]
 
 
 def test_files_agree_and_hold_no_real_name(planted, encoder, shards):

@@ -56,7 +56,8 @@ def _sweep_and_die(config: SweepConfig, step: int, log: Path) -> bool:
         def logged(work):
             def do(fitting):
                 with log.open("a") as stream:
-                    stream.write(f"{fitting._classifier.adapter.rank} {fitting._number + 1}\n")
+                    called = "chosen" if fitting._validating is None else fitting._classifier.adapter.rank
+                    stream.write(f"{called} {fitting._number + 1}\n")
                 return work(fitting)
 
             return do
@@ -98,7 +99,9 @@ def test_killed_at_random_steps_it_ends_with_the_same_files(cohort, encoder, tmp
 
 
 def _epochs(files):
-    return {trial["rank"]: trial["epochs"] for trial in json.loads(files["sweep.json"])["trials"]}
+    results = json.loads(files["sweep.json"])
+    trained = {trial["rank"]: trial["epochs"] for trial in results["trials"]}
+    return trained | {"chosen": results["best"]["best_epoch"]}
 
 
 def test_the_journal_says_what_was_decided(undisturbed):
