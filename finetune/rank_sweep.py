@@ -151,8 +151,8 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
 
     Before its test the chosen one is trained anew on training and validation subjects, for as many epochs as were best
     for it. Trials get a folder that holds training and validation subjects only; the test subjects' clips and labels
-    are read after the choice is made. Curves, decisions and results are pure functions of the recipe: how many trials run at a
-    time, on what, and how often the sweep was killed and continued by the same command, changes nothing in them.
+    are read after the choice is made. Curves, decisions and results are pure functions of the recipe: how many trials
+    run at a time, on what, and how often the sweep was killed and continued by the same command, changes nothing.
 
     Parameters
     ----------
