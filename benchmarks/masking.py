@@ -1,0 +1,170 @@
+"""What hiding anatomy is worth: random, window, region and group masks at the same budget of hidden tokens.
+
+    python benchmarks/masking.py [--quick] [--part real|simulated] [--data FOLDER] [--out FOLDER] [--json FILE]
+
+real: small encoders are pretrained on real runs, one for each strategy and seed, and rebuild held-out frames under the
+masks of every strategy. simulated: they are pretrained without labels on SIMULATED cohorts with a planted regional
+difference, frozen, and read by a logistic regression; beside them an untrained encoder and plain baselines.
+
+Every cell is kept in a file under --out, so the same command goes on from where it was stopped.
+"""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from masking_parts import probe, reconstruction
+from masking_parts.cells import RECIPE, STRATEGIES, Cell, kept, pretrain, remove
+from masking_parts.intervals import Estimate, aucs, error_ratios
+
+from boldforge.data_shards import DataRecipe, SimulationConfig, build_shards, find_runs, load_manifest
+from boldforge.pretrain import load_pretrained
+
+PARTS = ("real", "simulated")
+
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is computed."""
+
+    seeds: int = 3
+    steps: int = 240
+    subjects: int = 60
+    frames: int = 32
+    """Of a simulated run, at its site's TR."""
+    effect: float = 0.25
+    clips: int = 6
+    """Per subject, read by the probe."""
+
+
+QUICK = Size(seeds=1, steps=6, subjects=16, frames=16, clips=1)
+
+
+def row(figure: str, estimate: Estimate, unit: str, better: str = "lower") -> Row:
+    """Return one line of the table."""
+    value, low, high = (float(f"{x:.4g}") for x in estimate)
+    return {"figure": figure, "value": value, "interval": [low, high], "unit": unit, "goal": None, "better": better}
+
+
+def real(out: Path, size: Size, data: Path) -> list[Row]:
+    """Pretrain on real runs and rebuild their held-out frames, [trained with × tested with]."""
+    shards = out / "shards-real"
+    if not (shards / "manifest.json").is_file():
+        build_shards(find_runs(data).runs, shards, DataRecipe(grid="mni4mm", tr=2.0))
+    about = {"recipe": RECIPE, "steps": size.steps, "manifest": load_manifest(shards).content_hash}
+
+    def make(strategy: str, seed: int, folder: Path) -> Cell:
+        run = pretrain(shards, folder, strategy, seed, size.steps, reconstruction.HOLDOUT)
+        found = reconstruction.reconstruct(shards, run / "export")
+        remove(run)
+        return found
+
+    cells = _cells(out, "real", size, about, make)
+    rows = []
+    for trained in STRATEGIES:
+        for tested in STRATEGIES:
+            figure = f"error: trained {trained}, tested {tested}"
+            rows.append(row(figure, error_ratios(cells[trained], tested), "of the mean frame's"))
+        if trained != "random":
+            for tested in STRATEGIES:
+                difference = error_ratios(cells[trained], tested, cells["random"])
+                rows.append(row(f"difference: trained {trained} − random, tested {tested}", difference, "of it"))
+    return rows
+
+
+def simulated(out: Path, size: Size, data: Path) -> list[Row]:
+    """Pretrain on SIMULATED cohorts without labels and probe the frozen encoder; `data` is not used."""
+    shards = []
+    for seed in range(size.seeds):
+        settings = SimulationConfig(n_subjects=size.subjects, n_frames=size.frames, effect=size.effect, seed=seed)
+        shards.append(probe.make_cohort(out / f"SIMULATED-{seed}", settings))
+    about = {"recipe": RECIPE, **asdict(size), "manifests": [load_manifest(each).content_hash for each in shards]}
+
+    def make(strategy: str, seed: int, folder: Path) -> Cell:
+        run = pretrain(shards[seed], folder, strategy, seed, size.steps, probe.HOLDOUT)
+        found = probe.probe(shards[seed], load_pretrained(run / "export"), size.clips)
+        remove(run)
+        return found
+
+    def untrained(seed: int) -> Cell:
+        return probe.probe(shards[seed], probe.untrained(shards[seed], seed), size.clips)
+
+    cells = _cells(out, "simulated", size, about, make)
+    plain = []
+    cells["untrained"] = []
+    for seed in range(size.seeds):
+        path = out / "cells" / f"simulated-untrained-{seed}.json"
+        cells["untrained"].append(kept(path, about, partial(untrained, seed)))
+        path = out / "cells" / f"simulated-baselines-{seed}.json"
+        plain.append(kept(path, about, partial(probe.baselines, shards[seed])))
+    rows = [row(f"SIMULATED AUC: {name}", aucs(plain, name), "AUC", "higher") for name in probe.BASELINES]
+    for pool in probe.POOLS:
+        for name in ("untrained", *STRATEGIES):
+            rows.append(row(f"SIMULATED AUC: {name}, {pool}", aucs(cells[name], pool), "AUC", "higher"))
+        for name in STRATEGIES:
+            difference = aucs(cells[name], pool, cells["untrained"])
+            rows.append(row(f"SIMULATED difference: {name} − untrained, {pool}", difference, "AUC", "higher"))
+        for name in STRATEGIES[1:]:
+            difference = aucs(cells[name], pool, cells["random"])
+            rows.append(row(f"SIMULATED difference: {name} − random, {pool}", difference, "AUC", "higher"))
+    return rows
+
+
+def _cells(
+    out: Path, part: str, size: Size, about: Cell, make: Callable[[str, int, Path], Cell]
+) -> dict[str, list[Cell]]:
+    """Make or read every cell, seed after seed, so that what there is can be compared early."""
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+    cells: dict[str, list[Cell]] = {strategy: [] for strategy in STRATEGIES}
+    for seed in range(size.seeds):
+        for strategy in STRATEGIES:
+            name = f"{part}-{strategy}-{seed}"
+            work = partial(make, strategy, seed, out / "runs" / name)
+            cells[strategy].append(kept(out / "cells" / f"{name}.json", about, work))
+    return cells
+
+
+def machine() -> str:
+    """Return the processor, its cores and the versions that matter."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def main() -> None:
+    """Measure, print the table, and write it as JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps, to see that it runs; the figures mean nothing"
+    )
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be repeated")
+    parser.add_argument("--data", type=Path, default=Path("tests/data"), help="folder of real runs in MNI space")
+    parser.add_argument("--out", type=Path, help="folder of the cells; default runs/masking")
+    parser.add_argument("--json", type=Path, help="write machine and rows to this file")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    size = QUICK if chosen.quick else Size()
+    out = chosen.out or Path("runs/masking-quick" if chosen.quick else "runs/masking")
+    print(machine())
+    rows: list[Row] = []
+    for part in chosen.part or PARTS:
+        found = {"real": real, "simulated": simulated}[part](out, size, chosen.data)
+        for each in found:
+            low, high = each["interval"]  # type: ignore[misc]
+            print(f"{each['figure']:<58}{each['value']:>8.3f}  [{low:.3f}, {high:.3f}] {each['unit']}", flush=True)
+        rows += found
+    if chosen.json:
+        chosen.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
