@@ -17,9 +17,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import torch
-from masking_parts import probe, reconstruction
+from masking_parts import neighbours, probe, reconstruction
 from masking_parts.cells import RECIPE, STRATEGIES, Cell, kept, pretrain, remove
 from masking_parts.intervals import Estimate, aucs, error_ratios
 
@@ -36,11 +37,11 @@ class Size:
     """How much is computed."""
 
     seeds: int = 3
-    steps: int = 240
+    steps: int = 200
     subjects: int = 60
     frames: int = 32
     """Of a simulated run, at its site's TR."""
-    effect: float = 0.25
+    effect: float = 0.5
     clips: int = 6
     """Per subject, read by the probe."""
 
@@ -68,7 +69,13 @@ def real(out: Path, size: Size, data: Path) -> list[Row]:
         return found
 
     cells = _cells(out, "real", size, about, make)
+    plain = kept(out / "cells" / "real-neighbours-0.json", about, partial(neighbours.foretell, shards))
+    plain["baseline"] = cells["random"][0]["baseline"]
     rows = []
+    for tested in STRATEGIES:
+        rows.append(
+            row(f"error: two coefficients, tested {tested}", error_ratios([plain], tested), "of the mean frame's")
+        )
     for trained in STRATEGIES:
         for tested in STRATEGIES:
             figure = f"error: trained {trained}, tested {tested}"
@@ -91,8 +98,9 @@ def simulated(out: Path, size: Size, data: Path) -> list[Row]:
     def make(strategy: str, seed: int, folder: Path) -> Cell:
         run = pretrain(shards[seed], folder, strategy, seed, size.steps, probe.HOLDOUT)
         found = probe.probe(shards[seed], load_pretrained(run / "export"), size.clips)
+        summary = json.loads((run / "summary.json").read_text())
         remove(run)
-        return found
+        return {**found, "ratio": summary["heldout_error"] / summary["heldout_baseline"]}
 
     def untrained(seed: int) -> Cell:
         return probe.probe(shards[seed], probe.untrained(shards[seed], seed), size.clips)
@@ -105,7 +113,13 @@ def simulated(out: Path, size: Size, data: Path) -> list[Row]:
         cells["untrained"].append(kept(path, about, partial(untrained, seed)))
         path = out / "cells" / f"simulated-baselines-{seed}.json"
         plain.append(kept(path, about, partial(probe.baselines, shards[seed])))
-    rows = [row(f"SIMULATED AUC: {name}", aucs(plain, name), "AUC", "higher") for name in probe.BASELINES]
+    rows = []
+    for name in STRATEGIES:
+        # Whether pretraining learned anything at all: own masks, subjects held out of pretraining.
+        learned = [cell["ratio"] for cell in cells[name]]
+        estimate = (mean(learned), min(learned), max(learned))
+        rows.append(row(f"SIMULATED error: {name}", estimate, "lowest and highest seed"))
+    rows += [row(f"SIMULATED AUC: {name}", aucs(plain, name), "AUC", "higher") for name in probe.BASELINES]
     for pool in probe.POOLS:
         for name in ("untrained", *STRATEGIES):
             rows.append(row(f"SIMULATED AUC: {name}, {pool}", aucs(cells[name], pool), "AUC", "higher"))

@@ -151,7 +151,7 @@ def to_grid(
         weight = np.asarray(masked.sum(axis=1), dtype=np.float32)
         covered = weight >= _COVERED
         if not covered.any():
-            raise ResampleError(_ELSEWHERE)
+            raise _nothing_covered(native)
         if sigma is None:
             used = np.flatnonzero(signal)
             sample: _Linear | _Smoothed = _Linear(masked[:, used], used, _inverse(weight, covered))
@@ -171,8 +171,8 @@ def _copy(run: Frames, matrix: csr_array, scratch: Path | None) -> tuple["Copied
     covered = np.zeros(matrix.shape[0], dtype=bool)
     covered[on_image] = signal
     if not covered.any():
-        native.close()
-        raise ResampleError(_ELSEWHERE)
+        with native:
+            raise _nothing_covered(native)
     return Copied(native, on_image, covered), covered
 
 
@@ -254,6 +254,23 @@ def _lay_by(run: Frames, needed: npt.NDArray[np.int64], scratch: Path | None) ->
         start += len(rows)
     assert spool is not None and start == run.n_frames, "a checked header promises at least two frames"
     return spool, np.isfinite(low) & np.isfinite(high) & (high > low)  # NaN and infinity survive both
+
+
+def _nothing_covered(native: Spool) -> ResampleError:
+    """Tell a file that holds NaN from one that lies elsewhere."""
+    finite = [np.isfinite(native.read_rows(frame, frame + 1)) for frame in range(native.shape[0])]
+    empty = [frame for frame, values in enumerate(finite) if not values.any()]
+    if empty:
+        return ResampleError(
+            f"frame {empty[0]} (the first is 0) holds NaN or infinity in every voxel of the brain, so no voxel has a "
+            "signal over all frames; remove that frame, or mend the file."
+        )
+    if not all(values.all() for values in finite):
+        return ResampleError(
+            "no voxel of the brain has a signal over all frames: where values vary, some are NaN or infinity; mend the "
+            "file."
+        )
+    return ResampleError(_ELSEWHERE)
 
 
 def _inverse(weight: Values, covered: npt.NDArray[np.bool_]) -> Values:

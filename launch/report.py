@@ -125,6 +125,8 @@ def _read_pretraining(folder: Path) -> Section:
     content = {
         "name": folder.resolve().name,
         "config": config,
+        "hidden": describe_masks(config),
+        "atlas": _atlas_name(config["mask"]),
         "summary": summary,
         "data": export.get("data", {}),
         "weights": export.get("weights_sha256", ""),
@@ -136,6 +138,34 @@ def _read_pretraining(folder: Path) -> Section:
         "regions": _read_regions(folder / "regions.csv"),
     }
     return Section("pretraining", content, _is_simulated(config, summary, export.get("data", {})))
+
+
+def describe_masks(config: Mapping[str, Any]) -> str:
+    """Say in words what a pretraining recipe hides: how much of the brain, in what pieces, in which frames."""
+    mask, model = config["mask"], config["model"]
+    atlas, share = _atlas_name(mask), _show_percent(mask["ratio"])
+    patches = f"patches of {model.get('patch_mm', 12.0):g} mm"
+    x, y, z = model["window"][:3]
+    t = min(model["window"][3], model["frames"])
+    if mask["strategy"] == "atlas":
+        return f"{share} of the {atlas} regions are hidden in all frames, however large they are"
+    all_frames = mask.get("time", "random") == "tube"
+    pieces = {
+        "random": f"{patches} drawn at random" + (", in all frames" if all_frames else ", every frame by itself"),
+        "tube": f"{patches} drawn at random, in all frames",
+        "window": f"whole windows of {x} × {y} × {z} {patches}"
+        + (", in all frames" if all_frames else f", {t} frames"),
+        "region": f"whole {atlas} regions at a time, in all frames",
+        "pair": f"whole {atlas} regions together with those of the other side, in all frames",
+        "group": f"whole groups of {atlas} regions (lobes and the like) at a time, in all frames",
+    }
+    return f"{share} of the brain is hidden, {pieces[mask['strategy']]}"
+
+
+def _atlas_name(mask: Mapping[str, Any]) -> str:
+    """Return an atlas's name; of a file, its name without folder and endings."""
+    name = Path(str(mask["atlas"])).name.removesuffix(".gz").removesuffix(".nii")
+    return name.upper() if name == "aal3" else name
 
 
 def _is_simulated(config: Mapping[str, Any], *written: Mapping[str, Any]) -> bool | None:

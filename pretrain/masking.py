@@ -8,6 +8,7 @@ which every strategy here but one meets exactly. The one is ``atlas``, which is 
 Shape suffixes: B clips · S spatial tokens of the first stage · T frames · L = S·T tokens · R regions.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -83,7 +84,7 @@ class MaskSampler:
     Raises
     ------
     ConfigError
-        If the ratio leaves no visible token, or the atlas has no pairs or groups to hide.
+        If the ratio leaves no visible token or hides none, or the atlas has no pairs or groups to hide.
     """
 
     def __init__(
@@ -97,12 +98,7 @@ class MaskSampler:
         self.config = config
         self.frames = token_grid.frames
         self.n_spatial = token_grid.stages[0].n_tokens
-        self.n_hidden_spatial = max(1, round(config.ratio * self.n_spatial))
-        if self.n_hidden_spatial >= self.n_spatial:
-            raise ConfigError(
-                f"mask.ratio is {config.ratio:g}, which hides all {self.n_spatial} patches of this grid, so that "
-                f"nothing is left to see; use at most {max(0.0, 1 - 1 / self.n_spatial):.3g}."
-            )
+        self.n_hidden_spatial = 0 if config.strategy == "atlas" else _budget(config.ratio, self.n_spatial)
         if config.strategy in _BY_ANATOMY:
             if regions is None:
                 raise ValueError(f"the {config.strategy} strategy needs the regions' tokens")
@@ -112,6 +108,11 @@ class MaskSampler:
                     f"{self.n_spatial}; measure them again with region_tokens"
                 )
         self._regions = regions
+        if config.strategy == "atlas" and len(np.unique(self._labels())) < 2:
+            raise ConfigError(
+                f"mask.strategy is atlas, but one region fills all {self.n_spatial} patches of this grid, so that "
+                "nothing is left to see where it is hidden; use an atlas of several regions, or strategy region."
+            )
         self._units = _units(config.strategy, regions, groups)
         coordinates = token_grid.stages[0].coordinates // window[:3]
         _, windows_S = np.unique(coordinates, axis=0, return_inverse=True)
@@ -162,13 +163,17 @@ class MaskSampler:
         return np.repeat(hidden, self.frames)
 
     def _share_of_regions(self, rng: np.random.Generator) -> np.ndarray:
-        """Hide every patch whose label is drawn, bool [S]; its label is the region that fills most of it."""
-        assert self._regions is not None
-        share_SR = self._regions.share
-        label_S = np.where(share_SR.any(axis=1), share_SR.argmax(axis=1), -1)
+        """Hide every patch whose label is drawn, bool [S]."""
+        label_S = self._labels()
         labels = np.unique(label_S[label_S >= 0])
         drawn = rng.permutation(labels)[: max(1, int(self.config.ratio * len(labels)))]
         return np.isin(label_S, drawn)
+
+    def _labels(self) -> np.ndarray:
+        """Return each patch's label, the place of the region that fills most of it, int64 [S]; -1 where none does."""
+        assert self._regions is not None
+        share_SR = self._regions.share
+        return np.where(share_SR.any(axis=1), share_SR.argmax(axis=1), -1)
 
     def _by_unit(self, rng: np.random.Generator) -> np.ndarray:
         """Tokens in the order in which they are hidden: unit after unit, then the tokens that no unit hides.
@@ -194,6 +199,26 @@ def sample_keys(seed: int, first: int, count: int) -> list[tuple[int, ...]]:
     A sample's number is its place in the stream, which depends neither on ranks, workers nor micro-batches.
     """
     return [(0, seed, sample) for sample in range(first, first + count)]
+
+
+def _budget(ratio: float, n_spatial: int) -> int:
+    """Return how many patches are hidden: at least one, and not all."""
+    n_hidden = round(ratio * n_spatial)
+    if n_spatial < 2:
+        raise ConfigError(
+            "this grid has a single patch, so that nothing is left to see where it is hidden; lower model.patch_mm."
+        )
+    if n_hidden >= n_spatial:
+        raise ConfigError(
+            f"mask.ratio is {ratio:g}, which hides all {n_spatial} patches of this grid, so that nothing is left to "
+            f"see; use at most {math.floor(1e4 * (1 - 1 / n_spatial)) / 1e4:g}."
+        )
+    if n_hidden < 1:
+        raise ConfigError(
+            f"mask.ratio is {ratio:g}, which hides none of the {n_spatial} patches of this grid, so that there is "
+            f"nothing to reconstruct; use at least {math.ceil(1e4 / n_spatial) / 1e4:g}."
+        )
+    return n_hidden
 
 
 def _units(

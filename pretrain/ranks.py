@@ -3,6 +3,8 @@
 import logging
 import os
 import socket
+import sys
+from pathlib import Path
 
 import torch
 
@@ -11,6 +13,11 @@ def accelerator_ready() -> None:
     """Tell DeepSpeed to run on the CPU where there is no GPU; must come before `import deepspeed`."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed compiles an op with the first ninja on PATH. Another version than last time, as the system's beside the
+    # environment's, compiles it anew, for minutes.
+    beside, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if path.split(os.pathsep)[0] != beside:
+        os.environ["PATH"] = os.pathsep.join([beside, path])
 
 
 def join_ranks() -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Set a pretraining run up: check the recipe against the data, build the model and the DeepSpeed engine."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -156,13 +156,19 @@ def check_batch(config: PretrainConfig, world_size: int) -> None:
 
 
 def check_lengths(config: PretrainConfig, manifest: Manifest, held: Sequence[Segment]) -> None:
-    """Refuse clips that no held-out stretch is long enough for.
+    """Refuse clips that no run, or no held-out stretch of one, is long enough for.
 
     Raises
     ------
     ConfigError
         Naming both lengths.
     """
+    whole = max((run.n_frames for run in manifest.runs), default=0)
+    if whole < config.model.frames:
+        raise ConfigError(
+            f"{config.shards}: the longest run has {whole} frames, a clip needs model.frames = {config.model.frames}; "
+            f"lower model.frames, or make shards of longer runs or of a shorter TR (now {manifest.recipe.tr:g} s)."
+        )
     longest = max((segment.stop - segment.start for segment in held), default=0)
     if longest < config.model.frames:
         raise ConfigError(
@@ -177,17 +183,30 @@ def _claim_folder(config: PretrainConfig, manifest_hash: str) -> None:
     content = {**config.model_dump(mode="json"), "manifest_hash": manifest_hash}
     if path.is_file() and newest_checkpoint(config.out / "checkpoints"):
         before = _as_of_today(yaml.safe_load(path.read_text()))
-        changed = [key for key in content if key not in _FREE_KEYS and before.get(key) != content[key]]
+        changed = changes(before, {key: value for key, value in content.items() if key not in _FREE_KEYS})
         if changed:
+            key, old, new = changed[0]
             raise ConfigError(
-                f"{path}: this run was started with {changed[0]} = {before.get(changed[0])}, now it is "
-                f"{content[changed[0]]}; use another out folder, or the old value."
+                f"{path}: this run was started with {key} = {old}, now it is {new}; use another out folder, or the old "
+                "value."
             )
     try:
         config.out.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(content, sort_keys=False))
     except OSError as error:
         raise BoldForgeError(f"{config.out}: cannot write the run folder ({error.strerror}).") from None
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> list[tuple[str, Any, Any]]:
+    """List the keys whose value is another one, as (section.key, old, new)."""
+    found: list[tuple[str, Any, Any]] = []
+    for key, value in now.items():
+        old = before.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            found += changes(old, value, f"{section}{key}.")
+        elif old != value:
+            found.append((f"{section}{key}", old, value))
+    return found
 
 
 def _as_of_today(content: dict[str, Any]) -> dict[str, Any]:

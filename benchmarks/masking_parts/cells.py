@@ -23,7 +23,9 @@ RECIPE: dict[str, Any] = {
         "embed_dim": 16,
         "depths": [2, 2],
         "decoder_depths": [2],
-        "window": [4, 4, 4, 4],
+        "window": [2, 2, 2, 4],
+        "first_window": [4, 4, 4, 4],
+        "last_window": [4, 4, 4, 4],
         "d_state": 4,
         "mlp_ratio": 2.0,
     },
@@ -72,7 +74,7 @@ def pretrain(shards: Path, out: Path, strategy: str, seed: int, steps: int, hold
         "seed": seed,
         "checkpoint_every": max(1, steps // 4),
         "evaluate_every": steps,
-        "evaluation_clips": 1,
+        "evaluation_clips": 6,
     }
     return train(load_config(PretrainConfig, recipe))
 

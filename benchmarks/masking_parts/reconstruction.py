@@ -17,7 +17,7 @@ from boldforge.pretrain.loss import squared_error
 from boldforge.pretrain.model import NeuroStorm
 from masking_parts.cells import STRATEGIES, Cell
 
-MASKS_PER_CLIP = 3
+MASKS_PER_CLIP = 2
 HOLDOUT = {"by": "frames", "fraction": 0.25, "seed": 0}
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 
 from boldforge.launch.figures import Example, loss_figure, slice_rows
 from boldforge.launch.release import write_release
@@ -109,6 +110,33 @@ def test_a_model_worse_than_the_mean_frame_is_called_so(pretraining, tmp_path, e
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps(summary | {"heldout_error": error}))
     assert said in write_report([run], tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (
+            {"strategy": "random"},
+            "of the brain is hidden, patches of 48 mm drawn at random, every frame by itself,",
+        ),
+        ({"strategy": "random", "time": "tube"}, "patches of 48 mm drawn at random, in all frames,"),
+        ({"strategy": "tube"}, "patches of 48 mm drawn at random, in all frames,"),
+        ({"strategy": "window"}, "hidden, whole windows of 4 × 4 × 4 patches of 48 mm, 4 frames,"),
+        ({"strategy": "region"}, "hidden, whole AAL3 regions at a time, in all frames,"),
+        ({"strategy": "pair"}, "hidden, whole AAL3 regions together with those of the other side, in all frames,"),
+        ({"strategy": "group"}, "hidden, whole groups of AAL3 regions (lobes and the like) at a time, in all frames,"),
+        ({"strategy": "atlas"}, "of which\n50 % of the AAL3 regions are hidden in all frames, however large they are,"),
+        ({"strategy": "region", "atlas": "/home/ada/mine.nii.gz"}, "whole mine regions at a time"),
+    ],
+)
+def test_what_was_hidden_is_said_for_every_strategy(pretraining, tmp_path, mask, said):
+    run = shutil.copytree(pretraining, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["mask"] |= mask
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    page = write_report([run], tmp_path / "report.html").read_text()
+    assert said in page and "/home/ada" not in page
+    assert ("whole AAL3 regions at a time" in page) == (mask == {"strategy": "region"})
 
 
 @pytest.mark.parametrize(
