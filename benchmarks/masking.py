@@ -1,6 +1,6 @@
 """What hiding anatomy is worth: random, window, region and group masks at the same budget of hidden tokens.
 
-    python benchmarks/masking.py [--quick] [--part real|simulated] [--data FOLDER] [--out FOLDER] [--json FILE]
+    python benchmarks/masking.py [--quick] [--seeds N] [--part real|simulated] [--data DIR] [--out DIR] [--json FILE]
 
 real: small encoders are pretrained on real runs, one for each strategy and seed, and rebuild held-out frames under the
 masks of every strategy. simulated: they are pretrained without labels on SIMULATED cohorts with a planted regional
@@ -13,8 +13,8 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -68,7 +68,7 @@ def real(out: Path, size: Size, data: Path) -> list[Row]:
         remove(run)
         return found
 
-    cells = _cells(out, "real", size, about, make)
+    cells = _cells(out, "real", STRATEGIES, [about] * size.seeds, make)
     plain = kept(out / "cells" / "real-neighbours-0.json", about, partial(neighbours.foretell, shards))
     plain["baseline"] = cells["random"][0]["baseline"]
     rows = []
@@ -93,33 +93,28 @@ def simulated(out: Path, size: Size, data: Path) -> list[Row]:
     for seed in range(size.seeds):
         settings = SimulationConfig(n_subjects=size.subjects, n_frames=size.frames, effect=size.effect, seed=seed)
         shards.append(probe.make_cohort(out / f"SIMULATED-{seed}", settings))
-    about = {"recipe": RECIPE, **asdict(size), "manifests": [load_manifest(each).content_hash for each in shards]}
+    about = {"recipe": RECIPE, **{key: value for key, value in asdict(size).items() if key != "seeds"}}
+    abouts = [{**about, "manifest": load_manifest(each).content_hash} for each in shards]
 
     def make(strategy: str, seed: int, folder: Path) -> Cell:
+        if strategy == "untrained":
+            return probe.probe(shards[seed], probe.untrained(shards[seed], seed), size.clips)
+        if strategy == "baselines":
+            return probe.baselines(shards[seed])
         run = pretrain(shards[seed], folder, strategy, seed, size.steps, probe.HOLDOUT)
         found = probe.probe(shards[seed], load_pretrained(run / "export"), size.clips)
         summary = json.loads((run / "summary.json").read_text())
         remove(run)
         return {**found, "ratio": summary["heldout_error"] / summary["heldout_baseline"]}
 
-    def untrained(seed: int) -> Cell:
-        return probe.probe(shards[seed], probe.untrained(shards[seed], seed), size.clips)
-
-    cells = _cells(out, "simulated", size, about, make)
-    plain = []
-    cells["untrained"] = []
-    for seed in range(size.seeds):
-        path = out / "cells" / f"simulated-untrained-{seed}.json"
-        cells["untrained"].append(kept(path, about, partial(untrained, seed)))
-        path = out / "cells" / f"simulated-baselines-{seed}.json"
-        plain.append(kept(path, about, partial(probe.baselines, shards[seed])))
+    cells = _cells(out, "simulated", ("baselines", "untrained", *STRATEGIES), abouts, make)
     rows = []
     for name in STRATEGIES:
         # Whether pretraining learned anything at all: own masks, subjects held out of pretraining.
         learned = [cell["ratio"] for cell in cells[name]]
         estimate = (mean(learned), min(learned), max(learned))
         rows.append(row(f"SIMULATED error: {name}", estimate, "lowest and highest seed"))
-    rows += [row(f"SIMULATED AUC: {name}", aucs(plain, name), "AUC", "higher") for name in probe.BASELINES]
+    rows += [row(f"SIMULATED AUC: {name}", aucs(cells["baselines"], name), "AUC", "higher") for name in probe.BASELINES]
     for pool in probe.POOLS:
         for name in ("untrained", *STRATEGIES):
             rows.append(row(f"SIMULATED AUC: {name}, {pool}", aucs(cells[name], pool), "AUC", "higher"))
@@ -133,16 +128,16 @@ def simulated(out: Path, size: Size, data: Path) -> list[Row]:
 
 
 def _cells(
-    out: Path, part: str, size: Size, about: Cell, make: Callable[[str, int, Path], Cell]
+    out: Path, part: str, names: Sequence[str], abouts: Sequence[Cell], make: Callable[[str, int, Path], Cell]
 ) -> dict[str, list[Cell]]:
     """Make or read every cell, seed after seed, so that what there is can be compared early."""
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    cells: dict[str, list[Cell]] = {strategy: [] for strategy in STRATEGIES}
-    for seed in range(size.seeds):
-        for strategy in STRATEGIES:
-            name = f"{part}-{strategy}-{seed}"
-            work = partial(make, strategy, seed, out / "runs" / name)
-            cells[strategy].append(kept(out / "cells" / f"{name}.json", about, work))
+    cells: dict[str, list[Cell]] = {name: [] for name in names}
+    for seed, about in enumerate(abouts):
+        for name in names:
+            cell = f"{part}-{name}-{seed}"
+            work = partial(make, name, seed, out / "runs" / cell)
+            cells[name].append(kept(out / "cells" / f"{cell}.json", about, work))
     return cells
 
 
@@ -160,6 +155,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a few steps, to see that it runs; the figures mean nothing"
     )
+    parser.add_argument("--seeds", type=int, help="fewer or more than 3 of each cell")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be repeated")
     parser.add_argument("--data", type=Path, default=Path("tests/data"), help="folder of real runs in MNI space")
     parser.add_argument("--out", type=Path, help="folder of the cells; default runs/masking")
@@ -167,6 +163,8 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     size = QUICK if chosen.quick else Size()
+    if chosen.seeds:
+        size = replace(size, seeds=chosen.seeds)
     out = chosen.out or Path("runs/masking-quick" if chosen.quick else "runs/masking")
     print(machine())
     rows: list[Row] = []

@@ -111,7 +111,7 @@ def test_an_atlas_on_a_turned_lattice_is_hidden_measured_and_mapped_where_it_lie
     tables = [f"mask.atlas={path}", f"mask.labels={tmp_path / 'odd.csv'}", "mask.ratio=0.1"]
     command = [sys.executable, "-m", "boldforge.launch.cli", "pretrain", *recipe, *tables]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=480, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split(",") for line in (out / "regions.csv").read_text().splitlines()]
     assert rows[0] == list(COLUMNS[1:]) and [row[:2] for row in rows[1:]] == [["7", "Side_L"], ["300", "Side_R"]]
