@@ -54,7 +54,7 @@ def untrained(shards: Path, seed: int) -> Pretrained:
     manifest = load_manifest(shards)
     torch.manual_seed(seed)
     model = build_model(load_config(ModelConfig, RECIPE["model"]), manifest.brain_mask(), manifest.grid.voxel_size)
-    return Pretrained(model.eval(), {"data": {}}, "")
+    return Pretrained(model.eval(), {"data": manifest.recipe.model_dump(mode="json")}, "")
 
 
 @torch.no_grad()
