@@ -1,6 +1,6 @@
 """The figures of data_shards: size, precision, reading and ingest against peers, and what a dataset survives.
 
-    python benchmarks/data.py [--quick] [--part storage|reads|ingest|survival] [--json FILE]
+    python benchmarks/data.py [--quick] [--part storage|opening|reads|ingest|survival] [--json FILE]
 
 The data are the two real runs of tests/data on the 96³ grid, played forwards and backwards until they are long enough.
 """
@@ -16,13 +16,13 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from data_parts import peers, survival, timing
+from data_parts import opening, peers, survival, timing
 from ingest import measure, write_long_run
 
 from boldforge.data_shards import append_shards, brain_mask, build_shards, get_grid
 
 CUBE_BYTES = 96**3
-PARTS = ("storage", "reads", "ingest", "survival")
+PARTS = ("storage", "opening", "reads", "ingest", "survival")
 
 Row = dict[str, object]
 
@@ -51,10 +51,29 @@ def storage(scratch: Path, quick: bool) -> list[Row]:
     return rows
 
 
+def opened(scratch: Path, quick: bool) -> list[Row]:
+    """Milliseconds to open 28.65 million frames and resume far into them."""
+    runs = survival.short_runs(peers.empty(scratch / "in"), 1, 4)
+    like = build_shards(runs, scratch / "like", survival.RECIPE).manifest
+    opening.write_huge(like, peers.empty(scratch / "huge"))
+    found = opening.measure_opening(scratch / "huge", 3 if quick else 9)
+    return [
+        row("opening_frames", found["frames"], "frames"),
+        row("opening_ms", found["milliseconds"], "ms", 100, "lower"),
+        row("opening_processor_ms", found["processor_milliseconds"], "ms"),
+        row("stream_state_bytes", found["bytes"], "bytes", 200, "lower"),
+    ]
+
+
 def reads(scratch: Path, quick: bool) -> list[Row]:
-    """Clips of 20 frames per second, warm, checksums on, on one and two processes."""
+    """Clips of 20 frames per second, warm, checksums on, on one and two processes.
+
+    Ours come with their run's scales by reference, as the peer's with the file's one scale; ``…_with_scales`` also
+    copies them into a tensor of the batch's own, as `ClipBatch.dequantise` does when it is called.
+    """
     manifest = peers.build(peers.write_long_runs(scratch, 60 if quick else 286), scratch / "ours", "int8")
     ours = partial(peers.read_ours, manifest)
+    with_scales = partial(peers.read_ours, manifest, copy_scales=True)
     memcpy = timing.memcpy_bytes_per_second()
     rows = []
     for figure, peer, goal, n_peer in (
@@ -74,6 +93,8 @@ def reads(scratch: Path, quick: bool) -> list[Row]:
                 share = found["bytes_per_second"] / memcpy
                 rows.append(row(name.replace("read_vs_dense_pt", "read_clips_per_second"), found["ours"], "clips/s"))
                 rows.append(row(name.replace("read_vs_dense_pt", "read_bandwidth_share"), share, "of memcpy"))
+                copied = timing.compare(with_scales, partial(files.read, manifest), 100, n_peer, workers, many)
+                rows.append(row(name.replace("dense_pt", "dense_pt_with_scales"), copied["ratio"], "ratio"))
     rows.append(row("memcpy", memcpy / 1e9, "GB/s"))
     return rows
 
@@ -153,7 +174,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write machine and rows to this file")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    measures = {"storage": storage, "reads": reads, "ingest": ingest, "survival": survived}
+    measures = {"storage": storage, "opening": opened, "reads": reads, "ingest": ingest, "survival": survived}
     rows: list[Row] = []
     print(machine())
     for part in chosen.part or PARTS:

@@ -7,6 +7,7 @@ from boldforge.data_shards.append import AppendReport, append_shards
 from boldforge.data_shards.atlas import Atlas, AtlasError, atlas_on_grid, load_atlas, load_groups
 from boldforge.data_shards.batch import ClipBatch, SkippedClip
 from boldforge.data_shards.build import BuildReport, build_shards
+from boldforge.data_shards.dataset import CacheConfig, ShardsPlace, open_dataset
 from boldforge.data_shards.grid import Grid, GridError, brain_mask, get_grid, mask_centres, mask_hash
 from boldforge.data_shards.manifest import Manifest, load_manifest
 from boldforge.data_shards.mixture import Source
@@ -100,6 +101,9 @@ __all__ = [
     "ClipBatch",
     "SkippedClip",
     "Source",
+    "CacheConfig",
+    "ShardsPlace",
+    "open_dataset",
     "open_remote",
     "RemoteError",
     "ClipStream",

@@ -3,12 +3,15 @@
 Shape suffixes: B clips · T frames · V brain voxels · X, Y, Z the grid.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from boldforge.data_shards.buffers import BufferPool
 
 
 class SkippedClip(NamedTuple):
@@ -20,17 +23,54 @@ class SkippedClip(NamedTuple):
     reason: str
 
 
+class ClipScales:
+    """Means and scales of a batch's clips, float32 [2, b, V]: each run's own until they are needed side by side.
+
+    Parameters
+    ----------
+    parts
+        The tensor, or per clip the read-only [2, V] of its run, None for a place without a clip.
+    n_voxels, buffers
+        V, and where the tensor's memory comes from; needed for parts.
+    """
+
+    def __init__(
+        self,
+        parts: "torch.Tensor | Sequence[npt.NDArray[np.float32] | None]",
+        n_voxels: int = 0,
+        buffers: BufferPool | None = None,
+    ) -> None:
+        self._parts = parts
+        self._n_voxels = n_voxels
+        self._buffers = buffers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ClipScales, (self.both(),)  # a tensor goes to another process through shared memory
+
+    def both(self) -> torch.Tensor:
+        """Return means and scales as one tensor, the same one each time."""
+        if not isinstance(self._parts, torch.Tensor):
+            shape = (2, len(self._parts), self._n_voxels)
+            both = torch.empty(shape) if self._buffers is None else self._buffers.tensor(shape, "float32")
+            rows = both.numpy()
+            for place, part in enumerate(self._parts):
+                rows[:, place] = 0 if part is None else part
+            self._parts = both
+        return self._parts
+
+
 @dataclass(frozen=True)
 class ClipBatch:
     """One rank's share of a step: q [b, T, V] integers, scale and mean [b, V] float32, the rest [b].
+
+    The scales are copied into one tensor of the batch's own when they are first asked for.
 
     A place without a clip (padding, or a damaged clip under ``damage="skip"``) has ``valid`` False, run and start -1,
     and zeros for q, scale and mean: like every voxel of scale 0 it counts in no loss.
     """
 
     q: torch.Tensor
-    scale: torch.Tensor
-    mean: torch.Tensor
+    scales: "ClipScales"
     run: torch.Tensor
     start: torch.Tensor
     dataset: torch.Tensor
@@ -40,6 +80,16 @@ class ClipBatch:
     until: int
     """Samples of the stream up to the end of this step, over all ranks."""
     skipped: tuple[SkippedClip, ...] = ()
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """float32 [b, V]."""
+        return self.scales.both()[1]
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """float32 [b, V]."""
+        return self.scales.both()[0]
 
     def __len__(self) -> int:
         return len(self.q)
@@ -70,9 +120,9 @@ class ClipBatch:
 
     def to(self, device: torch.device | str) -> "ClipBatch":
         """Return the batch with q, scale and mean on a device, copied while the host goes on where they are pinned."""
-        q, scale, mean = (part.to(device, non_blocking=True) for part in (self.q, self.scale, self.mean))
-        return replace(self, q=q, scale=scale, mean=mean)
+        q, both = (part.to(device, non_blocking=True) for part in (self.q, self.scales.both()))
+        return replace(self, q=q, scales=ClipScales(both))
 
     def pin_memory(self) -> "ClipBatch":
         """Return the batch in pinned memory; what `torch.utils.data.DataLoader` calls with ``pin_memory=True``."""
-        return replace(self, q=self.q.pin_memory(), scale=self.scale.pin_memory(), mean=self.mean.pin_memory())
+        return replace(self, q=self.q.pin_memory(), scales=ClipScales(self.scales.both().pin_memory()))

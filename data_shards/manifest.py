@@ -75,6 +75,11 @@ class Manifest(StrictModel):
         return self._folder
 
     @property
+    def place(self) -> str:
+        """Where the dataset lies, as errors name it: the folder or the address."""
+        return str(self.folder) if self._remote is None else str(self._remote.url)
+
+    @property
     def remote(self) -> Any:
         """The `boldforge.data_shards.remote.RemoteShards` that the shards are read from; None where they are local."""
         return self._remote

@@ -80,7 +80,7 @@ def check_alike(manifests: Sequence[Manifest]) -> None:
         for name in mine:
             if mine[name] != theirs[name]:
                 raise ShardError(
-                    f"{first.folder} and {other.folder} cannot be mixed: their {name} is {_shown(mine[name])} and "
+                    f"{first.place} and {other.place} cannot be mixed: their {name} is {_shown(mine[name])} and "
                     f"{_shown(theirs[name])}; build both with one recipe."
                 )
 

@@ -83,7 +83,7 @@ class ClipOrder:
         """Return which frames sample number `sample` is, counted over all epochs."""
         epoch, position = divmod(sample, self.clips_per_epoch)
         number = permute(position, self.clips_per_epoch, mix(self.key, epoch))
-        index = int(np.searchsorted(self._ends, number, side="right"))
+        index = int(self._ends.searchsorted(number, side="right"))
         within = number - (int(self._ends[index - 1]) if index else 0)
         if self._draws:
             within = permute(within, int(self._fitting[index]), mix(self.key, epoch, index, 1))

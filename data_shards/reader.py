@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
+from xxhash import xxh3_64_intdigest
 
 from boldforge.configs import BoldForgeError
 from boldforge.data_shards.manifest import Manifest
-from boldforge.data_shards.tables import ShardError, frame_hashes
+from boldforge.data_shards.tables import ShardError
 
 _OPEN_FILES = 64  # a dataset may have more shards than a process may open files
 _CACHED_RUNS = 64
@@ -32,10 +32,16 @@ class QuantisedClip(NamedTuple):
 
 
 class _RunTail(NamedTuple):
-    """What belongs to every clip of a run: float32 [2, V] means and scales, and uint64 [T] hashes of its frames."""
+    """What belongs to every clip of a run.
 
+    Its shard, where its frames begin there and how many they are; float32 [2, V] means and scales; the frames' hashes.
+    """
+
+    shard: int
+    offset: int
+    n_frames: int
     scale: npt.NDArray[np.float32]
-    hashes: npt.NDArray[np.uint64]
+    hashes: list[int]
 
 
 class ShardReader:
@@ -63,6 +69,7 @@ class ShardReader:
         self._files: OrderedDict[int, int] = OrderedDict()
         self._runs: OrderedDict[int, _RunTail] = OrderedDict()
         self._remote = manifest.remote
+        self._frame_bytes = manifest.frame_bytes
         if look and self._remote is None and len(manifest.shards) <= LOOK_AT:
             for shard in manifest.shards:
                 path = manifest.folder / shard.file
@@ -78,37 +85,45 @@ class ShardReader:
         IndexError
             If the frames do not lie within the run.
         """
-        row = self.manifest.index[run_index]
-        n_frames, offset = int(row["n_frames"]), int(row["offset"])
-        if start < 0 or length < 1 or start + length > n_frames:
-            key = self.manifest.runs[run_index].key
-            raise IndexError(f"{key}: frames {start} to {start + length} are outside its {n_frames} frames")
         q = np.empty((length, self.manifest.n_voxels), dtype=self.manifest.dtype) if out is None else out
-        first = offset + start * self.manifest.frame_bytes
+        if length < 1 or len(q) != length:
+            raise IndexError(f"{length} frames were asked for, into an array of {len(q)}")
+        mean, scale = self.fill(run_index, start, q)
+        return QuantisedClip(q, scale, mean)
+
+    def fill(self, run_index: int, start: int, q: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Read frames of a run from frame `start` into all of `q` [T, V]; return its means and scales as `scales` does.
+
+        Raises as `read` does.
+        """
         try:
-            tail = self._read(run_index, start, q, first)
+            return self._read(run_index, start, q)
         except ShardError:
             if self._remote is None:
                 raise
             # It may be the cache that is damaged: what lies at the address decides.
+            row = self.manifest.index[run_index]
             shard = self.manifest.shards[int(row["shard"])]
             for position, n_bytes in (
-                (first, q.nbytes),
+                (int(row["offset"]) + start * self.manifest.frame_bytes, q.nbytes),
                 (int(row["scale_offset"]), 8 * q.shape[1]),
-                (int(row["hashes_offset"]), 8 * n_frames),
+                (int(row["hashes_offset"]), 8 * int(row["n_frames"])),
             ):
                 self._remote.forget(shard, position, n_bytes)
-            tail = self._read(run_index, start, q, first)
-        return QuantisedClip(q, tail.scale[1], tail.scale[0])
+            return self._read(run_index, start, q)
 
-    def _read(self, run_index: int, start: int, q: npt.NDArray[Any], first: int) -> "_RunTail":
-        """Read frames into `q` and check them; `first` is where they lie in the shard."""
+    def _read(self, run_index: int, start: int, q: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Read frames into `q` and check each against its hash."""
         tail = self._tail(run_index)
-        self._fill(run_index, q.data.cast("B"), first)
-        damaged = np.flatnonzero(frame_hashes(q) != tail.hashes[start : start + len(q)])
-        if len(damaged):
-            raise self._damaged(run_index, f"frame {start + int(damaged[0])}")
-        return tail
+        if start < 0 or start + len(q) > tail.n_frames:
+            key = self.manifest.runs[run_index].key
+            raise IndexError(f"{key}: frames {start} to {start + len(q)} are outside its {tail.n_frames} frames")
+        view, size = q.data.cast("B"), self._frame_bytes
+        self._fill(run_index, tail.shard, view, tail.offset + start * size)
+        for frame in range(len(q)):
+            if xxh3_64_intdigest(view[frame * size : (frame + 1) * size]) != tail.hashes[start + frame]:
+                raise self._damaged(run_index, f"frame {start + frame}")
+        return tail.scale
 
     def scales(self, run_index: int) -> npt.NDArray[np.float32]:
         """Return a run's float32 [2, V]: means, then scales.
@@ -135,29 +150,32 @@ class ShardReader:
 
     def _tail(self, run_index: int) -> "_RunTail":
         """Return what is read once per run: its scales and its frames' hashes."""
-        if run_index not in self._runs:
-            row = self.manifest.index[run_index]
-            scale = np.empty((2, self.manifest.n_voxels), dtype="<f4")
-            hashes = np.empty(int(row["n_frames"]), dtype="<u8")
-            self._fill(run_index, scale.data.cast("B"), int(row["scale_offset"]))
-            self._fill(run_index, hashes.data.cast("B"), int(row["hashes_offset"]))
-            if xxhash.xxh3_64_intdigest(scale.data) != row["scale_xxh3"]:
-                raise self._damaged(run_index, "scales")
-            if xxhash.xxh3_64_intdigest(hashes.data) != row["hashes_xxh3"]:
-                raise self._damaged(run_index, "list of frame hashes")
-            # Handed out again and again: whoever writes into them would bend every later clip.
-            scale.setflags(write=False)
-            self._runs[run_index] = _RunTail(scale, hashes)
-            if len(self._runs) > _CACHED_RUNS:
-                self._runs.popitem(last=False)
-        self._runs.move_to_end(run_index)
-        return self._runs[run_index]
+        if run_index in self._runs:
+            self._runs.move_to_end(run_index)
+            return self._runs[run_index]
+        row = self.manifest.index[run_index]
+        shard, n_frames = int(row["shard"]), int(row["n_frames"])
+        scale = np.empty((2, self.manifest.n_voxels), dtype="<f4")
+        hashes = np.empty(n_frames, dtype="<u8")
+        self._fill(run_index, shard, scale.data.cast("B"), int(row["scale_offset"]))
+        self._fill(run_index, shard, hashes.data.cast("B"), int(row["hashes_offset"]))
+        if xxh3_64_intdigest(scale.data) != row["scale_xxh3"]:
+            raise self._damaged(run_index, "scales")
+        if xxh3_64_intdigest(hashes.data) != row["hashes_xxh3"]:
+            raise self._damaged(run_index, "list of frame hashes")
+        # Handed out again and again: whoever writes into them would bend every later clip.
+        scale.setflags(write=False)
+        tail = _RunTail(shard, int(row["offset"]), n_frames, scale, hashes.tolist())
+        self._runs[run_index] = tail
+        if len(self._runs) > _CACHED_RUNS:
+            self._runs.popitem(last=False)
+        return tail
 
-    def _fill(self, run_index: int, buffer: memoryview, offset: int) -> None:
+    def _fill(self, run_index: int, shard: int, buffer: memoryview, offset: int) -> None:
         if self._remote is not None:
-            self._remote.fill(self.manifest.shards[int(self.manifest.index[run_index]["shard"])], offset, buffer)
+            self._remote.fill(self.manifest.shards[shard], offset, buffer)
             return
-        file = self._file(int(self.manifest.index[run_index]["shard"]))
+        file = self._file(shard)
         done = 0
         while done < len(buffer):
             try:

@@ -112,11 +112,11 @@ def split_runs(manifest: Manifest, split: str) -> Segments:
     plan = manifest.splits
     if plan is None or split not in plan.names:
         found = "no splits" if plan is None else f"the splits {', '.join(plan.names)}"
-        raise ShardError(f"{manifest.folder}: the manifest has {found}, expected one named {split}; see store_splits.")
+        raise ShardError(f"{manifest.place}: the manifest has {found}, expected one named {split}; see store_splits.")
     chosen = plan.assign(manifest.index["subject"]) == plan.names.index(split)
     if not chosen.any():
         raise ShardError(
-            f"{manifest.folder}: no subject is in the split {split}; plan a larger fraction of it, or another seed."
+            f"{manifest.place}: no subject is in the split {split}; plan a larger fraction of it, or another seed."
         )
     return Segments(whole_runs(manifest).table[chosen])
 
@@ -158,7 +158,7 @@ def _one_sided(manifest: Manifest, holdout: Holdout, drawn: npt.NDArray[np.float
     """Say what to do where the seed draws nobody, or everybody; `drawn` holds each subject's number once, ascending."""
     if len(drawn) < 2:
         return ShardError(
-            f"{manifest.folder}: holds one subject only, so none can be held out; hold out frames "
+            f"{manifest.place}: holds one subject only, so none can be held out; hold out frames "
             "instead (holdout.by=frames)."
         )
     # A fraction between two subjects' numbers parts them; of the nearest pair to what was asked for, the middle.
@@ -166,7 +166,7 @@ def _one_sided(manifest: Manifest, holdout: Holdout, drawn: npt.NDArray[np.float
     fraction = float(middles[0] if holdout.fraction < middles[0] else middles[-1])
     n_held = int((drawn < fraction).sum())
     return ShardError(
-        f"{manifest.folder}: holdout.by=subject with holdout.fraction={holdout.fraction:g} and "
+        f"{manifest.place}: holdout.by=subject with holdout.fraction={holdout.fraction:g} and "
         f"holdout.seed={holdout.seed} draws {'none' if holdout.fraction < fraction else 'all'} of its {len(drawn)} "
         f"subjects; set holdout.fraction={fraction:.6g}, which holds out {n_held} of them, or another seed."
     )

@@ -2,6 +2,8 @@
 
 import tempfile
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,6 +66,16 @@ class Spool:
             self._array[start : start + len(rows)] = rows
         else:
             self._write(self._offset(start, 0), np.ascontiguousarray(rows, dtype=self.dtype))
+
+    @contextmanager
+    def rows_to_fill(self, start: int, n_rows: int) -> Iterator[npt.NDArray[Any]]:
+        """Give an array [n, columns] that becomes the rows from `start` on when the block ends."""
+        if self._array is not None:
+            yield self._array[start : start + n_rows]
+        else:
+            rows = np.empty((n_rows, self.shape[1]), dtype=self.dtype)
+            yield rows
+            self.write_rows(start, rows)
 
     def read_rows(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Return rows `start` to `stop`, [n, columns]."""

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from boldforge.data_shards.batch import ClipBatch, SkippedClip
+from boldforge.data_shards.batch import ClipBatch, ClipScales, SkippedClip
 from boldforge.data_shards.buffers import BufferPool
 from boldforge.data_shards.manifest import Manifest
 from boldforge.data_shards.mixture import Mixture, Source, check_alike
@@ -125,6 +126,8 @@ class ClipStream(IterableDataset[ClipBatch]):
         self._lanes = 1
         self._padding = padding
         self._damage = damage
+        # Beside the computation, where there is a thread or a copy to a GPU to do it beside.
+        self._early = pin_memory or num_workers > 0
         self._buffers = BufferPool(pin_memory, keep=num_workers + 2)
         self._slots = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self._sources = sources
@@ -170,7 +173,8 @@ class ClipStream(IterableDataset[ClipBatch]):
             self.step = batch.step + lanes
             self._sample = self._sample_at(batch.until, lanes - 1)
             self._lanes = lanes
-            self.skipped.update(batch.skipped)
+            if batch.skipped:
+                self.skipped.update(batch.skipped)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -249,33 +253,36 @@ class ClipStream(IterableDataset[ClipBatch]):
         until = self._sample_at(sample, 1)
         if self._end is not None:
             until = min(until, self._end)
-        b, T, V = len(self._slots), self.clip_length, self.manifest.n_voxels
-        q = self._buffers.tensor((b, T, V), self.manifest.recipe.dtype)
-        mean, scale = self._buffers.tensor((2, b, V), "float32")
-        where = torch.full((3, b), -1, dtype=torch.int64)
+        b = len(self._slots)
+        q = self._buffers.tensor((b, self.clip_length, self.manifest.n_voxels), self.manifest.recipe.dtype)
+        q_BTV = q.numpy()
+        where = np.full((3, b), -1, dtype=np.int64)
+        scales: list[npt.NDArray[np.float32] | None] = [None] * b
         skipped = []
         for place, slot in enumerate(self._slots):
             try:
                 if sample + slot < until:
                     dataset, clip = self._place(sample + slot)
-                    part = readers[dataset].read(clip.run, clip.start, T, q[place].numpy())
-                    scale[place].numpy()[:], mean[place].numpy()[:] = part.scale, part.mean
-                    where[:, place] = torch.tensor([dataset, clip.run, clip.start])
+                    scales[place] = readers[dataset].fill(clip.run, clip.start, q_BTV[place])
+                    where[:, place] = dataset, clip.run, clip.start
                     continue
             except ShardError as error:
                 if self._damage == "raise":
                     raise
                 logger.warning("skipped a clip: %s", error)
                 skipped.append(SkippedClip(dataset, clip.run, clip.start, str(error)))
-            q[place], scale[place], mean[place] = 0, 0, 0
-        dataset, run, start = where
-        return ClipBatch(q, scale, mean, run, start, dataset, run >= 0, step, until, tuple(skipped))
+            q_BTV[place] = 0
+        parts = ClipScales(scales, self.manifest.n_voxels, self._buffers)
+        if self._early:
+            parts.both()
+        which, run, start = (torch.from_numpy(row) for row in where)
+        return ClipBatch(q, parts, run, start, which, run >= 0, step, until, tuple(skipped))
 
 
 def _order(source: Source, clip_length: int, seed: int, clips_per_run: int | None, offsets: Offsets) -> ClipOrder:
     manifest = source.manifest
     segments = (whole_runs(manifest) if source.segments is None else _checked(source.segments, manifest)).table
-    return ClipOrder(str(manifest.folder), manifest.content_hash, segments, clip_length, seed, clips_per_run, offsets)
+    return ClipOrder(manifest.place, manifest.content_hash, segments, clip_length, seed, clips_per_run, offsets)
 
 
 def _checked(segments: Sequence[Segment], manifest: Manifest) -> Segments:
@@ -287,7 +294,7 @@ def _checked(segments: Sequence[Segment], manifest: Manifest) -> Segments:
     if not sound.all():
         worst = found[int(np.flatnonzero(~sound)[0])]
         raise ShardError(
-            f"{manifest.folder}: frames {worst.start} to {worst.stop} of run {worst.run} are not in the dataset, which "
+            f"{manifest.place}: frames {worst.start} to {worst.stop} of run {worst.run} are not in the dataset, which "
             f"has {len(n_frames)} runs; take segments from split_segments of this manifest."
         )
     return found

@@ -50,10 +50,10 @@ def clip_places(manifest: Manifest, seed: int = 0) -> Iterator[tuple[int, int]]:
         sample += 1
 
 
-def read_ours(manifest: Manifest, seed: int = 0) -> Iterator[int]:
-    """Read clips through `ClipStream`, checksums on; yield the bytes of each."""
+def read_ours(manifest: Manifest, seed: int = 0, copy_scales: bool = False) -> Iterator[int]:
+    """Read clips through `ClipStream`, checksums on; yield the bytes of each that were copied."""
     for batch in ClipStream(manifest, CLIP, 1, seed):
-        yield batch.q.nbytes + batch.scale.nbytes + batch.mean.nbytes
+        yield batch.q.nbytes + (batch.scales.both().nbytes if copy_scales else 0)
 
 
 class DensePt:

@@ -1,14 +1,11 @@
 """Datasets at an address: read through a bounded cache that several processes share, also without a connection."""
 
 import fcntl
-import http.server
 import multiprocessing
 import os
-import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -23,45 +20,10 @@ SEED = 2
 BLOCK = 2**18
 
 
-class RangeHandler(http.server.SimpleHTTPRequestHandler):
-    """A file server that knows byte ranges (or not), keeps a list of what was asked, and can be told to fail."""
-
-    def do_GET(self):
-        self.server.asked.append((self.path, self.headers.get("Range")))
-        if self.server.failures:
-            self.server.failures.pop()
-            return self.send_error(503)
-        path = Path(self.directory, self.path.lstrip("/"))
-        if not path.is_file():
-            return self.send_error(404)
-        data = path.read_bytes()
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if found and self.server.knows_ranges:
-            first, last = int(found[1]), min(int(found[2]), len(data) - 1)
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-            data = data[first : last + 1]
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        return self.wfile.write(data)
-
-    def log_message(self, *message):
-        pass
-
-
 @pytest.fixture
-def server(real_shards):
-    handler = partial(RangeHandler, directory=str(real_shards.folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.asked, server.failures, server.knows_ranges = [], [], True
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+def server(real_shards, serve):
+    with serve(real_shards.folder) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(autouse=True)
