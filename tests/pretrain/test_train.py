@@ -77,7 +77,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         command(real_shards, out), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as process:  # fmt: skip
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 400
         while len(read_metrics(out)) < 5 and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.05)
         kill(process, victim)
