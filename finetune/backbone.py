@@ -4,13 +4,16 @@ Shape suffixes: B clips · T frames · V brain voxels · S spatial tokens · L =
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from boldforge.pretrain import NeuroStorm, Pretrained, load_pretrained
+from boldforge.data_shards import get_grid
+from boldforge.finetune.errors import FinetuneError
+from boldforge.pretrain import NeuroStorm, Pretrained, load_pretrained, move_to_grid
 
 Pool = Literal["mean", "mean_std", "multiscale"]
 
@@ -94,6 +97,8 @@ class NeuroStormBackbone:
         dims = [self._encoder.config.embed_dim * 2**i for i in range(self.n_stages)]
         deviations = {"mean": 0, "mean_std": dims[-1], "multiscale": sum(dims) + dims[-1]}
         self.dim = dims[-1] + deviations[pool]
+        self.any_length = self._encoder.config.time == "seconds"
+        self.fewest_frames = self._encoder.config.fewest_frames
         self.data: Mapping[str, Any] = pretrained.config["data"]
         self.weights_hash = pretrained.weights_hash
 
@@ -111,7 +116,7 @@ class NeuroStormBackbone:
         tokens_BLC, pooled_BP = self._run(partway, stage, self.n_stages)
         parts = [tokens_BLC.mean(dim=1)]
         if self.pool != "mean":
-            parts += [pooled_BP, self._deviation(tokens_BLC)]
+            parts += [pooled_BP, self._deviation(tokens_BLC, self.n_stages - 1)]
         return torch.cat(parts, dim=-1)
 
     def adaptable_layers(self, first_stage: int) -> list[str]:
@@ -137,17 +142,19 @@ class NeuroStormBackbone:
             x = self._encoder.embed_patches(x)
         for stage in range(start, stop):
             if self.pool == "multiscale":
-                pooled_BP = torch.cat([pooled_BP, self._deviation(x)], dim=-1)
-            x = self._encoder.encode_stage(x, stage)
+                pooled_BP = torch.cat([pooled_BP, self._deviation(x, stage)], dim=-1)
+            x = self._encoder.encode_stage(x, stage, self.data.get("tr"))
         return Partway(x, pooled_BP)
 
-    def _deviation(self, tokens_BLC: Tensor) -> Tensor:
-        tokens_BSTC = tokens_BLC.unflatten(1, (-1, self._encoder.config.frames))
+    def _deviation(self, tokens_BLC: Tensor, stage: int) -> Tensor:
+        tokens_BSTC = tokens_BLC.unflatten(1, (self._encoder.token_grid.stages[stage].n_tokens, -1))
         # The small constant keeps the gradient finite where a token does not change over time.
         return (tokens_BSTC.var(dim=2, unbiased=False) + 1e-8).sqrt().mean(dim=1)
 
 
-def load_backbone(folder: str | Path, pool: Pool = "multiscale") -> NeuroStormBackbone:
+def load_backbone(
+    folder: str | Path, pool: Pool = "multiscale", data: Mapping[str, Any] | None = None
+) -> NeuroStormBackbone:
     """Load a pretrained encoder, frozen and in evaluation mode.
 
     Parameters
@@ -156,15 +163,52 @@ def load_backbone(folder: str | Path, pool: Pool = "multiscale") -> NeuroStormBa
         An export or release folder (``config.json`` and ``model.safetensors``), or the run folder around ``export/``.
     pool
         See `NeuroStormBackbone`.
+    data
+        Of the shards it shall read: ``grid``, ``tr``, and ``clip_length`` if it shall not be the encoder's own. An
+        encoder takes over what it can (another grid with ``position: mm``, another TR and length with ``time:
+        seconds``) and its `data` says so; whether the rest fits, `check_recipe` says.
 
     Raises
     ------
     BoldForgeError
-        If the folder does not hold a model of this format.
+        If the folder does not hold a model of this format, or it cannot read clips of that length.
     """
     folder = Path(folder)
     inside = folder / "export"
     run_folder = inside.is_dir() and not (folder / "config.json").exists()
-    backbone = NeuroStormBackbone(load_pretrained(inside if run_folder else folder), pool)
+    pretrained = fit_to_data(load_pretrained(inside if run_folder else folder), data or {})
+    config = pretrained.model.config
+    if pool != "mean" and config.time == "seconds" and pretrained.config["data"]["clip_length"] == 1:
+        raise FinetuneError(
+            f"pool {pool} reads how tokens change over time, but clips of 1 frame were asked for; set pool to mean, or "
+            "raise frames."
+        )
+    backbone = NeuroStormBackbone(pretrained, pool)
     backbone.network.requires_grad_(False).eval()
     return backbone
+
+
+def fit_to_data(pretrained: Pretrained, data: Mapping[str, Any]) -> Pretrained:
+    """Take an encoder as far as it goes towards other data; see `load_backbone`.
+
+    Raises
+    ------
+    FinetuneError
+        If it cannot read clips of the length asked for.
+    """
+    config, own = pretrained.model.config, pretrained.config["data"]
+    frames = int(data.get("clip_length", own.get("clip_length", config.frames)))
+    asked = f"clips of {frames} frames were asked for, but this encoder"
+    if config.time == "learned" and frames != config.frames:
+        raise FinetuneError(
+            f"{asked} has a learned embedding for each of its {config.frames} frames (model.time: learned); leave "
+            "frames out, or use an encoder that was pretrained with model.time=seconds."
+        )
+    if frames < config.fewest_frames:
+        raise FinetuneError(f"{asked} halves time and needs {config.fewest_frames} at least; raise frames.")
+    if config.position == "mm" and data.get("grid", own["grid"]) != own["grid"]:
+        pretrained = move_to_grid(pretrained, get_grid(data["grid"]))
+    changes: dict[str, Any] = {"clip_length": frames} if config.time == "seconds" else {}
+    if config.time == "seconds" and "tr" in data:
+        changes["tr"] = data["tr"]
+    return replace(pretrained, config={**pretrained.config, "data": {**pretrained.config["data"], **changes}})

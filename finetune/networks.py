@@ -12,10 +12,11 @@ from boldforge.finetune.resnet_rnn import ResnetRnnBackbone, ResnetRnnConfig
 BackboneSpec = ResnetRnnConfig | Path
 
 
-def shard_data(manifest: Manifest) -> dict[str, Any]:
-    """Return what a network that is built from nothing must know of its shards."""
+def shard_data(manifest: Manifest, frames: int | None = None) -> dict[str, Any]:
+    """Return what a network must know of its shards, and the frames of its clips where they are not its own."""
     recipe = manifest.recipe
-    return {
+    asked = {} if frames is None else {"clip_length": frames}
+    return asked | {
         "grid": recipe.grid,
         "tr": float(recipe.tr),
         "normalisation": recipe.normalisation,
@@ -33,7 +34,7 @@ def make_backbone(spec: BackboneSpec, pool: Pool, data: Mapping[str, Any], seed:
     pool
         Of a pretrained encoder.
     data
-        What `shard_data` gave, or an adapter folder recorded; a pretrained encoder brings its own.
+        What `shard_data` gave, or an adapter folder recorded; a pretrained encoder brings its own, see `load_backbone`.
     seed
         Decides the first weights of a network without any.
 
@@ -43,7 +44,12 @@ def make_backbone(spec: BackboneSpec, pool: Pool, data: Mapping[str, Any], seed:
         If the folder does not hold a model, or the brain mask is another one.
     """
     if isinstance(spec, Path):
-        return load_backbone(spec, pool)
+        return load_backbone(spec, pool, data)
+    if data.get("clip_length", spec.clip_length) != spec.clip_length:
+        raise FinetuneError(
+            f"frames is {data['clip_length']}, but backbone {spec.kind} has a clip_length of its own, "
+            f"{spec.clip_length}; leave frames out and set backbone.clip_length."
+        )
     mask = brain_mask(get_grid(data["grid"]))
     if mask_hash(mask) != data["mask_sha256"]:
         raise FinetuneError(

@@ -19,7 +19,7 @@ from boldforge.finetune.embedded import head_on_embeddings, read_labels
 from boldforge.finetune.embedding_cache import EmbeddingCache
 from boldforge.finetune.evaluation import best_threshold
 from boldforge.finetune.fit import TrainingConfig, predict_subjects
-from boldforge.finetune.networks import BackboneSpec
+from boldforge.finetune.networks import BackboneSpec, shard_data
 from boldforge.finetune.ray_driver import RayConfig, run_on_ray
 from boldforge.finetune.serial_driver import run_serially
 from boldforge.finetune.study import Study, StudyConfig, open_study
@@ -121,7 +121,9 @@ class SweepConfig(StudyConfig):
             "adapter": {"rank"} | searched - OF_TRAINING,
             "training": {"patience"} | searched & OF_TRAINING,
         }
-        return self.model_dump(mode="json", exclude=unread | ({"ranks": True} if self.space.rank is not None else {}))
+        unread |= {"ranks": True} if self.space.rank is not None else {}
+        unread |= {"frames": True} if self.frames is None else {}  # a sweep begun before this key goes on
+        return self.model_dump(mode="json", exclude=unread)
 
     def propose(self, batch: int, seen: list[tuple[dict[str, Any], float | None]]) -> list[dict[str, Any]]:
         """Return the points of a batch; a pure function of the recipe and of what was seen."""
@@ -209,7 +211,7 @@ def _search_and_test(
     clips = gather_seen(
         study, seen, config.trains, place, cache, scratch, on_progress and (lambda n, _: on_progress(n, total))
     )
-    spec = _trial_spec(config, study.task.classes, clips, len(parts["train"]), len(seen))
+    spec = _trial_spec(config, study, clips, len(parts["train"]), len(seen))
     folder = (config.out / _TRIALS).resolve()
     folder.mkdir(exist_ok=True)
     halving = Halving(study.task.selects_by, config.training.epochs, config.grace, config.reduction)
@@ -342,15 +344,14 @@ def _clear_work(out: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _trial_spec(
-    config: SweepConfig, classes: tuple[str, ...], clips: SeenClips, n_train: int, n_seen: int
-) -> TrialSpec:
+def _trial_spec(config: SweepConfig, study: Study, clips: SeenClips, n_train: int, n_seen: int) -> TrialSpec:
     assert isinstance(config.backbone, Path)
     return TrialSpec(
         backbone=config.backbone.resolve(),
         pool=config.pool,
         task=config.task,
-        classes=classes,
+        data=shard_data(study.manifest, config.frames),
+        classes=study.task.classes,
         clips=clips.folder,
         train=tuple(range(n_train)),
         validation=tuple(range(n_train, n_seen)),

@@ -39,6 +39,11 @@ class StudyConfig(StrictModel):
     out: Path = Field(description="Folder for the results; made if missing.")
     task: str = Field("adhd", description=f"What to predict: {TASK_CHOICES}.")
     pool: Pool = Field("multiscale", description=POOL_CHOICES)
+    frames: int | None = Field(
+        None,
+        ge=1,
+        description="Frames per clip, for an encoder pretrained with model.time=seconds; none: as in pretraining.",
+    )
     clips: int = Field(
         4, ge=1, description="Most clips per subject, evenly spaced over its runs; a subject's score is their mean."
     )
@@ -109,7 +114,9 @@ class Study:
         return gather_clips(backbone, stage, ShardReader(self.manifest), subjects, config.clips, folder, on_progress)
 
     def _backbone(self, seed: int) -> Backbone:
-        return make_backbone(self.config.backbone, self.config.pool, shard_data(self.manifest), seed)
+        return make_backbone(
+            self.config.backbone, self.config.pool, shard_data(self.manifest, self.config.frames), seed
+        )
 
 
 def open_study(config: StudyConfig) -> Study:
@@ -122,7 +129,7 @@ def open_study(config: StudyConfig) -> Study:
     """
     manifest = load_manifest(config.shards)
     task = get_task(config.task, (run.phenotype for run in manifest.runs))
-    backbone = make_backbone(config.backbone, config.pool, shard_data(manifest), config.seed)
+    backbone = make_backbone(config.backbone, config.pool, shard_data(manifest, config.frames), config.seed)
     if not isinstance(config.backbone, Path) and (config.adapter.kind, config.adapter.first_stage) != ("full", 0):
         raise FinetuneError(
             f"backbone {config.backbone.kind} has no pretrained weights to adapt; set adapter.kind to full and "

@@ -34,6 +34,8 @@ class TrialSpec:
 
     Attributes
     ----------
+    data
+        What `boldforge.finetune.networks.shard_data` gave.
     clips
         Folder written by `gather_clips`; holds training and validation subjects only.
     train, validation
@@ -46,6 +48,7 @@ class TrialSpec:
 
     backbone: Path
     pool: Pool
+    data: Mapping[str, Any]
     task: str
     classes: tuple[str, ...]
     clips: Path
@@ -162,7 +165,7 @@ def _prepare(spec: TrialSpec) -> tuple[Classifier, ClipSet, int]:
     if spec.embedded is not None and spec.adapter.frozen:
         clips = spec.embedded.load(*read_labels(spec.clips))
         return head_on_embeddings(task, clips.x.shape[1], spec.seed).to(spec.device), clips, spec.embedded.parameters
-    classifier = Classifier(load_backbone(spec.backbone, spec.pool), task, spec.adapter, spec.seed)
+    classifier = Classifier(load_backbone(spec.backbone, spec.pool, spec.data), task, spec.adapter, spec.seed)
     return classifier.to(spec.device), ClipSet.load(spec.clips), 0
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 import boldforge
 from boldforge.configs import BoldForgeError
 from boldforge.finetune import Classifier, NeuroStormBackbone, load_adapter, read_task
+from boldforge.finetune.backbone import Backbone, fit_to_data
 from boldforge.launch.model_card import render_card
 from boldforge.pretrain import load_pretrained
 
@@ -72,7 +73,7 @@ class LoadedModel:
         Tensor
             float32 [B, C].
         """
-        return self.backbone.embed(self._checked(values_BTV))
+        return self.backbone.embed(self._checked(values_BTV, self.backbone))
 
     def predict(self, values_BTV: Tensor | np.ndarray) -> Tensor:
         """Return the adapter's score of each clip, float32 [B]: the probability of the second class of the task.
@@ -87,21 +88,30 @@ class LoadedModel:
                 "This release has no adapter, so it can embed but not predict; make one with boldforge finetune or "
                 "sweep, and release it with --adapter."
             )
-        return self.classifier.predict(self._checked(values_BTV))
+        return self.classifier.predict(self._checked(values_BTV, self.classifier.backbone))
 
-    def _checked(self, values_BTV: Tensor | np.ndarray) -> Tensor:
+    def _checked(self, values_BTV: Tensor | np.ndarray, backbone: Backbone) -> Tensor:
         values = torch.as_tensor(values_BTV, dtype=torch.float32)
-        expected = (self.config["data"]["clip_length"], _voxels(self.backbone))
-        if values.ndim != 3 or tuple(values.shape[1:]) != expected:
+        frames, voxels = backbone.data["clip_length"], _voxels(backbone)
+        any_length = self.backbone.any_length and values.ndim == 3 and values.shape[1] >= self.backbone.fewest_frames
+        if values.ndim != 3 or values.shape[2] != voxels or (values.shape[1] != frames and not any_length):
             raise ReleaseError(
-                f"The clips have shape {list(values.shape)}, expected [clips, {expected[0]} frames, {expected[1]} "
-                f"brain voxels of {self.config['data']['grid']}]; shard the runs with this release's recipe."
+                f"The clips have shape {list(values.shape)}, expected [clips, {frames} frames, {voxels} "
+                f"brain voxels of {backbone.data['grid']}]; shard the runs with this release's recipe."
             )
         return values
 
 
-def from_pretrained(folder: str | Path) -> LoadedModel:
+def from_pretrained(folder: str | Path, data: Mapping[str, Any] | None = None) -> LoadedModel:
     """Load a release (or an export) in evaluation mode on the CPU.
+
+    Parameters
+    ----------
+    folder
+        The release.
+    data
+        ``grid``, ``tr`` and ``clip_length`` of the clips to embed, where they are not those of pretraining; see
+        `boldforge.finetune.load_backbone`. The adapter predicts on what it was trained on.
 
     Raises
     ------
@@ -117,9 +127,12 @@ def from_pretrained(folder: str | Path) -> LoadedModel:
     if adapter.is_dir():
         # An adapter changes its encoder in place, so it gets one of its own.
         twin = replace(pretrained, model=copy.deepcopy(pretrained.model))
-        classifier = load_adapter(adapter, NeuroStormBackbone(twin, read_task(adapter)["pool"]))
+        task = read_task(adapter)
+        fitted = fit_to_data(twin, task.get("data", {}))
+        classifier = load_adapter(adapter, NeuroStormBackbone(fitted, task["pool"]))
     # A release says how its tokens are pooled, so that another default in another version changes no embedding.
     pool = config.get("embedding", {}).get("pool")
+    pretrained = fit_to_data(pretrained, data or {})
     backbone = NeuroStormBackbone(pretrained, pool) if pool else NeuroStormBackbone(pretrained)
     backbone.network.requires_grad_(False)
     return LoadedModel(backbone, classifier, config)
@@ -186,19 +199,20 @@ def probe(model: LoadedModel) -> dict[str, Any]:
         ``seed``, ``shape`` [1, T, V], ``embedding_sha256`` of the float32 values, the first four of them for a reader
         whose machine rounds differently, the version of torch, and with an adapter its ``prediction``.
     """
-    shape = (1, int(model.config["data"]["clip_length"]), _voxels(model.backbone))
-    clip = np.random.default_rng(_PROBE_SEED).standard_normal(shape, dtype=np.float32)
+    clip = _probe_clip(model.backbone)
     threads = torch.get_num_threads()
     # The order of a sum, and so its last bit, may depend on how many threads share it.
     torch.set_num_threads(1)
     try:
         embedding = model.embed(clip).numpy()
-        predicted = {"prediction": float(model.predict(clip)[0])} if model.classifier else {}
+        predicted = (
+            {"prediction": float(model.predict(_probe_clip(model.classifier.backbone))[0])} if model.classifier else {}
+        )
     finally:
         torch.set_num_threads(threads)
     return {
         "seed": _PROBE_SEED,
-        "shape": list(shape),
+        "shape": list(clip.shape),
         "embedding_sha256": hashlib.sha256(embedding.tobytes()).hexdigest(),
         "first_values": [float(value) for value in embedding[0, :4]],
         "torch": torch.__version__,
@@ -265,7 +279,12 @@ def _relative_difference(recorded: Mapping[str, Any], computed: Mapping[str, Any
     return worst
 
 
-def _voxels(backbone: NeuroStormBackbone) -> int:
+def _probe_clip(backbone: Backbone) -> np.ndarray:
+    shape = (1, int(backbone.data["clip_length"]), _voxels(backbone))
+    return np.random.default_rng(_PROBE_SEED).standard_normal(shape, dtype=np.float32)
+
+
+def _voxels(backbone: Backbone) -> int:
     return int(backbone.network.token_grid.n_voxels)  # type: ignore[union-attr, arg-type]
 
 

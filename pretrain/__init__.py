@@ -13,6 +13,7 @@ from boldforge.pretrain.model import NeuroStorm
 from boldforge.pretrain.model_config import ModelConfig
 from boldforge.pretrain.regions import RegionTokens, RegionVoxels, region_tokens, region_voxels
 from boldforge.pretrain.tokens import TokenGrid, gather_patches, scatter_patches
+from boldforge.pretrain.transfer import move_to_grid
 
 __all__ = [
     "ExportError",
@@ -34,6 +35,7 @@ __all__ = [
     "gather_patches",
     "load_pretrained",
     "make_targets",
+    "move_to_grid",
     "read_metrics",
     "reconstruction_loss",
     "region_tokens",

@@ -22,6 +22,7 @@ from boldforge.pretrain.mamba import Block, ShiftedMamba
 from boldforge.pretrain.merging import PatchExpanding, PatchMerging, frames_at
 from boldforge.pretrain.model_config import MaskToken, ModelConfig, Window
 from boldforge.pretrain.neurostorm_dropout import RedundancyDropout
+from boldforge.pretrain.patch_lattice import PatchLattice
 from boldforge.pretrain.scan_paths import ScanPaths
 from boldforge.pretrain.tokens import TokenGrid, gather_patches, window_places
 from boldforge.pretrain.visible import VisibleTokens, visible_tokens
@@ -98,7 +99,11 @@ class NeuroStorm(nn.Module):
         self._visible: list[VisibleTokens] = []
         self._paths = ScanPaths(config, token_grid)
         patch_voxels = torch.from_numpy(token_grid.patch_voxels)
-        patch = patch_voxels.shape[1]
+        patch, lattice = patch_voxels.shape[1], config.patch_points
+        self.lattice: PatchLattice | None = None
+        if lattice is not None and lattice**3 != patch:
+            self.lattice = PatchLattice(token_grid.patch_voxels, token_grid.n_voxels, lattice)
+            patch = lattice**3
         dims = [config.embed_dim * 2**i for i in range(config.n_stages)]
         rates = np.linspace(0, config.drop_path, sum(config.depths)).tolist()
 
@@ -192,7 +197,7 @@ class NeuroStorm(nn.Module):
         self._visible = stages
         if mask_BL.shape[1] != values_BTV.shape[1] * self.token_grid.stages[0].n_tokens:
             raise ValueError(f"the mask {list(mask_BL.shape)} has other frames than the clips {list(values_BTV.shape)}")
-        x_BLC = self.patch_embed(stages[0].pick(gather_patches(values_BTV, self.patch_voxels)))
+        x_BLC = self.patch_embed(stages[0].pick(self._patches(values_BTV)))
         for i, visible in enumerate(stages):
             x_BLC = self.encode_stage(x_BLC, i, tr, visible)
         last = len(stages) - 1
@@ -203,11 +208,16 @@ class NeuroStorm(nn.Module):
     def embed_patches(self, values_BTV: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """Turn clips [B, T, V] into first-stage tokens [B, L, C], hidden ones replaced; see `encode`."""
         self._check(values_BTV)
-        x_BLC = self.patch_embed(gather_patches(values_BTV, self.patch_voxels))
+        x_BLC = self.patch_embed(self._patches(values_BTV))
         if mask_BL is not None:
             token = self._mask_token(values_BTV.shape[1]).to(x_BLC.dtype)
             x_BLC = torch.where(mask_BL.to(x_BLC.device).unsqueeze(-1), token, x_BLC)
         return x_BLC
+
+    def _patches(self, values_BTV: Tensor) -> Tensor:
+        """Cut clips into patches, on the points where the weights live: [B, L, Q]."""
+        patches_BLP = gather_patches(values_BTV, self.patch_voxels)
+        return patches_BLP if self.lattice is None else self.lattice.read(patches_BLP)
 
     def encode_stage(
         self, x_BLC: Tensor, i: int, tr: float | Tensor | None = None, visible: VisibleTokens | None = None
@@ -258,7 +268,8 @@ class NeuroStorm(nn.Module):
             coarse = x_BLC.unflatten(1, (self.token_grid.stages[i + 1].n_tokens, -1))
             x_BLC = expanding(coarse, parent, slot, T).flatten(1, 2)
             x_BLC = self._run_blocks(x_BLC, cast(nn.ModuleList, blocks), i, T, self.config.window)
-        return self.decoder_pred(self.norm_up(x_BLC))
+        patches_BLQ = self.decoder_pred(self.norm_up(x_BLC))
+        return patches_BLQ if self.lattice is None else self.lattice.write(patches_BLQ)
 
     def forward(self, values_BTV: Tensor, mask_BL: Tensor | None = None, tr: float | Tensor | None = None) -> Tensor:
         """Reconstruct clips from their visible tokens: [B, T, V] and bool [B, L] to patches [B, L, P]; see `encode`."""

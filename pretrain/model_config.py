@@ -16,6 +16,12 @@ class ModelConfig(StrictModel):
     """Shape of the network; see the fields for units and reasons."""
 
     patch_mm: float = Field(12.0, gt=0, description="Edge of a patch in mm; 12 mm is NeuroSTORM's 6 voxels at 2 mm.")
+    patch_points: int | None = Field(
+        None,
+        ge=1,
+        description="Points along a patch's edge where the weights live that read and write its voxels; voxels of "
+        "another size are averaged or repeated onto them. None: the voxels of the grid of training.",
+    )
     frames: int = Field(
         20,
         ge=1,

@@ -37,7 +37,7 @@ def write_encoder(tmp_path_factory):
         mask = brain_mask(grid)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = build_model(model, mask, grid.voxel_size)
+            network = build_model(model, mask, grid.voxel_size, grid.affine)
         recipe = {"grid": GRID, "tr": 2.0, "normalisation": "residual-z", "dtype": "int16", "clip_length": model.frames}
         recipe |= {"mask_sha256": mask_hash(mask), **data}
         content = {"model": model.model_dump(mode="json"), "data": recipe, "training": {}}
