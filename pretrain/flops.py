@@ -34,7 +34,7 @@ class Flops:
 def block_flops(config: ModelConfig, dim: int) -> tuple[float, float]:
     """Return the operations of one block's forward pass for one token: matrix products; scan and convolution."""
     inner, rank = config.expand * dim, math.ceil(dim / 16)
-    hidden = int(dim * config.mlp_ratio)
+    hidden = max(1, int(dim * config.mlp_ratio))
     ways = 2 if config.bidirectional else 1
     projections = dim * 2 * inner + ways * (inner * (rank + 2 * config.d_state) + rank * inner) + inner * dim
     matmul = 2 * (projections + 2 * dim * hidden)

@@ -14,7 +14,9 @@ from boldforge.pretrain import (
     LossConfig,
     MaskConfig,
     MaskSampler,
+    ModelConfig,
     TokenGrid,
+    build_model,
     gather_patches,
     make_targets,
     reconstruction_loss,
@@ -115,3 +117,28 @@ def test_voxels_outside_brain_or_field_of_view_never_count() -> None:
     target = torch.zeros(1, 4, 8)
     wrong_elsewhere = torch.where(counted, 2.0, 1e9)
     assert reconstruction_loss(wrong_elsewhere, target, counted) == 4.0
+
+
+def test_a_model_in_seconds_is_measured_on_clips_of_any_length(one_rank: None, real_shards: Path) -> None:
+    manifest = load_manifest(real_shards)
+    mask, affine = brain_mask(manifest.grid), manifest.grid.affine
+    config = ModelConfig(
+        patch_mm=24,
+        frames=4,
+        embed_dim=4,
+        depths=(1, 1),
+        decoder_depths=(1,),
+        d_state=2,
+        time="seconds",
+        merge_time=(True,),
+    )
+    torch.manual_seed(0)
+    model = build_model(config, mask, manifest.grid.voxel_size, affine).eval()
+    _, segments = split_segments(manifest, Holdout(by="frames", fraction=0.25))
+    for frames in (4, 9):
+        grid = TokenGrid(mask, (6, 6, 6), frames, 2, affine)
+        sampler = MaskSampler(grid, MaskConfig(strategy="random", ratio=0.5))
+        heldout = HeldoutClips(ShardReader(manifest), segments, sampler, frames, limit=2)
+        table = torch.from_numpy(grid.patch_voxels)
+        measured = heldout.measure(lambda x, hidden: model(x, hidden, manifest.recipe.tr), table, grid.n_voxels)
+        assert 0 < measured.error < 10 * measured.baseline and measured.count_V.max() <= 2 * frames

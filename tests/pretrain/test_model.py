@@ -71,3 +71,23 @@ def test_decoder_depths_must_mirror_the_encoder() -> None:
 def test_the_brain_mask_travels_with_the_weights(model: NeuroStorm, small_mask: np.ndarray) -> None:
     bits = np.unpackbits(model.state_dict()["brain_mask_bits"].numpy(), count=small_mask.size)
     assert np.array_equal(bits.reshape(small_mask.shape).astype(bool), small_mask)
+
+
+@pytest.mark.parametrize("width", [2, 3, 5, 33])
+def test_any_width_is_computed_the_same_by_every_backend(width: int, small_mask: np.ndarray) -> None:
+    """A multiple of 32 suits the kernels; no other is refused or wrong, whatever the options."""
+    shape = {"frames": 5, "embed_dim": width, "depths": (1, 2), "decoder_depths": (1,), "d_state": 3, "mlp_ratio": 0.3}
+    options = {"position": "mm", "time": "seconds", "merge_time": (True,), "bidirectional": True}
+    config = load_config(ModelConfig, {**shape, **options})
+    grid = TokenGrid(small_mask, (2, 2, 2), 5, 2, np.diag([6.0, 6.0, 6.0, 1.0]))
+    clips = torch.randn(2, 5, grid.n_voxels, generator=torch.Generator().manual_seed(1))
+    found = []
+    for backend in ("auto", "torch"):
+        torch.manual_seed(0)
+        model = NeuroStorm(config.model_copy(update={"backend": backend}), grid)
+        y = model(clips, tr=1.2)
+        y.square().mean().backward()
+        found.append([y.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)])
+    assert len(found[0]) > 40
+    for mine, reference in zip(*found, strict=True):
+        assert (mine - reference).abs().max() <= 1e-3 * reference.abs().max() + 1e-7
