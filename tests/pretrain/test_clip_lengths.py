@@ -141,3 +141,22 @@ def test_a_hidden_token_does_not_leak_through_joined_frames(small_config: ModelC
     with torch.no_grad():
         assert torch.equal(model(clips, hidden, tr=2.0), model(changed, hidden, tr=2.0))
         assert not torch.equal(model(clips, tr=2.0), model(changed, tr=2.0))
+
+
+@pytest.mark.parametrize("sees", ["all", "visible"])
+def test_the_options_go_together(small_config: ModelConfig, small_mask: np.ndarray, sees: str) -> None:
+    options = {"merge_time": (True,), "bidirectional": True, "encoder_sees": sees, "redundancy_dropout": True}
+    config = small_config.model_copy(
+        update={**ANY_LENGTH, **options, "prompts": 2, "drop_path": 0.2, "patch_points": 3}
+    )
+    model = network(config, small_mask).train()
+    clips, hidden, found = clips_of(model, 5), hidden_in(model, 5), []
+    for again in (False, True):
+        model.checkpoint_activations = again
+        model.zero_grad()
+        torch.manual_seed(3)
+        y = model(clips, hidden, tr=torch.tensor([0.8, 1.5]))
+        y.square().mean().backward()
+        found.append([y.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in found[0])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True)), "the same bits with activations computed again"
