@@ -46,7 +46,7 @@ class Size:
     """Per subject, read by the probe."""
 
 
-QUICK = Size(seeds=1, steps=6, subjects=16, frames=16, clips=1)
+QUICK = Size(seeds=1, steps=2, subjects=12, frames=12, clips=1)
 
 
 def row(figure: str, estimate: Estimate, unit: str, better: str = "lower") -> Row:

@@ -345,3 +345,19 @@ def test_points_on_voxel_centres_are_copied_to_the_bits_of_interpolating(dtype, 
             np.testing.assert_array_equal(columns, whole[:, start:stop])
             assert columns.dtype == np.float32
             assert columns.flags.c_contiguous
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3], ids=["copied", "interpolated"])
+def test_nan_is_named_and_not_taken_for_a_file_that_lies_elsewhere(shift: float) -> None:
+    data = np.random.default_rng(0).normal(size=(5, 6, 7, 9)).astype(np.float32)
+    points = np.argwhere(np.ones(data.shape[:3]))[60:90] + shift
+    empty_frame, scattered = data.copy(), data.copy()
+    empty_frame[..., 3] = np.nan
+    scattered[..., 2:4] = np.where(np.arange(7)[:, None] % 2 == [0, 1], np.nan, scattered[..., 2:4])
+    for broken, said in (
+        (empty_frame, r"frame 3 \(the first is 0\) holds NaN or infinity in every voxel of the brain"),
+        (scattered, "some are NaN or infinity; mend the file"),
+        (np.ones_like(data), "no voxel with signal lies inside the MNI brain"),
+    ):
+        with pytest.raises(ResampleError, match=said):
+            to_grid(broken, np.eye(4), points)
