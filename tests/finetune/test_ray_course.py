@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from boldforge.configs import load_config
 from boldforge.data_shards.ray_session import session_folder
+from boldforge.finetune import SweepConfig
 from boldforge.finetune.ray_driver import _Course
 from boldforge.finetune.sweep_journal import Journal, SweepError
 from boldforge.finetune.sweep_rungs import Segment, Trial
+from boldforge.launch import cli, training
 
 
 def _segments(*numbers, until=1):
@@ -104,3 +107,13 @@ def test_no_other_folder_is_removed_whatever_the_record_says(tmp_path, monkeypat
     record.write_text(str(other))
     with session_folder(record):
         assert [path.name for path in other.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "ray://10.0.0.1:10001", "1:1"])
+def test_the_command_line_s_address_reaches_the_recipe_as_it_was_given(monkeypatch, address):
+    seen = []
+    monkeypatch.setattr(training, "sweep_and_print", lambda recipe, overrides, console: seen.append(overrides))
+    cli.sweep(address=address)
+    cli.sweep()
+    assert load_config(SweepConfig, "sweep/demo.yaml", seen[0]).address == address
+    assert load_config(SweepConfig, "sweep/demo.yaml", seen[1]).address is None
