@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from boldforge.configs import StrictModel, folder_lock
-from boldforge.data_shards import Manifest, ShardReader, load_manifest
+from boldforge.data_shards import CacheConfig, Manifest, ShardReader, ShardsPlace, open_dataset
 from boldforge.finetune.adapters import AdapterConfig
 from boldforge.finetune.backbone import POOL_CHOICES, Backbone, Pool
 from boldforge.finetune.classifier import Classifier
@@ -30,9 +30,11 @@ _SCRATCH = ".boldforge-scratch-"
 class StudyConfig(StrictModel):
     """Data, encoder and protocol."""
 
-    shards: Path = Field(
-        description="Shard folder with phenotypes, made with the encoder's grid, TR and normalisation."
+    shards: ShardsPlace = Field(
+        description="Shard folder with phenotypes, or its address (s3://, gs://, hf://, http://, …), made with the "
+        "encoder's grid, TR and normalisation."
     )
+    shard_cache: CacheConfig = Field(default_factory=CacheConfig, description="Where what an address gives is kept.")
     backbone: BackboneSpec = Field(
         description="Pretraining run folder, its export/, or a release; or the kind of a network to train from nothing."
     )
@@ -127,7 +129,7 @@ def open_study(config: StudyConfig) -> Study:
     BoldForgeError
         If they do not fit, or there are too few subjects.
     """
-    manifest = load_manifest(config.shards)
+    manifest = open_dataset(config.shards, config.shard_cache)
     task = get_task(config.task, (run.phenotype for run in manifest.runs))
     backbone = make_backbone(config.backbone, config.pool, shard_data(manifest, config.frames), config.seed)
     if not isinstance(config.backbone, Path) and (config.adapter.kind, config.adapter.first_stage) != ("full", 0):
@@ -145,7 +147,8 @@ def open_study(config: StudyConfig) -> Study:
             f"{task.column}); give shards with subjects of two classes."
         )
     folds = _deal(task, cohort, config.folds, config.seed)
-    pretrained_on_these_shards = backbone.data.get("manifest_hash") == manifest.content_hash
+    seen = backbone.data.get("manifest_hash")  # of an encoder that was pretrained on a mixture, a list
+    pretrained_on_these_shards = manifest.content_hash in (seen if isinstance(seen, list) else [seen])
     if pretrained_on_these_shards:
         logger.warning(
             "The encoder was pretrained on these same shards, so it has seen the test subjects' scans, though no "

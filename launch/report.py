@@ -173,12 +173,15 @@ def _is_simulated(config: Mapping[str, Any], *written: Mapping[str, Any]) -> boo
     for content in written:
         if "simulated" in content:
             return bool(content["simulated"])
+    shards, hashes = config["shards"], config.get("manifest_hash")
+    if not isinstance(shards, str) or "://" in shards:
+        return None  # a mixture, or far away: the run itself writes it when it ends
     try:
-        manifest = load_manifest(config["shards"])
+        manifest = load_manifest(shards)
     except BoldForgeError:
         return None
     # Other shards may lie in that folder by now.
-    return manifest.simulated if manifest.content_hash == config.get("manifest_hash") else None
+    return manifest.simulated if manifest.content_hash == hashes else None
 
 
 def _read_examples(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 
 from boldforge.configs import ConfigError, load_config, recipe_path
-from boldforge.data_shards import load_manifest
 from boldforge.launch.model_card import FIGURES
 from boldforge.launch.progress import progress
 from boldforge.launch.ranks import run_ranks
@@ -26,9 +25,10 @@ def pretrain_on_ranks(recipe: str, overrides: Sequence[str], ranks: int, console
         For a recipe, shards or a run folder that cannot be used, before a rank is started where that can be told.
     """
     from boldforge.pretrain import PretrainConfig
+    from boldforge.pretrain.datasets import open_datasets
 
     config = load_config(PretrainConfig, recipe, overrides)
-    manifest = load_manifest(config.shards)
+    n_runs = sum(manifest.n_runs for manifest in open_datasets(config.shards, config.shard_cache))
     cuda = torch.cuda.is_available()
     if cuda and ranks > torch.cuda.device_count():
         raise ConfigError(
@@ -43,9 +43,7 @@ def pretrain_on_ranks(recipe: str, overrides: Sequence[str], ranks: int, console
             f"{config.out}: stopped before its first checkpoint; starts anew.", highlight=False, soft_wrap=True
         )
     where = "GPU" if cuda else "CPU"
-    plan = (
-        f"{len(manifest.runs)} runs, {config.steps} steps, {ranks} {where} ranks, ZeRO-{config.zero_stage}; log: {log}"
-    )
+    plan = f"{n_runs} runs, {config.steps} steps, {ranks} {where} ranks, ZeRO-{config.zero_stage}; log: {log}"
     console.print(f"pretrain: {plan}", highlight=False, soft_wrap=True)
     arguments = ["--config", str(recipe_path(recipe)), *overrides]
     with progress("pretrain", "steps") as on_progress:

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from boldforge.configs import StrictModel
-from boldforge.data_shards import Holdout
+from boldforge.data_shards import CacheConfig, Holdout
+from boldforge.pretrain.datasets import DatasetsField
 from boldforge.pretrain.loss import LossConfig
 from boldforge.pretrain.masking import MaskConfig
 from boldforge.pretrain.model_config import ModelConfig
@@ -28,7 +29,11 @@ class OptimizerConfig(StrictModel):
 class PretrainConfig(StrictModel):
     """One pretraining run."""
 
-    shards: Path = Field(description="Folder that `boldforge shard` wrote.")
+    shards: DatasetsField = Field(
+        description="Folder that `boldforge shard` wrote, or its address (s3://, gs://, hf://, http://, …); or a list "
+        "of those, or of path and weight, for a mixture."
+    )
+    shard_cache: CacheConfig = Field(default_factory=CacheConfig, description="Where what addresses give is kept.")
     out: Path = Field(description="Run folder; starting again with the same folder goes on from the last checkpoint.")
     holdout: Holdout = Field(default_factory=Holdout, description="What is kept away from training, to measure on.")
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -59,6 +64,11 @@ class PretrainConfig(StrictModel):
     keep_checkpoints: int = Field(3, ge=1, description="Checkpoints kept on disk.")
     evaluate_every: int = Field(100, ge=1, description="Steps between measurements on held-out clips.")
     evaluation_clips: int = Field(32, ge=1, description="Held-out clips measured, spread over the runs.")
+
+    @property
+    def weights(self) -> list[float | None]:
+        """Each dataset's weight in the mixture."""
+        return [dataset.weight for dataset in self.shards]
 
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> "PretrainConfig":

@@ -59,8 +59,8 @@ class HeldoutClip:
 
     Attributes
     ----------
-    run, start
-        Place in the manifest, first frame.
+    dataset, run, start
+        Which dataset, place in its manifest, first frame.
     values_TV
         float32, normalised.
     mean_V
@@ -69,6 +69,7 @@ class HeldoutClip:
         bool, voxels inside the run's field of view.
     """
 
+    dataset: int
     run: int
     start: int
     values_TV: Tensor
@@ -88,10 +89,10 @@ class HeldoutClips:
 
     Parameters
     ----------
-    reader
-        Reads the shards.
+    readers
+        Read the shards, one per dataset.
     heldout
-        Segments as `boldforge.data_shards.split_segments` gives them.
+        Per dataset, segments as `boldforge.data_shards.split_segments` gives them.
     sampler
         Draws the masks; the keys depend on the clip alone, so every measurement hides the same tokens.
     clip_length
@@ -104,25 +105,26 @@ class HeldoutClips:
 
     def __init__(
         self,
-        reader: ShardReader,
-        heldout: Sequence[Segment],
+        readers: Sequence[ShardReader],
+        heldout: Sequence[Sequence[Segment]],
         sampler: MaskSampler,
         clip_length: int,
         limit: int,
         loss: LossConfig | None = None,
     ) -> None:
-        self._reader = reader
+        self._readers = readers
         self._loss = loss or LossConfig()
         self._sampler = sampler
         self._length = clip_length
         every = [
-            (segment.run, start)
-            for segment in heldout
+            (dataset, segment.run, start)
+            for dataset, segments in enumerate(heldout)
+            for segment in segments
             for start in range(segment.start, segment.stop - clip_length + 1, clip_length)
         ]
         picked = np.linspace(0, len(every) - 1, min(limit, len(every))).round().astype(int)
         self.clips = [every[i] for i in sorted(set(picked.tolist()))]
-        self._means: dict[int, npt.NDArray[np.float32]] = {}
+        self._means: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
 
     def measure(self, forward: Forward, patch_voxels: Tensor, n_voxels: int) -> HeldoutError:
         """Measure the model on every clip; called by every rank, each takes a share.
@@ -157,7 +159,7 @@ class HeldoutClips:
     def reconstruct(self, forward: Forward, clip: HeldoutClip, patch_voxels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hide and reconstruct a clip: mask [1, L], counted voxels and prediction (in the shards' units) [1, L, P]."""
         device = patch_voxels.device
-        mask_BL = self._sampler.sample([(1, clip.run, clip.start)]).to(device)
+        mask_BL = self._sampler.sample([(1, clip.run, clip.start, clip.dataset)]).to(device)
         signal_BV = clip.signal_V.unsqueeze(0).to(device) | self._loss.background
         counted_BLP = counted_voxels(mask_BL, signal_BV, patch_voxels)
         with torch.no_grad():
@@ -179,24 +181,26 @@ class HeldoutClips:
 
     def read(self, number: int) -> HeldoutClip:
         """Read clip `number` of `clips`."""
-        run, start = self.clips[number]
-        stored = self._reader.read(run, start, self._length)
+        dataset, run, start = self.clips[number]
+        stored = self._readers[dataset].read(run, start, self._length)
         values_TV = (stored.mean + stored.q.astype(np.float32) * stored.scale).astype(np.float32)
         return HeldoutClip(
+            dataset=dataset,
             run=run,
             start=start,
             values_TV=torch.from_numpy(values_TV),
-            mean_V=torch.from_numpy(self._mean(run)),
+            mean_V=torch.from_numpy(self._mean(dataset, run)),
             signal_V=torch.from_numpy(stored.scale > 0),
         )
 
-    def _mean(self, run: int) -> npt.NDArray[np.float32]:
+    def _mean(self, dataset: int, run: int) -> npt.NDArray[np.float32]:
         """Return the mean frame [V] over all frames of a run."""
-        if run not in self._means:
-            n_frames = int(self._reader.manifest.index["n_frames"][run])
-            total = np.zeros(self._reader.manifest.n_voxels)
+        if (dataset, run) not in self._means:
+            reader = self._readers[dataset]
+            n_frames = int(reader.manifest.index["n_frames"][run])
+            total = np.zeros(reader.manifest.n_voxels)
             for start in range(0, n_frames, self._length):
-                part = self._reader.read(run, start, min(self._length, n_frames - start))
+                part = reader.read(run, start, min(self._length, n_frames - start))
                 total += part.q.sum(axis=0, dtype=np.float64)
-            self._means[run] = (part.mean + total / n_frames * part.scale).astype(np.float32)
-        return self._means[run]
+            self._means[dataset, run] = (part.mean + total / n_frames * part.scale).astype(np.float32)
+        return self._means[dataset, run]

@@ -1,6 +1,7 @@
 """Write what a pretraining run leaves behind: the summary, per-region errors, examples to look at, exported weights."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch.distributed as dist
 import yaml
 
 from boldforge.configs import load_config
-from boldforge.data_shards import Atlas, Manifest, atlas_on_grid, load_atlas, load_manifest
+from boldforge.data_shards import Atlas, Manifest, atlas_on_grid, load_atlas
 from boldforge.pretrain.checkpoint import newest_checkpoint
 from boldforge.pretrain.config import PretrainConfig
+from boldforge.pretrain.datasets import identity, open_datasets, split_record
 from boldforge.pretrain.evaluate import HeldoutError
 from boldforge.pretrain.export import write_export
 from boldforge.pretrain.region_errors import region_errors, write_map, write_table
@@ -39,7 +41,7 @@ def finish_run(run: Run) -> None:
             "heldout_clips": len(run.heldout.clips),
             "heldout_error": measured.error,
             "heldout_baseline": measured.baseline,
-            "simulated": any(entry.simulated for entry in run.manifest.runs),
+            "simulated": any(manifest.simulated for manifest in run.manifests),
         }
         checkpoint = newest_checkpoint(out / "checkpoints")
         assert checkpoint is not None, "the loop ends with a checkpoint"
@@ -49,19 +51,21 @@ def finish_run(run: Run) -> None:
     dist.barrier()
 
 
-def data_recipe(config: PretrainConfig, manifest: Manifest, atlas: Atlas) -> dict[str, Any]:
+def data_recipe(config: PretrainConfig, manifests: Sequence[Manifest], atlas: Atlas) -> dict[str, Any]:
     """Everything another data set must share, or a reader must know, to use the weights; goes into ``config.json``."""
+    # The same label in two datasets is two people.
+    n_subjects = sum(len(np.unique(manifest.index["subject"])) for manifest in manifests)
     return {
-        **manifest.recipe.model_dump(mode="json"),
+        **manifests[0].recipe.model_dump(mode="json"),
         "clip_length": config.model.frames,
         "atlas": atlas.name,
         "atlas_sha256": atlas.sha256,
-        "manifest_hash": manifest.content_hash,
-        "mask_sha256": manifest.mask_sha256,
-        "n_runs": len(manifest.runs),
-        "n_subjects": len({entry.subject for entry in manifest.runs}),
-        "n_frames": sum(entry.n_frames for entry in manifest.runs),
-        "simulated": any(entry.simulated for entry in manifest.runs),
+        **identity(config.shards, manifests),
+        "mask_sha256": manifests[0].mask_sha256,
+        "n_runs": sum(manifest.n_runs for manifest in manifests),
+        "n_subjects": n_subjects,
+        "n_frames": sum(manifest.n_frames for manifest in manifests),
+        "simulated": any(manifest.simulated for manifest in manifests),
     }
 
 
@@ -78,14 +82,13 @@ def export_checkpoint(run_dir: str | Path, out: str | Path, checkpoint: Path) ->
         A folder that `boldforge.pretrain.checkpoint.newest_checkpoint` returned.
     """
     content = yaml.safe_load((Path(run_dir) / "config.yaml").read_text())
-    content.pop("manifest_hash")
-    config = load_config(PretrainConfig, content)
-    manifest = load_manifest(config.shards)
-    training = config.model_dump(mode="json", exclude={"shards", "out", "model"})
+    config = load_config(PretrainConfig, split_record(content)[0])
+    manifests = open_datasets(config.shards, config.shard_cache)
+    training = config.model_dump(mode="json", exclude={"shards", "shard_cache", "out", "model"})
     step = json.loads((checkpoint / "checkpoint.json").read_text())["step"]
     description = {
         "model": config.model.model_dump(mode="json"),
-        "data": data_recipe(config, manifest, load_atlas(config.mask.atlas, config.mask.labels)),
+        "data": data_recipe(config, manifests, load_atlas(config.mask.atlas, config.mask.labels)),
         "training": {**training, "step": step},
     }
     return write_export(read_weights(checkpoint), description, Path(out))
@@ -94,10 +97,10 @@ def export_checkpoint(run_dir: str | Path, out: str | Path, checkpoint: Path) ->
 def _reconstruct_examples(run: Run) -> dict[str, np.ndarray]:
     """Reconstruct the middle frame of the first held-out clip of up to four runs; arrays for ``reconstruction.npz``."""
     run.engine.eval()
-    first = {number_run[0]: number for number, number_run in reversed(list(enumerate(run.heldout.clips)))}
+    first = {clip[:2]: number for number, clip in reversed(list(enumerate(run.heldout.clips)))}
     frame, V, to_volume = run.config.model.frames // 2, run.token_grid.n_voxels, run.token_grid.to_volume
     originals, predictions, hidden, names, keys = [], [], [], [], []
-    for source, number in sorted(first.items())[:4]:
+    for (dataset, source), number in sorted(first.items())[:4]:
         clip = run.heldout.read(number)
         mask_BL, counted_BLP, patches_BLP = run.heldout.reconstruct(run.predict, clip, run.patch_voxels)
         predicted_BTV = scatter_patches(patches_BLP.float(), run.patch_voxels, V).cpu()
@@ -107,7 +110,7 @@ def _reconstruct_examples(run: Run) -> dict[str, np.ndarray]:
         hidden.append(to_volume(hidden_BTV[0, frame].numpy(), fill=0.0) > 0)
         spatial_S = mask_BL.view(-1, run.config.model.frames)[:, frame].cpu().numpy()
         names.append(json.dumps(_hidden_regions(run.regions, spatial_S)))
-        keys.append(run.manifest.runs[source].key)
+        keys.append(run.manifests[dataset].runs[source].key)
     run.engine.train()
     return {
         "original": np.stack(originals),

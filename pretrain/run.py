@@ -1,7 +1,7 @@
 """Set a pretraining run up: check the recipe against the data, build the model and the DeepSpeed engine."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,15 +16,15 @@ from boldforge.data_shards import (
     Atlas,
     ClipStream,
     Manifest,
-    Segment,
     ShardReader,
+    Source,
     load_atlas,
     load_groups,
-    load_manifest,
     split_segments,
 )
 from boldforge.pretrain.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint
 from boldforge.pretrain.config import PretrainConfig
+from boldforge.pretrain.datasets import check_lengths, identity, open_datasets, split_record
 from boldforge.pretrain.evaluate import HeldoutClips, HeldoutError
 from boldforge.pretrain.loss import Objective
 from boldforge.pretrain.masking import MaskSampler
@@ -36,7 +36,7 @@ from boldforge.pretrain.training_state import read_weights
 logger = logging.getLogger(__name__)
 
 # Keys that may change between the parts of one run without making it another run.
-_FREE_KEYS = {"shards", "out", "num_workers", "checkpoint_every", "keep_checkpoints", "evaluate_every"}
+_FREE_KEYS = {"shards", "shard_cache", "out", "num_workers", "checkpoint_every", "keep_checkpoints", "evaluate_every"}
 _FREE_KEYS |= {"zero_stage", "micro_batch_size", "checkpoint_activations"}
 
 
@@ -48,7 +48,7 @@ class Run:
     rank: int
     world_size: int
     device: torch.device
-    manifest: Manifest
+    manifests: tuple[Manifest, ...]
     atlas: Atlas
     regions: RegionTokens
     region_voxels: RegionVoxels
@@ -64,6 +64,11 @@ class Run:
     def predict(self, values_BTV: Tensor, mask_BL: Tensor) -> Tensor:
         """Reconstruct clips of these shards, patches [B, L, P]; see `NeuroStorm.forward`."""
         return cast(Tensor, self.engine(values_BTV, mask_BL, self.manifest.recipe.tr))
+
+    @property
+    def manifest(self) -> Manifest:
+        """The first dataset, which has the grid and the mask of all."""
+        return self.manifests[0]
 
     def measure(self) -> HeldoutError:
         """Measure the model on the held-out clips."""
@@ -82,11 +87,21 @@ class Run:
 def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
     """Check the recipe against the data, build the model and the DeepSpeed engine; called by every rank."""
     check_batch(config, world_size)
-    manifest = load_manifest(config.shards)
-    train, held = split_segments(manifest, config.holdout)
-    check_lengths(config, manifest, held)
+    manifests = open_datasets(config.shards, config.shard_cache)
+    manifest = manifests[0]
+    train, held = zip(*(split_segments(each, config.holdout) for each in manifests), strict=True)
+    check_lengths(config.model.frames, manifests, held)
+    stream = ClipStream(
+        [Source(*parts) for parts in zip(manifests, train, config.weights, strict=True)],
+        clip_length=config.model.frames,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        num_workers=config.num_workers,
+    )
     if rank == 0:
-        _claim_folder(config, manifest.content_hash)
+        _claim_folder(config, identity(config.shards, manifests))
     mask = manifest.brain_mask()
     patch_size = config.model.patch_size(manifest.grid.voxel_size)
     token_grid = TokenGrid(mask, patch_size, config.model.frames, config.model.n_stages, manifest.grid.affine)
@@ -104,18 +119,8 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
     engine, _, _, _ = deepspeed.initialize(
         model=model, model_parameters=list(model.parameters()), config=config.deepspeed(world_size)
     )
-    stream = ClipStream(
-        manifest,
-        clip_length=config.model.frames,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        segments=train,
-        rank=rank,
-        world_size=world_size,
-        num_workers=config.num_workers,
-    )
     frames, limit = config.model.frames, config.evaluation_clips
-    heldout = HeldoutClips(ShardReader(manifest), held, sampler, frames, limit, config.loss)
+    heldout = HeldoutClips([ShardReader(each) for each in manifests], held, sampler, frames, limit, config.loss)
     device = engine.device if isinstance(engine.device, torch.device) else torch.device(engine.device)
     patch_voxels = torch.from_numpy(token_grid.patch_voxels).to(device)
     return Run(
@@ -123,7 +128,7 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
         rank=rank,
         world_size=world_size,
         device=device,
-        manifest=manifest,
+        manifests=tuple(manifests),
         atlas=atlas,
         regions=regions,
         region_voxels=voxels,
@@ -155,35 +160,15 @@ def check_batch(config: PretrainConfig, world_size: int) -> None:
         )
 
 
-def check_lengths(config: PretrainConfig, manifest: Manifest, held: Sequence[Segment]) -> None:
-    """Refuse clips that no run, or no held-out stretch of one, is long enough for.
-
-    Raises
-    ------
-    ConfigError
-        Naming both lengths.
-    """
-    whole = max((run.n_frames for run in manifest.runs), default=0)
-    if whole < config.model.frames:
-        raise ConfigError(
-            f"{config.shards}: the longest run has {whole} frames, a clip needs model.frames = {config.model.frames}; "
-            f"lower model.frames, or make shards of longer runs or of a shorter TR (now {manifest.recipe.tr:g} s)."
-        )
-    longest = max((segment.stop - segment.start for segment in held), default=0)
-    if longest < config.model.frames:
-        raise ConfigError(
-            f"{config.shards}: the longest held-out stretch has {longest} frames, a clip needs model.frames = "
-            f"{config.model.frames}; raise holdout.fraction, or lower model.frames."
-        )
-
-
-def _claim_folder(config: PretrainConfig, manifest_hash: str) -> None:
+def _claim_folder(config: PretrainConfig, datasets: dict[str, Any]) -> None:
     """Write the recipe into a new run folder, or check that an old one belongs to the same run."""
     path = config.out / "config.yaml"
-    content = {**config.model_dump(mode="json"), "manifest_hash": manifest_hash}
+    content = {**config.model_dump(mode="json"), **datasets}
     if path.is_file() and newest_checkpoint(config.out / "checkpoints"):
         before = _as_of_today(yaml.safe_load(path.read_text()))
-        changed = changes(before, {key: value for key, value in content.items() if key not in _FREE_KEYS})
+        now = {key: value for key, value in content.items() if key not in _FREE_KEYS}
+        now |= dict.fromkeys(before.keys() - content.keys())  # weights of a mixture that is none any more
+        changed = changes(before, now)
         if changed:
             key, old, new = changed[0]
             raise ConfigError(
@@ -211,6 +196,5 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], section: str = ""
 
 def _as_of_today(content: dict[str, Any]) -> dict[str, Any]:
     """Fill an older run's recipe up with the defaults of keys that it did not have yet."""
-    recipe = {key: value for key, value in content.items() if key != "manifest_hash"}
-    filled = load_config(PretrainConfig, recipe).model_dump(mode="json")
-    return filled | {"manifest_hash": content.get("manifest_hash")}
+    recipe, datasets = split_record(content)
+    return load_config(PretrainConfig, recipe).model_dump(mode="json") | datasets

@@ -137,7 +137,8 @@ def lost(run: Run, batch: ClipBatch, step: int) -> BoldForgeError:
     start = f"step {step + 1}: the loss is not a finite number"
     finite_B = batch.dequantise().isfinite().flatten(1).all(dim=1)
     if not finite_B.all():
-        key = run.manifest.runs[int(batch.run[~finite_B][0])].key
+        manifest = run.manifests[int(batch.dataset[~finite_B][0])]
+        key = manifest.runs[int(batch.run[~finite_B][0])].key
         return BoldForgeError(f"{start}, because run {key} holds NaN or infinity; mend the file and shard it again.")
     return BoldForgeError(
         f"{start}, though the data are; lower optimizer.lr (now {run.config.optimizer.lr:g}), set "

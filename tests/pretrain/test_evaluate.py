@@ -39,7 +39,7 @@ def parts(real_shards: Path) -> tuple[HeldoutClips, TokenGrid]:
     grid = TokenGrid(brain_mask(manifest.grid), (3, 3, 3), FRAMES, 1)
     _, heldout = split_segments(manifest, Holdout(by="frames", fraction=0.25))
     sampler = MaskSampler(grid, MaskConfig(strategy="tube", ratio=0.5))
-    return HeldoutClips(ShardReader(manifest), heldout, sampler, FRAMES, limit=5), grid
+    return HeldoutClips([ShardReader(manifest)], [heldout], sampler, FRAMES, limit=5), grid
 
 
 def test_clips_come_from_every_run_and_never_from_training_frames(
@@ -47,9 +47,9 @@ def test_clips_come_from_every_run_and_never_from_training_frames(
 ) -> None:
     heldout, _ = parts
     training = split_segments(load_manifest(real_shards), Holdout(by="frames", fraction=0.25))[0]
-    assert {run for run, _ in heldout.clips} == {0, 1}
+    assert {run for _, run, _ in heldout.clips} == {0, 1}
     assert len(heldout.clips) == 5
-    for run, start in heldout.clips:
+    for _, run, start in heldout.clips:
         assert start >= training[run].stop
 
 
@@ -84,7 +84,7 @@ def test_errors_are_in_the_shards_units_whatever_the_model_predicts(
     manifest = load_manifest(real_shards)
     _, segments = split_segments(manifest, Holdout(by="frames", fraction=0.25))
     sampler = MaskSampler(grid, MaskConfig(strategy="tube", ratio=0.5))
-    heldout = HeldoutClips(ShardReader(manifest), segments, sampler, FRAMES, 5, LossConfig(targets=targets))
+    heldout = HeldoutClips([ShardReader(manifest)], [segments], sampler, FRAMES, 5, LossConfig(targets=targets))
     table = torch.from_numpy(grid.patch_voxels)
     clip = heldout.read(0)
     values_BTV, signal_BV = clip.values_TV.unsqueeze(0), clip.signal_V.unsqueeze(0)

@@ -81,15 +81,15 @@ def config(shards: Path, *overrides: str) -> PretrainConfig:
 
 
 def test_a_clip_longer_than_what_is_held_out_is_refused_before_the_first_step(shards: Path) -> None:
-    from boldforge.pretrain.run import check_lengths
+    from boldforge.pretrain.datasets import check_lengths
 
     manifest = load_manifest(shards)
     _, held = split_segments(manifest, config(shards).holdout)
-    check_lengths(config(shards), manifest, held)
+    check_lengths(4, [manifest], [held])
     with pytest.raises(
         ConfigError, match=r"the longest held-out stretch has .* a clip needs model\.frames = 64; raise"
     ):
-        check_lengths(config(shards, "model.frames=64"), manifest, held)
+        check_lengths(64, [manifest], [held])
 
 
 def test_a_loss_that_is_no_number_names_the_run_that_holds_nan_or_the_learning_rate(shards: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_loss_that_is_no_number_names_the_run_that_holds_nan_or_the_learning_r
 
     manifest = load_manifest(shards)
     batch = ClipStream(manifest, clip_length=4, batch_size=1, seed=0).batch(0)
-    run = SimpleNamespace(manifest=manifest, config=config(shards))
+    run = SimpleNamespace(manifests=[manifest], config=config(shards))
     assert "though the data are; lower optimizer.lr (now 5e-05)" in str(lost(run, batch, 6))
     batch.scale[0, 5] = float("nan")
     sentence = str(lost(run, batch, 6))
@@ -117,6 +117,6 @@ def test_a_run_folder_from_before_these_options_is_still_the_same_run(
     del before["loss"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
     monkeypatch.setattr(run, "newest_checkpoint", lambda folder: folder)
-    run._claim_folder(mine, "abc")
+    run._claim_folder(mine, {"manifest_hash": "abc"})
     with pytest.raises(ConfigError, match="this run was started with manifest_hash = abc, now it is xyz"):
-        run._claim_folder(mine, "xyz")
+        run._claim_folder(mine, {"manifest_hash": "xyz"})
