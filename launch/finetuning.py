@@ -43,7 +43,7 @@ def finetune_and_print(asked: Asked, console: Console) -> Path:
     config = load_config(FinetuneConfig, *_settings(asked))
     if asked.data is not None and not is_dataset(asked.data):
         shards = _shard(asked.data, config.backbone, config.out, console)
-        config = config.model_copy(update={"shards": shards})
+        config = config.model_copy(update={"shards": str(shards)})
     with progress("finetune", "clips") as on_progress:
         results = finetune(config, on_progress)
     print_results(results, console)
