@@ -34,7 +34,18 @@ logger = logging.getLogger(__name__)
 _JOURNAL, _TRIALS, _SEEN, _EMBEDDINGS = "journal.jsonl", "trials", "seen", "embeddings"
 _ATTEMPTS = 20
 # Who does the work and where the result lies changes nothing in it.
-_IMMATERIAL = {"shards", "shard_cache", "backbone", "out", "driver", "concurrency", "gpus", "address", "cache", "cache_gb"}
+_IMMATERIAL = {
+    "shards",
+    "shard_cache",
+    "backbone",
+    "out",
+    "driver",
+    "concurrency",
+    "gpus",
+    "address",
+    "cache",
+    "cache_gb",
+}
 
 
 class SweepConfig(StudyConfig):

@@ -99,7 +99,12 @@ def test_finetuning_reads_from_addresses_too(real_shards: Path, tmp_path: Path, 
     from boldforge.data_shards import open_dataset
 
     with serve(real_shards) as server:
-        settings = {"shards": server.url, "backbone": "b", "out": "o", "shard_cache": {"folder": tmp_path / "c", "gib": 0.1}}
+        settings = {
+            "shards": server.url,
+            "backbone": "b",
+            "out": "o",
+            "shard_cache": {"folder": tmp_path / "c", "gib": 0.1},
+        }
         recipe = load_config(FinetuneConfig, settings)
         manifest = open_dataset(recipe.shards, recipe.shard_cache)
     assert manifest.content_hash == load_manifest(real_shards).content_hash and manifest.place == server.url
