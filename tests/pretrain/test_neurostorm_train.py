@@ -87,8 +87,10 @@ def test_a_clip_longer_than_what_is_held_out_is_refused_before_the_first_step(sh
     _, held = split_segments(manifest, config(shards).holdout)
     check_lengths(4, [manifest], [held])
     with pytest.raises(
-        ConfigError, match=r"the longest held-out stretch has .* a clip needs model\.frames = 64; raise"
+        ConfigError, match=r"the longest held-out stretch has .* a clip needs model\.frames = 12; raise"
     ):
+        check_lengths(12, [manifest], [held])
+    with pytest.raises(ConfigError, match=r"the longest run has .* a clip needs model\.frames = 64; lower"):
         check_lengths(64, [manifest], [held])
 
 
