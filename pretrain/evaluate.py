@@ -76,6 +76,11 @@ class HeldoutClip:
     mean_V: Tensor
     signal_V: Tensor
 
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What its mask is drawn by; of the first dataset, what it was before there were mixtures."""
+        return (1, self.run, self.start, *([self.dataset] if self.dataset else []))
+
 
 def counted_voxels(mask_BL: Tensor, signal_BV: Tensor, patch_voxels: Tensor) -> Tensor:
     """Say which voxels a loss counts: hidden, brain, and with signal in this run; bool [B, L, P]."""
@@ -159,7 +164,7 @@ class HeldoutClips:
     def reconstruct(self, forward: Forward, clip: HeldoutClip, patch_voxels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hide and reconstruct a clip: mask [1, L], counted voxels and prediction (in the shards' units) [1, L, P]."""
         device = patch_voxels.device
-        mask_BL = self._sampler.sample([(1, clip.run, clip.start, clip.dataset)]).to(device)
+        mask_BL = self._sampler.sample([clip.key]).to(device)
         signal_BV = clip.signal_V.unsqueeze(0).to(device) | self._loss.background
         counted_BLP = counted_voxels(mask_BL, signal_BV, patch_voxels)
         with torch.no_grad():

@@ -33,7 +33,9 @@ def foretell(shards: Path) -> Cell:
         sums: list[list[list[Normal]]] = []
         for segments in parts:
             each = [
-                HeldoutClips(ShardReader(manifest), segments, Numbered(sampler, number), config.frames, limit=10_000)
+                HeldoutClips(
+                    [ShardReader(manifest)], [segments], Numbered(sampler, number), config.frames, limit=10_000
+                )
                 for number in range(MASKS_PER_CLIP)
             ]
             sums.append(
@@ -45,14 +47,14 @@ def foretell(shards: Path) -> Cell:
         errors = [[yy - 2 * b @ xy + b @ xx @ b for xx, xy, yy in clip] for clip in held]
         found["error"][name] = np.sum(errors, axis=1).tolist()
         found["coefficients"][name] = b.tolist()
-        found["clips"] = [list(clip) for clip in each[0].clips]
+        found["clips"] = [list(clip[1:]) for clip in each[0].clips]
     assert set(found["error"]) == set(STRATEGIES)
     return found
 
 
 def _sums(clips: HeldoutClips, place: int, grid: TokenGrid) -> Normal:
     clip: HeldoutClip = clips.read(place)
-    run, start = clips.clips[place]
+    _, run, start = clips.clips[place]
     hidden_ST = clips._sampler.sample([(1, run, start)])[0].numpy().reshape(-1, grid.frames)
     values_TV, signal_V = clip.values_TV.double().numpy(), clip.signal_V.numpy()
     padded_TV = np.pad(values_TV * signal_V, ((0, 0), (0, 1)))

@@ -59,7 +59,7 @@ def reconstruct(shards: Path, export: Path) -> Cell:
     for name, sampler in samplers(manifest, model).items():
         sums = []
         for number in range(MASKS_PER_CLIP):
-            clips = HeldoutClips(reader, held, Numbered(sampler, number), model.config.frames, limit=10_000)
+            clips = HeldoutClips([reader], [held], Numbered(sampler, number), model.config.frames, limit=10_000)
             rows = []
             for place in range(len(clips.clips)):
                 clip = clips.read(place)
@@ -71,5 +71,5 @@ def reconstruct(shards: Path, export: Path) -> Cell:
             sums.append(rows)
         total = np.sum(sums, axis=0)
         found["error"][name], found["baseline"][name] = total[:, 0].tolist(), total[:, 1].tolist()
-        found["clips"] = [list(clip) for clip in clips.clips]
+        found["clips"] = [list(clip[1:]) for clip in clips.clips]
     return found

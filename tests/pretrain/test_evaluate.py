@@ -138,7 +138,7 @@ def test_a_model_in_seconds_is_measured_on_clips_of_any_length(one_rank: None, r
     for frames in (4, 9):
         grid = TokenGrid(mask, (6, 6, 6), frames, 2, affine)
         sampler = MaskSampler(grid, MaskConfig(strategy="random", ratio=0.5))
-        heldout = HeldoutClips(ShardReader(manifest), segments, sampler, frames, limit=2)
+        heldout = HeldoutClips([ShardReader(manifest)], [segments], sampler, frames, limit=2)
         table = torch.from_numpy(grid.patch_voxels)
         measured = heldout.measure(lambda x, hidden: model(x, hidden, manifest.recipe.tr), table, grid.n_voxels)
         assert 0 < measured.error < 10 * measured.baseline and measured.count_V.max() <= 2 * frames
