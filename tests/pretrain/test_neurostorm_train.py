@@ -63,7 +63,7 @@ def test_the_recipe_pretrains_and_exports_what_it_describes(shards: Path, tmp_pa
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["model.frames=64"], "the longest held-out stretch has"),
+        (["model.frames=64"], "the longest run has"),
         (["mask.ratio=0.9999"], "hides all 512 patches of this grid, so that nothing is left to see"),
         (["optimizer.lr=1e30", "steps=6"], "the loss is not a finite number, though the data are; lower optimizer.lr"),
     ],
