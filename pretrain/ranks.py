@@ -3,8 +3,6 @@
 import logging
 import os
 import socket
-import sys
-from pathlib import Path
 
 import torch
 
@@ -13,11 +11,6 @@ def accelerator_ready() -> None:
     """Tell DeepSpeed to run on the CPU where there is no GPU; must come before `import deepspeed`."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed compiles an op with the first ninja on PATH. Another version than last time, as the system's beside the
-    # environment's, compiles it anew, for minutes.
-    beside, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
-    if path.split(os.pathsep)[0] != beside:
-        os.environ["PATH"] = os.pathsep.join([beside, path])
 
 
 def join_ranks() -> tuple[int, int]:
@@ -31,6 +24,9 @@ def join_ranks() -> tuple[int, int]:
     accelerator_ready()
     import deepspeed
 
+    # On a CPU it would compile an op that only inference calls: that takes a minute, and a compilation that is killed
+    # leaves a lock on which every later launch waits without a word.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1")
