@@ -11,11 +11,12 @@ from boldforge.data_shards.dataset_files import files_named, is_outside, links_t
 from boldforge.data_shards.nifti import LONGEST_TR, SHORTEST_TR, HeaderError, open_bold
 from boldforge.data_shards.phenotype import LayoutError, Phenotype
 
-Layout = Literal["auto", "bids", "adhd200", "hcp", "table"]
+Layout = Literal["auto", "bids", "adhd200", "hcp", "openfmri", "table"]
 EXPECTED = {
     "bids": "fMRIPrep names (sub-*_bold.nii.gz)",
     "adhd200": "ADHD-200 Athena names (sfnwmrda<ID>_session_<n>_rest_<m>.nii.gz)",
     "hcp": "HCP folders (<subject>/MNINonLinear/Results/rfMRI_*)",
+    "openfmri": "OpenfMRI folders (sub001/BOLD/task001_run001/bold.nii.gz)",
     "table": "a table runs.tsv with the columns path and subject",
 }
 """What a folder of each layout holds, as messages say it."""
@@ -92,10 +93,10 @@ def find_runs(
     ----------
     folder
         A BIDS derivatives folder as fMRIPrep writes it (``bids``), an ADHD-200 Athena folder (``adhd200``), subject
-        folders of the Human Connectome Project (``hcp``), or a table (``table``: a TSV or CSV file, or a folder with
-        ``runs.tsv``).
+        folders of the Human Connectome Project (``hcp``), OpenfMRI's folders from before BIDS (``openfmri``), or a
+        table (``table``: a TSV or CSV file, or a folder with ``runs.tsv``).
     layout
-        One of the four, or ``auto`` to look at the names.
+        One of the five, or ``auto`` to look at the names.
     tr
         Seconds between frames for every run, in place of what sidecars and headers say.
     band_passed
@@ -112,6 +113,7 @@ def find_runs(
     from boldforge.data_shards.layout_adhd200 import find_adhd200
     from boldforge.data_shards.layout_bids import find_bids
     from boldforge.data_shards.layout_hcp import find_hcp
+    from boldforge.data_shards.layout_openfmri import find_openfmri
     from boldforge.data_shards.layout_table import find_table
 
     if tr is not None and not SHORTEST_TR <= tr <= LONGEST_TR:
@@ -130,6 +132,7 @@ def find_runs(
         "bids": lambda: find_bids(folder, root),
         "adhd200": lambda: find_adhd200(folder, root, band_passed),
         "hcp": lambda: find_hcp(folder, root),
+        "openfmri": lambda: find_openfmri(folder, root),
         "table": lambda: find_table(folder, root, tr),
     }
     if chosen not in finders:
@@ -154,6 +157,7 @@ def detect_layout(folder: Path) -> str:
     if folder.is_file() or (folder / "runs.tsv").is_file():
         return "table"
     from boldforge.data_shards.layout_hcp import is_hcp
+    from boldforge.data_shards.layout_openfmri import is_openfmri
 
     first: dict[str, Path] = {}
     for path in files_named(folder, re.compile(r".*\.nii(\.gz)?$")):
@@ -161,6 +165,8 @@ def detect_layout(folder: Path) -> str:
             first.setdefault("adhd200", path)
         elif is_hcp(path):
             first.setdefault("hcp", path)
+        elif is_openfmri(path):
+            first.setdefault("openfmri", path)
         elif re.match(r"sub-[^_]+_.*bold\.nii(\.gz)?$", path.name):
             first.setdefault("bids", path)
     if len(first) > 1:

@@ -217,5 +217,5 @@ def test_unknown_folders_say_what_was_expected(tmp_path):
         find_runs(tmp_path)
     with pytest.raises(LayoutError, match="no such folder"):
         find_runs(tmp_path / "gone")
-    with pytest.raises(LayoutError, match="valid layouts are auto, bids, adhd200, hcp, table"):
+    with pytest.raises(LayoutError, match="valid layouts are auto, bids, adhd200, hcp, openfmri, table"):
         find_runs(tmp_path, "freesurfer")
