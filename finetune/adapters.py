@@ -1,4 +1,4 @@
-"""LoRA on a frozen backbone's linear layers and 3D convolutions, through peft."""
+"""What of a backbone learns: LoRA through peft, prompts, some of its weights, all of them, or none."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import peft
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from boldforge.configs import StrictModel
@@ -26,11 +26,18 @@ class AdapterError(FinetuneError):
 
 
 class AdapterConfig(StrictModel):
-    """What learns: low-rank updates W + (alpha / rank) · B·A (Hu et al. 2021, arXiv 2106.09685), or all weights."""
+    """What learns: updates W + (alpha / rank) · B·A (LoRA, Hu et al. 2021, arXiv 2106.09685), prompts, or weights."""
 
-    kind: Literal["lora", "full"] = Field(
+    kind: Literal["lora", "prompts", "probe", "partial", "full"] = Field(
         "lora",
-        description="lora: low-rank updates of a frozen backbone. full: every weight from first_stage on.",
+        description="lora: low-rank updates of a frozen backbone. prompts: learned tokens before every window of a "
+        "frozen backbone (TPT, Wang et al. 2025). probe: the head alone. partial: the weights of the last_stages, or "
+        "those that unfreeze names. full: every weight from first_stage on.",
+    )
+    prompts: int = Field(50, ge=1, le=1000, description="Of kind prompts: learned tokens per block.")
+    last_stages: int | None = Field(None, ge=1, description="Of kind partial: train the last so many stages.")
+    unfreeze: tuple[str, ...] = Field(
+        (), description="Of kind partial: train the parameters with these names or patterns (stages.3.*, *.norm?.*)."
     )
     rank: int = Field(4, ge=0, le=256, description="Rank of every update; 0 trains the head alone (a linear probe).")
     alpha: float | None = Field(
@@ -72,7 +79,18 @@ class AdapterConfig(StrictModel):
     @property
     def frozen(self) -> bool:
         """Whether the head alone is trained."""
-        return self.kind == "lora" and self.rank == 0
+        return self.kind == "probe" or (self.kind == "lora" and self.rank == 0)
+
+    @model_validator(mode="after")
+    def _one_meaning(self) -> "AdapterConfig":
+        if (self.kind == "partial") != bool(self.last_stages or self.unfreeze):
+            raise ValueError(
+                "kind partial needs last_stages or unfreeze, which say what to train, and no other kind reads them; "
+                "set one of the two with kind partial, and neither with another"
+            )
+        if self.last_stages and self.unfreeze:
+            raise ValueError("last_stages and unfreeze both say what to train; set one of them")
+        return self
 
 
 @dataclass(frozen=True)
@@ -84,20 +102,45 @@ class AdapterInfo:
     layers: tuple[str, ...]
 
 
-def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 0) -> AdapterInfo:
-    """Freeze a backbone and put LoRA on its layers, or unfreeze it from a stage on; in place.
+def resolve_adapter(backbone: Backbone, config: AdapterConfig) -> AdapterConfig:
+    """Return the config with the first stage that learns, which for the last N stages depends on the backbone.
 
-    Updates start at zero (B = 0), so the embedding does not change until something is learned.
+    Raises
+    ------
+    AdapterError
+        If the backbone has no such stage.
+    """
+    stages = backbone.n_stages
+    if config.last_stages is not None:
+        if config.last_stages > stages:
+            raise AdapterError(
+                f"adapter.last_stages is {config.last_stages}, but this encoder has {stages} stages; set it to "
+                f"{stages} or less, or kind to full."
+            )
+        return config.model_copy(update={"first_stage": stages - config.last_stages})
+    # For a head alone everything may lie below.
+    if config.first_stage >= stages + config.frozen:
+        raise AdapterError(
+            f"adapter.first_stage is {config.first_stage}, but this encoder has {stages} stages, counted "
+            f"from 0; set it to {stages - 1} or less."
+        )
+    return config
+
+
+def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 0) -> AdapterInfo:
+    """Freeze a backbone and give it what learns: LoRA, prompts, or weights of its own; in place.
+
+    LoRA's updates start at zero (B = 0), so the embedding does not change until something is learned.
 
     Parameters
     ----------
     backbone
         Its ``network`` must carry no adapter yet.
     config
-        Rank 0 freezes and adapts nothing. Of kind ``full``, every parameter that `first_stage` and what lies above it
-        use is trained.
+        Kind ``probe`` and rank 0 freeze and adapt nothing. Of kind ``full``, every parameter that `first_stage` and
+        what lies above it use is trained, of kind ``partial`` those of them that are asked for.
     seed
-        Decides A.
+        Decides A, or the prompts.
 
     Returns
     -------
@@ -107,25 +150,21 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 0) -> 
     Raises
     ------
     AdapterError
-        If no layer has one of the target names, a key of `ranks` fits none of them, or the first stage does not exist.
+        If no layer has one of the target names, a key of `ranks` fits none of them, the first stage does not exist, or
+        the backbone cannot take prompts.
     """
-    network = backbone.network
-    if hasattr(network, "peft_config"):
+    config = resolve_adapter(backbone, config)
+    if hasattr(backbone.network, "peft_config"):
         raise ValueError("the network already carries an adapter; load the backbone afresh")
-    if config.first_stage >= backbone.n_stages:
-        raise AdapterError(
-            f"adapter.first_stage is {config.first_stage}, but this encoder has {backbone.n_stages} stages, counted "
-            f"from 0; set it to {backbone.n_stages - 1} or less."
-        )
-    network.requires_grad_(False)
-    if config.kind == "full":
-        layers = backbone.stage_parameters(config.first_stage)
-        for name in layers:
-            network.get_parameter(name).requires_grad_(True)
-        count = sum(network.get_parameter(name).numel() for name in layers)
-        return AdapterInfo(count, _count(network), tuple(layers))
-    if config.rank == 0:
-        return AdapterInfo(0, _count(network), ())
+    backbone.network.requires_grad_(False)
+    if config.frozen:
+        return AdapterInfo(0, _count(backbone.network), ())
+    if config.kind == "prompts":
+        names = _add_prompts(backbone, config, seed)  # gives the backbone another network
+        return _learn(backbone.network, names)
+    if config.kind in ("partial", "full"):
+        return _learn(backbone.network, _unfrozen(backbone, config))
+    network = backbone.network
     ranks = _layer_ranks(backbone, config)
     lora = peft.LoraConfig(
         r=config.rank,
@@ -147,6 +186,36 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 0) -> 
     return AdapterInfo(trainable, _count(network), tuple(ranks))
 
 
+def _learn(network: nn.Module, names: list[str]) -> AdapterInfo:
+    for name in names:
+        network.get_parameter(name).requires_grad_(True)
+    return AdapterInfo(sum(network.get_parameter(name).numel() for name in names), _count(network), tuple(names))
+
+
+def _unfrozen(backbone: Backbone, config: AdapterConfig) -> list[str]:
+    """Name the backbone's own parameters that learn."""
+    known = backbone.stage_parameters(config.first_stage)
+    for pattern in config.unfreeze:
+        if not any(_fits(name, pattern) for name in known):
+            raise AdapterError(
+                f"adapter.unfreeze: {pattern!r} fits no parameter from stage {config.first_stage} on, such as "
+                f"{', '.join(known[:3])}; correct it, or set adapter.first_stage lower."
+            )
+    return [name for name in known if not config.unfreeze or any(_fits(name, pattern) for pattern in config.unfreeze)]
+
+
+def _add_prompts(backbone: Backbone, config: AdapterConfig, seed: int) -> list[str]:
+    """Give the blocks their prompts and name these."""
+    give = getattr(backbone, "add_prompts", None)
+    if give is None:
+        raise AdapterError(
+            "adapter.kind is prompts, but this network has no windows to put prompts before; set it to lora."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return give(config.prompts, config.first_stage)
+
+
 def merge_adapter(backbone: Backbone) -> None:
     """Add the updates to the weights they update, so that inference costs what the plain network costs."""
     for layer in _lora_layers(backbone):
@@ -156,11 +225,12 @@ def merge_adapter(backbone: Backbone) -> None:
 def unmerge_adapter(backbone: Backbone) -> None:
     """Take off what `merge_adapter` added, to rounding."""
     for layer in _lora_layers(backbone):
-        layer.unmerge()
+        if layer.merged:
+            layer.unmerge()
 
 
 def adapter_state(backbone: Backbone) -> dict[str, Tensor]:
-    """Return what training changes, on the CPU: the adapter's tensors under peft's file names, or the unfrozen weights.
+    """Return what training changes, on the CPU: LoRA's tensors under peft's file names, prompts, or unfrozen weights.
 
     Empty where the backbone is frozen and carries no adapter.
     """

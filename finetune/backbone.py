@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from boldforge.data_shards import get_grid
 from boldforge.finetune.errors import FinetuneError
 from boldforge.pretrain import NeuroStorm, Pretrained, load_pretrained, move_to_grid
+from boldforge.pretrain.neurostorm_prompts import add_prompts
 
-Pool = Literal["mean", "mean_std", "multiscale"]
+Pool = Literal["mean", "mean_std", "multiscale", "tokens", "tokens_std"]
 
 POOL_CHOICES = (
     "mean: mean over the last stage's tokens. mean_std: that, and the mean over space of their standard deviation over "
     "time. multiscale: mean, and that deviation at every stage, because the LayerNorm of each merging takes away how "
-    "strongly a token fluctuates, which is most of what BOLD without its mean says about a person."
+    "strongly a token fluctuates, which is most of what BOLD without its mean says about a person. tokens: every "
+    "token of the last stage, mean over time, side by side: where something happens, for the conditions of a task. "
+    "tokens_std: that, and every token's standard deviation over time, for who somebody is."
 )
 
 
@@ -86,7 +89,9 @@ class NeuroStormBackbone:
         ``mean``: mean over tokens. ``mean_std``: that, and beside it the mean over space of the standard deviation
         over time. ``multiscale``: the mean, and that deviation of the tokens that enter every stage and leave the last.
         BOLD with its mean removed says little by its average; what tells people apart is how strongly it fluctuates,
-        and the LayerNorm of every merging takes that away, so it is read at each stage before it is gone.
+        and the LayerNorm of every merging takes that away, so it is read at each stage before it is gone. ``tokens``:
+        every last-stage token's mean over time, one after the other, S · C numbers. ``tokens_std``: that, and its
+        standard deviation over time.
     """
 
     def __init__(self, pretrained: Pretrained, pool: Pool = "multiscale") -> None:
@@ -95,8 +100,10 @@ class NeuroStormBackbone:
         self.pool: str = pool
         self.n_stages = self._encoder.config.n_stages
         dims = [self._encoder.config.embed_dim * 2**i for i in range(self.n_stages)]
-        deviations = {"mean": 0, "mean_std": dims[-1], "multiscale": sum(dims) + dims[-1]}
-        self.dim = dims[-1] + deviations[pool]
+        deviations = {"mean": 0, "mean_std": dims[-1], "multiscale": sum(dims) + dims[-1], "tokens": 0, "tokens_std": 0}
+        last = self._encoder.token_grid.stages[-1].n_tokens
+        per_token = {"tokens": 1, "tokens_std": 2}
+        self.dim = per_token[pool] * last * dims[-1] if pool in per_token else dims[-1] + deviations[pool]
         self.any_length = self._encoder.config.time == "seconds"
         self.fewest_frames = self._encoder.config.fewest_frames
         self.data: Mapping[str, Any] = pretrained.config["data"]
@@ -114,6 +121,12 @@ class NeuroStormBackbone:
     def embed_from(self, partway: Partway, stage: int) -> Tensor:
         """Run `stage` and all above it on what `encode_until` gave, and pool to [B, C]."""
         tokens_BLC, pooled_BP = self._run(partway, stage, self.n_stages)
+        if self.pool in ("tokens", "tokens_std"):
+            tokens_BSTC = tokens_BLC.unflatten(1, (self._encoder.token_grid.stages[-1].n_tokens, -1))
+            each = [tokens_BSTC.mean(dim=2).flatten(1)]
+            if self.pool == "tokens_std":
+                each.append((tokens_BSTC.var(dim=2, unbiased=False) + 1e-8).sqrt().flatten(1))
+            return torch.cat(each, dim=-1)
         parts = [tokens_BLC.mean(dim=1)]
         if self.pool != "mean":
             parts += [pooled_BP, self._deviation(tokens_BLC, self.n_stages - 1)]
@@ -131,6 +144,28 @@ class NeuroStormBackbone:
     def stage_parameters(self, first_stage: int) -> list[str]:
         """Name the encoder's parameters from `first_stage` on."""
         return parameters_of(self.network, self._parts(first_stage))
+
+    def add_prompts(self, length: int, first_stage: int) -> list[str]:
+        """Put learned tokens before every window of the blocks from `first_stage` on, and name them.
+
+        Raises
+        ------
+        FinetuneError
+            If the encoder was pretrained with prompts.
+        """
+        if self._encoder.config.prompts:
+            raise FinetuneError(
+                f"this encoder brings {self._encoder.config.prompts} prompts of its own; set adapter.kind to lora or "
+                "partial."
+            )
+        prompted = add_prompts(self._encoder, length)
+        for stage in range(first_stage):
+            # What lies below the first adapted stage is computed without any.
+            for block in prompted.stages[stage].blocks:  # type: ignore[union-attr]
+                block.prompt = None
+        prompted.requires_grad_(False)
+        self.network = self._encoder = prompted
+        return [name for name, _ in prompted.named_parameters() if name.endswith(".prompt")]
 
     def _parts(self, first_stage: int) -> list[str]:
         parts = ["patch_embed"] if first_stage == 0 else []

@@ -1,6 +1,7 @@
 """A backbone, its adapter and a head: clips in, logits out; and the folder that keeps the last two."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from boldforge.data_shards import DataRecipe
 from boldforge.finetune.adapters import (
     AdapterConfig,
     AdapterError,
@@ -18,15 +20,24 @@ from boldforge.finetune.adapters import (
     attach_adapter,
     load_adapter_state,
     peft_description,
+    resolve_adapter,
+    unmerge_adapter,
 )
 from boldforge.finetune.backbone import Backbone
-from boldforge.finetune.networks import make_backbone
+from boldforge.finetune.fmcib_config import FmcibConfig
+from boldforge.finetune.networks import BackboneSpec, make_backbone
 from boldforge.finetune.resnet_rnn import ResnetRnnBackbone, ResnetRnnConfig
 from boldforge.finetune.tasks import Task, get_task
+from boldforge.finetune.tasks.base import Matching
 
+logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
-_WEIGHTS = {"lora": "adapter_model.safetensors", "full": "tuned.safetensors"}
-ADAPTER_FILES = ("task.json", "head.safetensors", *_WEIGHTS.values(), "adapter_config.json")
+_TUNED = "tuned.safetensors"
+_WEIGHTS = {"lora": "adapter_model.safetensors", "prompts": "prompts.safetensors", "partial": _TUNED, "full": _TUNED}
+_KEPT = "candidates.safetensors"
+ADAPTER_FILES = ("task.json", "head.safetensors", _KEPT, *dict.fromkeys(_WEIGHTS.values()), "adapter_config.json")
+# What an encoder reads; the precision of the shards is not part of it.
+_INPUT = ("clip_length", "mask_sha256", *(name for name in DataRecipe.model_fields if name != "dtype"))
 
 
 class Head(nn.Module):
@@ -85,18 +96,20 @@ class Classifier(nn.Module):
         Attached here.
     seed
         Decides the adapter's and the head's first values.
+    hidden
+        Of the `Head`.
     """
 
-    def __init__(self, backbone: Backbone, task: Task, adapter: AdapterConfig, seed: int = 0) -> None:
+    def __init__(self, backbone: Backbone, task: Task, adapter: AdapterConfig, seed: int = 0, hidden: int = 0) -> None:
         super().__init__()
         self.backbone = backbone
         self.task = task
-        self.adapter = adapter
+        self.adapter = adapter = resolve_adapter(backbone, adapter)
         self.info: AdapterInfo = attach_adapter(backbone, adapter, seed)
         self.network = backbone.network
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.head = Head(backbone.dim, task.n_outputs)
+            self.head = Head(backbone.dim, task.n_outputs, hidden)
         self.train(False)
 
     @property
@@ -125,8 +138,13 @@ class Classifier(nn.Module):
         return self.task.scores(self(values_BTV))
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Switch the adapter's dropout; the frozen backbone itself never leaves evaluation mode."""
+        """Switch the adapter's dropout; the frozen backbone itself never leaves evaluation mode.
+
+        An adapter that was merged is taken off the weights first: merged, it would not learn, and nothing would say so.
+        """
         super().train(mode)
+        if mode:
+            unmerge_adapter(self.backbone)
         for name, module in self.network.named_modules():
             if "lora_dropout" not in name:
                 module.training = False
@@ -165,8 +183,8 @@ def save_adapter(classifier: Classifier, folder: str | Path, figures: Mapping[st
         What was trained.
     folder
         Made if missing; an older adapter in it is removed first. Receives ``adapter_config.json`` and
-        ``adapter_model.safetensors`` (peft's format; absent for rank 0, which has no adapter) or, of kind ``full``,
-        ``tuned.safetensors``; ``head.safetensors`` and ``task.json``.
+        ``adapter_model.safetensors`` (peft's format; absent for rank 0, which has no adapter), ``prompts.safetensors``
+        or, of kinds ``partial`` and ``full``, ``tuned.safetensors``; ``head.safetensors`` and ``task.json``.
     figures
         Whatever should stand beside the weights: metrics, number of subjects, whether they were simulated.
 
@@ -184,6 +202,8 @@ def save_adapter(classifier: Classifier, folder: str | Path, figures: Mapping[st
     state = classifier.state()
     head = {name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")}
     save_file(head, folder / "head.safetensors")
+    if isinstance(classifier.task, Matching):
+        save_file({name: tensor.contiguous() for name, tensor in classifier.task.tensors.items()}, folder / _KEPT)
     kind = classifier.adapter.kind
     if not classifier.adapter.frozen:
         adapter = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
@@ -194,7 +214,11 @@ def save_adapter(classifier: Classifier, folder: str | Path, figures: Mapping[st
         "format_version": FORMAT_VERSION,
         "task": classifier.task.name,
         "classes": list(classifier.task.classes),
-        "head": {"inputs": backbone.dim, "outputs": classifier.task.n_outputs},
+        "head": {
+            "inputs": backbone.dim,
+            "outputs": classifier.task.n_outputs,
+            "hidden": classifier.head.hidden.out_features if classifier.head.hidden is not None else 0,
+        },
         "pool": backbone.pool,
         "adapter": classifier.adapter.model_dump(mode="json"),
         "trainable_parameters": classifier.trainable,
@@ -207,7 +231,7 @@ def save_adapter(classifier: Classifier, folder: str | Path, figures: Mapping[st
     return folder
 
 
-def load_adapter(folder: str | Path, backbone: Backbone) -> Classifier:
+def load_adapter(folder: str | Path, backbone: Backbone, force: bool = False) -> Classifier:
     """Load an adapter folder onto the backbone it was trained on.
 
     Parameters
@@ -215,7 +239,9 @@ def load_adapter(folder: str | Path, backbone: Backbone) -> Classifier:
     folder
         Written by `save_adapter`.
     backbone
-        Freshly loaded; its weights hash and pooling must be those recorded in ``task.json``.
+        Freshly loaded; its weights hash, atlas, input recipe and pooling must be those recorded in ``task.json``.
+    force
+        Take another base all the same, if the adapter's tensors fit it, and warn; the pooling must still be the same.
 
     Returns
     -------
@@ -229,12 +255,7 @@ def load_adapter(folder: str | Path, backbone: Backbone) -> Classifier:
     """
     folder = Path(folder)
     content = read_task(folder)
-    if content["base_weights_hash"] != backbone.weights_hash:
-        raise AdapterError(
-            f"{folder}: this adapter was trained on the encoder with weights hash {content['base_weights_hash']}, but "
-            f"the encoder given has {backbone.weights_hash}; on another base it would give meaningless predictions, so "
-            "give the export that it was trained on, or finetune again."
-        )
+    _check_base(folder, content, backbone, force)
     if content["pool"] != backbone.pool:
         raise AdapterError(
             f"{folder}: the head was trained on pooling {content['pool']!r}, the encoder was loaded with "
@@ -245,20 +266,47 @@ def load_adapter(folder: str | Path, backbone: Backbone) -> Classifier:
     state = {f"head.{name}": tensor for name, tensor in head.items()}
     if not adapter.frozen:
         state |= _read_tensors(folder / _WEIGHTS[adapter.kind])
-    classifier = Classifier(backbone, get_task(content["task"], classes=content.get("classes", ())), adapter)
+    kept = _read_tensors(folder / _KEPT) if (folder / _KEPT).is_file() else None
+    task = get_task(content["task"], classes=content.get("classes", ()), tensors=kept)
+    hidden = content["head"].get("hidden", 0)
+    classifier = Classifier(backbone, task, adapter, hidden=hidden)
     classifier.load_state(state)
     return classifier
 
 
-def load_classifier(backbone_folder: str | Path | None, adapter_folder: str | Path) -> Classifier:
+def _check_base(folder: Path, content: Mapping[str, Any], backbone: Backbone, force: bool) -> None:
+    """Refuse a base with other weights, another atlas or another input than the adapter was trained on."""
+    recorded = content.get("data", {})
+    differing = []
+    if content["base_weights_hash"] != backbone.weights_hash:
+        differing.append(f"weights hash {backbone.weights_hash} instead of {content['base_weights_hash']}")
+    for name in ("atlas_sha256", *_INPUT):
+        found, expected = backbone.data.get(name), recorded.get(name)
+        if name in recorded and found != expected:
+            differing.append(f"{name} {found} instead of {expected}")
+    if not differing:
+        return
+    said = f"{folder}: the encoder given is not the one this adapter was trained on ({', '.join(differing)})"
+    if not force:
+        raise AdapterError(
+            f"{said}; on another base it would give meaningless predictions, so give the export that it was trained "
+            "on, or finetune again (--force-base, or force=True, takes it all the same)."
+        )
+    logger.warning("%s; taken all the same, as asked: its figures do not hold here.", said)
+
+
+def load_classifier(backbone_folder: str | Path | None, adapter_folder: str | Path, force: bool = False) -> Classifier:
     """Load an encoder and the adapter trained on it, with the pooling that the adapter records.
 
     Parameters
     ----------
     backbone_folder
-        As for `load_backbone`; None for a network that was trained from nothing, which its own folder holds whole.
+        As for `load_backbone`, or FMCIB's weights file; None for a network that was trained from nothing, which its own
+        folder holds whole.
     adapter_folder
         Written by `save_adapter`.
+    force
+        See `load_adapter`.
 
     Raises
     ------
@@ -272,8 +320,12 @@ def load_classifier(backbone_folder: str | Path | None, adapter_folder: str | Pa
             f"{adapter_folder}: was trained "
             + ("on a pretrained encoder; give its folder." if network is None else "from nothing; give no encoder.")
         )
-    spec = ResnetRnnConfig.model_validate(network) if network is not None else Path(str(backbone_folder))
-    return load_adapter(adapter_folder, make_backbone(spec, content["pool"], content["data"], 0))
+    spec: BackboneSpec = Path(str(backbone_folder))
+    if network is not None:
+        spec = ResnetRnnConfig.model_validate(network)
+    elif content["data"].get("input") == "volume":
+        spec = FmcibConfig(kind="fmcib", weights=Path(str(backbone_folder)))
+    return load_adapter(adapter_folder, make_backbone(spec, content["pool"], content["data"], 0), force)
 
 
 def read_task(folder: str | Path) -> dict[str, Any]:

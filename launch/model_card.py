@@ -5,7 +5,19 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-FIGURES = ("auc", "balanced_accuracy", "accuracy", "sensitivity", "specificity", "brier", "r2", "r", "mae")
+FIGURES = (
+    "top1",
+    "top5",
+    "auc",
+    "balanced_accuracy",
+    "accuracy",
+    "sensitivity",
+    "specificity",
+    "brier",
+    "r2",
+    "r",
+    "mae",
+)
 
 
 def render_card(config: Mapping[str, Any], summary: Mapping[str, Any], task: Mapping[str, Any]) -> str:
@@ -42,6 +54,7 @@ def render_card(config: Mapping[str, Any], summary: Mapping[str, Any], task: Map
         # One count for all: a cross-validation, whose adapter is trained on everyone once the folds are measured.
         cross_validated="n" in adapted.get("subjects", {}),
         overlap=describe_overlap(adapted),
+        rows=adapted.get("rows", "subjects"),
         n_tested=figures.get("n"),
         n_positive=figures.get("n_positive"),
         n_subjects=count_subjects(adapted.get("subjects", {})),

@@ -24,12 +24,11 @@ from torch import Tensor
 
 import boldforge
 from boldforge.configs import BoldForgeError
-from boldforge.finetune import Classifier, NeuroStormBackbone, load_adapter, read_task
+from boldforge.finetune import ADAPTER_FILES, Classifier, NeuroStormBackbone, load_adapter, read_task
 from boldforge.finetune.backbone import Backbone, fit_to_data
 from boldforge.launch.model_card import render_card
 from boldforge.pretrain import load_pretrained
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors", "task.json")
 _PROBE_SEED = 0
 # Float32 on another processor, thread count or version of torch: a wrong file is off by far more.
 _ROUNDING = 1e-3
@@ -127,9 +126,9 @@ def from_pretrained(folder: str | Path, data: Mapping[str, Any] | None = None) -
     if adapter.is_dir():
         # An adapter changes its encoder in place, so it gets one of its own.
         twin = replace(pretrained, model=copy.deepcopy(pretrained.model))
-        task = read_task(adapter)
+        task, forced = read_task(adapter), bool(config.get("adapter", {}).get("forced_base"))
         fitted = fit_to_data(twin, task.get("data", {}))
-        classifier = load_adapter(adapter, NeuroStormBackbone(fitted, task["pool"]))
+        classifier = load_adapter(adapter, NeuroStormBackbone(fitted, task["pool"]), forced)
     # A release says how its tokens are pooled, so that another default in another version changes no embedding.
     pool = config.get("embedding", {}).get("pool")
     pretrained = fit_to_data(pretrained, data or {})
@@ -139,7 +138,11 @@ def from_pretrained(folder: str | Path, data: Mapping[str, Any] | None = None) -
 
 
 def write_release(
-    pretrained: str | Path, out: str | Path, adapter: str | Path | None = None, replace: bool = False
+    pretrained: str | Path,
+    out: str | Path,
+    adapter: str | Path | None = None,
+    replace: bool = False,
+    force_base: bool = False,
 ) -> Path:
     """Write a release: everything is checked, written beside its place, and moved there whole.
 
@@ -155,6 +158,8 @@ def write_release(
         A folder that `boldforge.finetune.save_adapter` wrote, or one with it as ``adapter/``; trained on these weights.
     replace
         Replace a release that is already there.
+    force_base
+        Release an adapter with weights it was not trained on; ``config.json`` and the card say so.
 
     Raises
     ------
@@ -176,6 +181,7 @@ def write_release(
             config["embedding"] = {"pool": read_task(adapter)["pool"]}
             _copy_adapter(adapter, staged / "adapter")
             config["adapter"] = {"files": {path.name: _sha256(path) for path in sorted((staged / "adapter").iterdir())}}
+            config["adapter"] |= {"forced_base": True} if force_base else {}
         _write_json(staged / "config.json", config)
         model = from_pretrained(staged)
         config["embedding"] = {"pool": model.backbone.pool, "dim": model.backbone.dim}
