@@ -5,7 +5,7 @@ chosen on validation subjects, scored once on test subjects.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,10 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import LinearSVC, LinearSVR
 
 from boldforge.data_shards import Manifest, ShardReader, atlas_on_grid, load_atlas
-from boldforge.finetune.cohort import Subject
+from boldforge.finetune.harmonise import ComBat
+from boldforge.finetune.subjects import Subject
 from boldforge.finetune.tasks import Task
-from boldforge.finetune.tasks.base import Kind
+from boldforge.finetune.tasks.base import Comparing, Kind, Matching
 
 Floats = npt.NDArray[np.float64]
 OnProgress = Callable[[int, int], None]
@@ -40,25 +41,41 @@ class Baseline:
     features: str
     called: str
     model: str
+    harmonised: bool = False
 
     def says(self, kind: Kind) -> str:
         """Describe it for a task of that kind."""
         regression = {"linear": "ridge regression", "svm": "linear support vector regression"}
         classifiers = {"linear": "logistic regression", "svm": "linear SVM"}
-        return f"{self.called}, {(regression if kind == 'regression' else classifiers)[self.model]}"
+        called = self.called + (" with sites harmonised by ComBat" if self.harmonised else "")
+        if kind == "match":
+            return f"{called}, compared as it is"
+        return f"{called}, {(regression if kind == 'regression' else classifiers)[self.model]}"
 
 
-BASELINES: Mapping[str, Baseline] = {
+_PLAIN: dict[str, Baseline] = {
     "site": Baseline("site", "site alone", "linear"),
     "demographics": Baseline("demographics", "site, age and sex", "linear"),
     "connectivity": Baseline("connectivity", "AAL3 functional connectivity", "linear"),
     "connectivity-svm": Baseline("connectivity", "AAL3 functional connectivity", "svm"),
+    "volume": Baseline("volume", "50 components of the volume", "linear"),
+    "regions": Baseline("regions", "mean of every AAL3 region", "linear"),
     "image": Baseline("image", "50 components of the mean and amplitude image", "linear"),
+}
+# ComBat takes the sites' means and spreads out of what was measured, not out of what was asked.
+BASELINES: Mapping[str, Baseline] = _PLAIN | {
+    f"{name}+combat": replace(baseline, harmonised=True)
+    for name, baseline in _PLAIN.items()
+    if baseline.features not in ("site", "demographics")
 }
 
 
 def subject_features(
-    reader: ShardReader, subjects: Sequence[Subject], kinds: Sequence[str], on_progress: OnProgress | None = None
+    reader: ShardReader,
+    subjects: Sequence[Subject],
+    kinds: Sequence[str],
+    on_progress: OnProgress | None = None,
+    clip_length: int = 0,
 ) -> dict[str, npt.NDArray[Any]]:
     """Compute the features of every subject, reading each run once.
 
@@ -69,19 +86,22 @@ def subject_features(
     subjects
         Whose features.
     kinds
-        Of ``site``, ``demographics``, ``connectivity`` and ``image``.
+        Of ``site``, ``demographics``, ``connectivity``, ``regions`` and ``image``.
     on_progress
         Called with subjects done and subjects in all.
+    clip_length
+        T, frames, of parts of subjects.
 
     Returns
     -------
     dict
         Kind to an array with one row per subject. ``connectivity``: Fisher z of the correlations between the mean time
-        courses of the AAL3 regions on the grid, mean over the subject's runs. ``image``: every voxel's mean, then every
-        voxel's standard deviation over time, mean over runs.
+        courses of the AAL3 regions on the grid, mean over the subject's runs. ``regions``: their means over time.
+        ``image``: every voxel's mean, then every voxel's standard deviation over time, mean over runs. Of a part of a
+        subject only the frames of its clips count.
     """
     found: dict[str, list[Any]] = {kind: [] for kind in kinds}
-    regions = _region_means(reader.manifest) if "connectivity" in kinds else None
+    regions = _region_means(reader.manifest) if {"connectivity", "regions"} & set(kinds) else None
     for number, subject in enumerate(subjects):
         phenotype = reader.manifest.runs[subject.runs[0]].phenotype
         if "site" in kinds:
@@ -89,9 +109,12 @@ def subject_features(
         if "demographics" in kinds:
             age, sex = phenotype.get("age"), phenotype.get("sex")
             found["demographics"].append([subject.site or "", str(sex or ""), np.nan if age is None else age])
-        if "connectivity" in kinds or "image" in kinds:
-            per_run = [_run_features(reader, run, regions) for run in subject.runs]
-            for kind, values in zip(("connectivity", "image"), zip(*per_run, strict=True), strict=True):
+        if {"connectivity", "regions", "image"} & set(kinds):
+            whole = [(0, reader.manifest.runs[run].n_frames) for run in subject.runs]
+            spans = [(start, clip_length) for start in subject.starts] or whole
+            runs = subject.runs * len(spans) if subject.starts else subject.runs
+            per_run = [_run_features(reader, run, regions, *span) for run, span in zip(runs, spans, strict=True)]
+            for kind, values in zip(("connectivity", "regions", "image"), zip(*per_run, strict=True), strict=True):
                 if kind in kinds:
                     found[kind].append(np.mean(values, axis=0))
         if on_progress:
@@ -110,6 +133,7 @@ def baseline_scores(
     train: Sequence[int],
     validation: Sequence[int],
     test: Sequence[int],
+    sites: Sequence[str | None] = (),
 ) -> tuple[Floats, Floats]:
     """Fit one baseline on a fold.
 
@@ -125,6 +149,8 @@ def baseline_scores(
         One per subject.
     train, validation, test
         Positions of subjects. The regularisation is the one with the highest validation figure.
+    sites
+        One per subject, for harmonised baselines: site effects are estimated from the training subjects alone.
 
     Returns
     -------
@@ -132,19 +158,39 @@ def baseline_scores(
         As the task's own scores: [N], for several classes [N, K].
     """
     truth = np.asarray(labels)
+    if BASELINES[name].harmonised:
+        features = ComBat(features[list(train)], [sites[i] for i in train]).apply(features, sites)
+    if isinstance(task, Comparing):
+        # Nothing is fitted but the features' scale: recordings are compared as they are.
+        scaler = StandardScaler().fit(features[list(train)])
+        checked, tested = (
+            task.settle(truth[list(part)], scaler.transform(features[list(part)])) for part in (validation, test)
+        )
+        return checked, tested
+    targets = (
+        task.tensors["candidates"].double().numpy()[truth.astype(np.int64)] if isinstance(task, Matching) else truth
+    )
     best: tuple[float, Floats, Floats] | None = None
+    # What comes before the model does not depend on its strength, and the components of images take long.
+    before = _preparation(name, task, len(train)).fit(features[list(train)])
+    rows = {
+        part: before.transform(features[list(of)])
+        for part, of in (("train", train), ("val", validation), ("test", test))
+    }
     for strength in _STRENGTHS:
-        model = _model(name, task, strength, len(train))
-        model.fit(features[list(train)], truth[list(train)])
-        checked = _scores(model, task, features[list(validation)])
+        model = _model(name, task, strength)
+        model.fit(rows["train"], targets[list(train)])
+        checked = _scores(model, task, rows["val"])
         figure = task.headline(truth[list(validation)], checked)
         if best is None or figure > best[0]:
-            best = (figure, checked, _scores(model, task, features[list(test)]))
+            best = (figure, checked, _scores(model, task, rows["test"]))
     assert best is not None
     return best[1], best[2]
 
 
 def _scores(model: Any, task: Task, rows: npt.NDArray[Any]) -> Floats:
+    if isinstance(task, Matching):
+        return task.match(model.predict(rows))
     if task.kind == "regression":
         return np.asarray(model.predict(rows), dtype=np.float64)
     decision = model.decision_function(rows)
@@ -157,31 +203,34 @@ def _scores(model: Any, task: Task, rows: npt.NDArray[Any]) -> Floats:
     return scores
 
 
-def _model(name: str, task: Task, strength: float, n_train: int) -> Any:
-    baseline = BASELINES[name]
-    model: Any
+def _model(name: str, task: Task, strength: float) -> Any:
+    svm = BASELINES[name].model == "svm"
+    if isinstance(task, Matching):
+        return Ridge(alpha=1 / strength)
     if task.kind == "regression":
-        svm = baseline.model == "svm"
         model = LinearSVR(C=strength, max_iter=20_000, random_state=0) if svm else Ridge(alpha=1 / strength)
-        model = TransformedTargetRegressor(model, transformer=StandardScaler())
-    elif baseline.model == "svm":
-        model = LinearSVC(C=strength, class_weight="balanced", max_iter=20_000, random_state=0)
-    else:
-        model = LogisticRegression(C=strength, class_weight="balanced", max_iter=5000)
-    if baseline.features == "site":
-        return make_pipeline(OneHotEncoder(handle_unknown="ignore"), model)
-    if baseline.features == "demographics":
+        return TransformedTargetRegressor(model, transformer=StandardScaler())
+    if svm:
+        return LinearSVC(C=strength, class_weight="balanced", max_iter=20_000, random_state=0)
+    return LogisticRegression(C=strength, class_weight="balanced", max_iter=5000)
+
+
+def _preparation(name: str, task: Task, n_train: int) -> Any:
+    """Return what turns a baseline's features into numbers of about the same size."""
+    features = BASELINES[name].features
+    if features == "site":
+        return OneHotEncoder(handle_unknown="ignore")
+    if features == "demographics":
         # What is asked for must not be among what it is told from.
         numbers, names = [2] if task.column != "age" else [], [0, 1] if task.column != "sex" else [0]
-        columns = make_column_transformer(
+        return make_column_transformer(
             (OneHotEncoder(handle_unknown="ignore"), names),
             (make_pipeline(SimpleImputer(add_indicator=True, keep_empty_features=True), StandardScaler()), numbers),
         )
-        return make_pipeline(columns, model)
-    if baseline.features == "image":
+    if features in ("image", "volume"):
         components = PCA(min(_MOST_COMPONENTS, n_train - 1), random_state=0)
-        return make_pipeline(StandardScaler(), components, StandardScaler(), model)
-    return make_pipeline(StandardScaler(), model)
+        return make_pipeline(StandardScaler(), components, StandardScaler())
+    return StandardScaler()
 
 
 def _region_means(manifest: Manifest) -> npt.NDArray[np.float32]:
@@ -193,15 +242,17 @@ def _region_means(manifest: Manifest) -> npt.NDArray[np.float32]:
 
 
 def _run_features(
-    reader: ShardReader, run: int, regions_VR: npt.NDArray[np.float32] | None
-) -> tuple[Floats, npt.NDArray[np.float32]]:
-    """Return a run's connectivity (empty without regions) and its image; a long run is never in memory whole."""
-    n_frames = reader.manifest.runs[run].n_frames
+    reader: ShardReader, run: int, regions_VR: npt.NDArray[np.float32] | None, first: int, n_frames: int
+) -> tuple[Floats, Floats, npt.NDArray[np.float32]]:
+    """Return connectivity and region means (empty without regions) and image of a run's frames.
+
+    A long run is never in memory whole.
+    """
     courses = []
     total: Any = 0.0
     squares: Any = 0.0
-    for start in range(0, n_frames, _FRAMES_AT_ONCE):
-        clip = reader.read(run, start, min(_FRAMES_AT_ONCE, n_frames - start))
+    for start in range(first, first + n_frames, _FRAMES_AT_ONCE):
+        clip = reader.read(run, start, min(_FRAMES_AT_ONCE, first + n_frames - start))
         values_TV = clip.mean + clip.q * clip.scale
         if regions_VR is not None:
             courses.append(values_TV @ regions_VR)
@@ -210,7 +261,10 @@ def _run_features(
     mean = total / n_frames
     amplitude = np.sqrt(np.maximum(squares / n_frames - mean**2, 0))
     image = np.concatenate([mean, amplitude]).astype(np.float32)
-    return (_connectivity(np.concatenate(courses)) if courses else np.empty(0)), image
+    if not courses:
+        return np.empty(0), np.empty(0), image
+    courses_TR = np.concatenate(courses)
+    return _connectivity(courses_TR), courses_TR.mean(axis=0, dtype=np.float64), image
 
 
 def _connectivity(courses_TR: npt.NDArray[Any]) -> Floats:

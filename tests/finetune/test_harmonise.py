@@ -1,0 +1,104 @@
+"""ComBat takes out what differs between sites, and knows of training subjects only."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from boldforge.configs import load_config
+from boldforge.finetune import AdhdDiagnosis, FinetuneConfig, FinetuneError, finetune, harmonise
+from boldforge.finetune.baselines import baseline_scores
+from boldforge.finetune.harmonise import ComBat
+
+needs_packages = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("neuroHarmonize", "neuroCombat", "statsmodels")),
+    reason="boldforge[harmonise] is not installed",
+)
+
+
+def _cohort(seed=0, subjects=60):
+    """Features of three sites with means and spreads of their own; class 1 is a little higher everywhere."""
+    generator = np.random.default_rng(seed)
+    sites = [("KKI", "NYU", "OHSU")[number % 3] for number in range(subjects)]
+    labels = [float(number // 3 % 2) for number in range(subjects)]
+    rows = generator.standard_normal((subjects, 20)) + 0.8 * np.array(labels)[:, None]
+    shift = {"KKI": 0.0, "NYU": 6.0, "OHSU": -5.0}
+    scale = {"KKI": 1.0, "NYU": 3.0, "OHSU": 0.5}
+    return np.array([row * scale[site] + shift[site] for row, site in zip(rows, sites, strict=True)]), sites, labels
+
+
+@needs_packages
+def test_sites_are_alike_afterwards_and_people_still_differ():
+    rows, sites, labels = _cohort()
+    found = ComBat(rows, sites).apply(rows, sites)
+    names = np.array(sites)
+    means = [found[names == site].mean() for site in ("KKI", "NYU", "OHSU")]
+    spreads = [found[names == site].std() for site in ("KKI", "NYU", "OHSU")]
+    assert np.ptp(means) < 0.3 < np.ptp([rows[names == site].mean() for site in ("KKI", "NYU", "OHSU")])
+    assert max(spreads) / min(spreads) < 1.3
+    truth = np.array(labels)
+    assert (found[truth == 1] - found[truth == 0].mean(axis=0)).mean() > 0.3
+
+
+@needs_packages
+def test_test_subjects_cannot_change_the_fit():
+    """Other test subjects, or wild values in them, change no bit of training and validation rows and scores."""
+    rows, sites, labels = _cohort()
+    train, validation, test = list(range(0, 36)), list(range(36, 48)), list(range(48, 60))
+    spoilt = rows.copy()
+    spoilt[test] = 1e6 * np.random.default_rng(1).standard_normal((len(test), 20))
+    other = [*sites[:48], *("OHSU" for _ in test)]
+    outcomes = []
+    for values, places in ((rows, sites), (spoilt, sites), (rows, other)):
+        checked, _ = baseline_scores(
+            "connectivity+combat", AdhdDiagnosis(), values, labels, train, validation, test, places
+        )
+        fitted = ComBat(values[train], [places[i] for i in train])
+        outcomes.append((checked, fitted.apply(values[train + validation], [places[i] for i in train + validation])))
+    for checked, harmonised in outcomes[1:]:
+        assert np.array_equal(checked, outcomes[0][0]) and np.array_equal(harmonised, outcomes[0][1])
+
+
+@needs_packages
+def test_a_row_is_the_same_alone_and_among_others():
+    rows, sites, _ = _cohort()
+    fitted = ComBat(rows[:40], sites[:40])
+    together = fitted.apply(rows[40:], sites[40:])
+    for number in range(40, 46):
+        np.testing.assert_allclose(fitted.apply(rows[number : number + 1], [sites[number]])[0], together[number - 40])
+
+
+@needs_packages
+def test_what_cannot_be_estimated_stays_as_it_is():
+    rows, sites, _ = _cohort()
+    rows[:, 3] = 7.0
+    fitted = ComBat(rows[:40], sites[:40])
+    found = fitted.apply(rows, sites)
+    assert (found[:, 3] == 7.0).all() and np.isfinite(found).all()
+    unknown = fitted.apply(rows[:2], ["Brown", None])
+    assert np.array_equal(unknown, rows[:2])
+    lonely = ComBat(rows[:4], ["KKI", "KKI", "NYU", "NYU"])
+    assert np.array_equal(lonely.apply(rows, sites), rows)
+
+
+@needs_packages
+def test_a_study_shows_both_beside_each_other(cohort, encoder, tmp_path):
+    results = finetune(_config(cohort, encoder, tmp_path, baselines=["image", "image+combat"]))
+    assert "ComBat" in results["baselines"]["image+combat"]["says"]
+    assert results["baselines"]["image+combat"]["figures"]["n"] == 22
+
+
+def _config(cohort, encoder, out, **changes):
+    settings = {"shards": cohort, "backbone": encoder, "out": out, "clips": 1, "folds": 2, "training": {"epochs": 1}}
+    return load_config(FinetuneConfig, settings | {"adapter": {"kind": "probe"}} | changes)
+
+
+def test_a_site_that_nothing_is_known_of_cannot_be_harmonised(cohort, encoder, tmp_path):
+    with pytest.raises(FinetuneError, match="leave-one-site-out tests a site of which nothing is known"):
+        finetune(_config(cohort, encoder, tmp_path, protocol="leave-one-site-out", baselines=["connectivity+combat"]))
+
+
+def test_a_package_that_is_missing_is_named(cohort, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(harmonise.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FinetuneError, match=r"needs neuroHarmonize and .*pip install boldforge\[harmonise\]"):
+        finetune(_config(cohort, encoder, tmp_path, baselines=["image+combat"]))
