@@ -7,9 +7,10 @@ from typing import Any
 from boldforge.data_shards import Manifest, brain_mask, get_grid, mask_hash
 from boldforge.finetune.backbone import Backbone, Pool, load_backbone
 from boldforge.finetune.errors import FinetuneError
+from boldforge.finetune.fmcib_config import FmcibConfig
 from boldforge.finetune.resnet_rnn import ResnetRnnBackbone, ResnetRnnConfig
 
-BackboneSpec = ResnetRnnConfig | Path
+BackboneSpec = ResnetRnnConfig | FmcibConfig | Path
 
 
 def shard_data(manifest: Manifest, frames: int | None = None) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def make_backbone(spec: BackboneSpec, pool: Pool, data: Mapping[str, Any], seed:
         Of a pretrained encoder.
     data
         What `shard_data` gave, or an adapter folder recorded; a pretrained encoder brings its own, see `load_backbone`.
+        For FMCIB, what to record beside its own.
     seed
         Decides the first weights of a network without any.
 
@@ -45,6 +47,12 @@ def make_backbone(spec: BackboneSpec, pool: Pool, data: Mapping[str, Any], seed:
     """
     if isinstance(spec, Path):
         return load_backbone(spec, pool, data)
+    if isinstance(spec, FmcibConfig):
+        from boldforge.finetune.fmcib import load_fmcib  # MONAI takes seconds to import
+
+        backbone = load_fmcib(spec.weights)
+        backbone.data = {**backbone.data, **data}
+        return backbone
     if data.get("clip_length", spec.clip_length) != spec.clip_length:
         raise FinetuneError(
             f"frames is {data['clip_length']}, but backbone {spec.kind} has a clip_length of its own, "

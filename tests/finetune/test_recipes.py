@@ -14,7 +14,7 @@ def test_the_recipes_that_the_commands_name_exist():
 def test_every_recipe_builds_its_config(name):
     kind = FinetuneConfig if name.startswith("finetune/") else SweepConfig
     config = load_config(kind, name)
-    assert config.shards and config.backbone and config.out
+    assert (config.shards or config.images) and config.backbone and config.out
 
 
 @pytest.mark.parametrize("config", [FinetuneConfig, SweepConfig, TrainingConfig])
