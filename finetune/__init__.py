@@ -13,7 +13,14 @@ from boldforge.finetune.adapters import (
     unmerge_adapter,
 )
 from boldforge.finetune.backbone import Backbone, NeuroStormBackbone, load_backbone
-from boldforge.finetune.classifier import Classifier, load_adapter, load_classifier, read_task, save_adapter
+from boldforge.finetune.classifier import (
+    ADAPTER_FILES,
+    Classifier,
+    load_adapter,
+    load_classifier,
+    read_task,
+    save_adapter,
+)
 from boldforge.finetune.cross_validation import FinetuneConfig, finetune
 from boldforge.finetune.errors import FinetuneError, FoldError
 from boldforge.finetune.fit import TrainingConfig
@@ -35,6 +42,7 @@ __all__ = [
     "merge_adapter",
     "unmerge_adapter",
     "Classifier",
+    "ADAPTER_FILES",
     "save_adapter",
     "load_adapter",
     "load_classifier",

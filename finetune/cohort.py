@@ -5,7 +5,7 @@ Shape suffixes: T frames · V brain voxels.
 
 import errno
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,31 +18,11 @@ from boldforge.configs import load_config
 from boldforge.data_shards import DataRecipe, Manifest, ShardReader
 from boldforge.finetune.backbone import Backbone, Partway
 from boldforge.finetune.errors import FinetuneError
+from boldforge.finetune.subjects import Cohort, Subject
 from boldforge.finetune.tasks import Task
 
 logger = logging.getLogger(__name__)
 OnProgress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A labelled subject; ``runs`` are positions in ``manifest.runs``."""
-
-    name: str
-    label: float
-    site: str | None
-    runs: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """The subjects that can be used, sorted by name, and how many cannot."""
-
-    subjects: tuple[Subject, ...]
-    n_unlabelled: int
-    n_too_short: int
-    n_duplicates: int
-    simulated: bool
 
 
 def find_cohort(manifest: Manifest, task: Task, clip_length: int) -> Cohort:
@@ -178,6 +158,11 @@ class ClipSet:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def subject_labels(self) -> np.ndarray:
+        """float64 [clips], the label of each clip's subject."""
+        return self.labels[self.subject]
+
     def select(self, subjects: Sequence[int]) -> "ClipSet":
         """Keep the clips of these subjects (positions in ``labels``), which are numbered anew in the order given."""
         number = np.full(len(self.labels), -1)
@@ -236,27 +221,62 @@ def gather_clips(
     """
     length = int(backbone.data["clip_length"])
     plan = plan_clips(reader.manifest, subjects, clips, length)
+
+    def inputs() -> Iterator[tuple[int, torch.Tensor]]:
+        for number, run, start in plan:
+            clip = reader.read(run, start, length)
+            yield number, torch.from_numpy(clip.mean + clip.q * clip.scale).unsqueeze(0)
+
+    return write_clips(backbone, stage, inputs(), len(plan), subjects, folder, on_progress)
+
+
+def write_clips(
+    backbone: Backbone,
+    stage: int,
+    inputs: Iterable[tuple[int, torch.Tensor]],
+    count: int,
+    subjects: Sequence[Subject],
+    folder: Path,
+    on_progress: OnProgress | None = None,
+) -> ClipSet:
+    """Run inputs through what lies below the first adapted stage and keep what comes out.
+
+    Parameters
+    ----------
+    backbone, stage, folder, on_progress
+        As for `gather_clips`.
+    inputs
+        Each with its subject's position in `subjects`, as a batch of one.
+    count
+        How many there are.
+    subjects
+        Whose they are.
+
+    Returns
+    -------
+    ClipSet
+        In the order of the inputs.
+    """
     device = next(backbone.network.parameters()).device
-    pooled = []
+    pooled, owners = [], []
     # Plain writes: through a memory map of a file without blocks, a full disk is a SIGBUS that no program survives.
     with _name_full_disk(folder), (folder / "x.npy").open("wb") as stream:
-        for row, (_, run, start) in enumerate(plan):
-            clip = reader.read(run, start, length)
-            values_1TV = torch.from_numpy(clip.mean + clip.q * clip.scale).unsqueeze(0).to(device)
+        for row, (number, values) in enumerate(inputs):
             with torch.no_grad():
-                partway = backbone.encode_until(values_1TV, stage)
+                partway = backbone.encode_until(values.to(device), stage)
             entering = partway.x[0].float().cpu().numpy().astype("<f4", copy=False)
             pooled.append(partway.pooled[0].float().cpu().numpy())
+            owners.append(number)
             if row == 0:
-                header = {"descr": "<f4", "fortran_order": False, "shape": (len(plan), *entering.shape)}
+                header = {"descr": "<f4", "fortran_order": False, "shape": (count, *entering.shape)}
                 np.lib.format.write_array_header_1_0(stream, header)
             stream.write(entering.tobytes())
             if on_progress:
-                on_progress(row + 1, len(plan))
+                on_progress(row + 1, count)
         stream.flush()
         np.save(folder / "pooled.npy", np.stack(pooled))
         np.save(folder / "labels.npy", np.array([subject.label for subject in subjects], dtype=np.float64))
-        np.save(folder / "subject.npy", np.array([number for number, _, _ in plan], dtype=np.int64))
+        np.save(folder / "subject.npy", np.array(owners, dtype=np.int64))
     return ClipSet.load(folder)
 
 
@@ -285,6 +305,9 @@ def plan_clips(manifest: Manifest, subjects: Sequence[Subject], clips: int, leng
 
 
 def _clip_starts(manifest: Manifest, subject: Subject, clips: int, length: int) -> list[tuple[int, int]]:
+    if subject.starts:
+        kept = np.linspace(0, len(subject.starts) - 1, min(clips, len(subject.starts))).round().astype(int)
+        return [(subject.runs[0], subject.starts[i]) for i in kept]
     starts = []
     for number, run in enumerate(subject.runs):
         share = clips // len(subject.runs) + (number < clips % len(subject.runs))

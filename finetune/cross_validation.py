@@ -3,47 +3,54 @@
 import logging
 import statistics
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import Field, field_validator
 
-from boldforge.data_shards import ShardReader
-from boldforge.finetune.baselines import BASELINES, baseline_scores, subject_features
+from boldforge.finetune.baselines import BASELINES, baseline_scores
 from boldforge.finetune.classifier import Classifier, save_adapter
 from boldforge.finetune.cohort import ClipSet, OnProgress
+from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.evaluation import best_threshold
 from boldforge.finetune.fit import fit, predict_subjects
-from boldforge.finetune.folds import Fold, site_folds
+from boldforge.finetune.folds import Fold
+from boldforge.finetune.harmonise import check_installed
 from boldforge.finetune.metrics import roc_points
-from boldforge.finetune.results import Prediction, write_json, write_predictions
-from boldforge.finetune.study import Study, StudyConfig, open_study
-from boldforge.finetune.summary import Scores, summarise
+from boldforge.finetune.results import Prediction, pseudonyms, write_json, write_predictions
+from boldforge.finetune.study import Protocol, Study, StudyConfig, open_study
+from boldforge.finetune.summary import Blocks, Scores, summarise
 from boldforge.finetune.tasks import describe_labels
 
 logger = logging.getLogger(__name__)
-_BASELINES_SAY = "; ".join(f"{name}: {baseline.says('binary')}" for name, baseline in BASELINES.items())
+_PLAIN = {name: baseline for name, baseline in BASELINES.items() if not baseline.harmonised}
+_BASELINES_SAY = "; ".join(f"{name}: {baseline.says('binary')}" for name, baseline in _PLAIN.items())
 
 
 class FinetuneConfig(StudyConfig):
     """A cross-validated fine-tuning: ``folds`` outer folds, every subject tested once per repetition."""
 
-    protocol: Literal["folds", "leave-one-site-out"] = Field(
+    protocol: Protocol = Field(
         "folds",
-        description="How test subjects are chosen: dealt over the folds by diagnosis × site, or a site at a time.",
+        description="How test subjects are chosen: dealt over the folds by diagnosis × site, or a site at a time; for "
+        "tasks of blocks, people (of one person: runs) dealt over the folds, or everybody's runs one after the other.",
     )
     repeats: int = Field(
         1, ge=1, le=100, description="Repetitions with other folds, first values and orders; figures are their mean."
     )
-    baselines: tuple[str, ...] = Field(
-        ("site", "demographics", "connectivity", "image"),
-        description=f"Plain models measured in the same folds ({_BASELINES_SAY}).",
+    baselines: tuple[str, ...] | None = Field(
+        None,
+        description=f"Plain models measured in the same folds ({_BASELINES_SAY}); +combat after "
+        "a name harmonises sites first. None takes the task's own: for "
+        "subjects site, demographics, connectivity and image, for blocks regions and image.",
     )
+
+    head_hidden: int = Field(0, ge=0, description="Width of a layer between embedding and head; 0 for none.")
 
     @field_validator("baselines")
     @classmethod
-    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [name for name in names if name not in BASELINES]
+    def _known(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        unknown = [name for name in names or () if name not in BASELINES]
         if unknown:
             raise ValueError(f"{unknown[0]!r} is not a baseline; expected some of {', '.join(BASELINES)}")
         return names
@@ -77,46 +84,54 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
     """
     study = open_study(config)
     subjects = study.cohort.subjects
-    dealt = [_deal(study, repeat) for repeat in range(config.repeats)]
+    _check_harmonised(config)
+    names = _plain_models(study) if config.baselines is None else config.baselines
+    dealt = [study.deal(config.seed + repeat, config.protocol) for repeat in range(config.repeats)]
     passes = sum(len(fold.train) for folds in dealt for fold in folds) + len(subjects)
     reading = config.clips * len(subjects) + len(subjects)
     bar = _Progress(on_progress, reading + config.clips * config.training.epochs * passes)
     model = Scores.empty(study.task, config.repeats, len(subjects))
-    others = {name: Scores.empty(study.task, config.repeats, len(subjects)) for name in config.baselines}
+    others = {name: Scores.empty(study.task, config.repeats, len(subjects)) for name in names}
     per_fold: list[dict[str, Any]] = []
-    kinds = sorted({BASELINES[name].features for name in config.baselines})
-    labels = [subject.label for subject in subjects]
+    kinds = sorted({BASELINES[name].features for name in names})
+    sites = [subject.site for subject in subjects]
+    labels, adapter = [subject.label for subject in subjects], study.lifted(config.adapter)
     with study.claim_out("fine-tuning") as scratch:
-        clips = study.gather(subjects, scratch, lambda done, total: bar.add(1))
-        features = subject_features(ShardReader(study.manifest), subjects, kinds, lambda done, total: bar.add(1))
+        clips = study.gather(subjects, scratch, lambda done, total: bar.add(1), adapter)
+        features = study.features(kinds, lambda: bar.add(1))
         for repeat, folds in enumerate(dealt):
             for number, fold in enumerate(folds, start=1):
-                classifier = study.classifier(config.adapter, config.seed + repeat)
+                classifier = study.classifier(adapter, config.seed + repeat)
                 scores, described = _run_fold(study, classifier, clips, fold, config.seed + repeat, bar.add)
                 train, validation, test = (study.positions(part) for part in (fold.train, fold.validation, fold.test))
                 model.put(repeat, test, scores, described["threshold"])
                 for name, kept in others.items():
                     rows = features[BASELINES[name].features]
-                    checked, tested = baseline_scores(name, study.task, rows, labels, train, validation, test)
+                    checked, tested = baseline_scores(name, study.task, rows, labels, train, validation, test, sites)
                     kept.put(repeat, test, tested, _threshold(study, np.asarray(labels)[validation], checked))
                 per_fold.append({"repeat": repeat + 1, "fold": number, **described})
                 logger.info("fold %d of %d: %s", number, len(folds), described["figures"])
         epochs = round(statistics.median(fold["best_epoch"] for fold in per_fold))
-        final = study.classifier(config.adapter, config.seed)
+        final = study.classifier(adapter, config.seed)
         for _ in fit(final, clips, None, config.training, epochs, config.seed):
             bar.add(len(clips))
         bar.finish()
         return _write(study, dealt[0], model, others, per_fold, final, epochs)
 
 
-def _deal(study: Study, repeat: int) -> list[Fold]:
-    """Return a repetition's folds; leave-one-site-out tests the same sites in all, with other validation subjects."""
-    config, subjects = study.config, study.cohort.subjects
-    assert isinstance(config, FinetuneConfig)
-    if config.protocol == "folds":
-        return study.deal(config.seed + repeat)
-    names, strata = [subject.name for subject in subjects], study.task.strata([subject.label for subject in subjects])
-    return site_folds(names, strata, [subject.site for subject in subjects], config.folds, config.seed + repeat)
+def _check_harmonised(config: FinetuneConfig) -> None:
+    harmonised = [name for name in config.baselines or () if BASELINES[name].harmonised]
+    if harmonised and config.protocol == "leave-one-site-out":
+        raise FinetuneError(
+            f"baseline {harmonised[0]!r} harmonises sites, but protocol leave-one-site-out tests a site of which "
+            "nothing is known; take one of the two out."
+        )
+    if harmonised:
+        check_installed()
+
+
+def _plain_models(study: Study) -> tuple[str, ...]:
+    return study.task.baselines if study.config.images is None else ("site", "demographics", "volume")
 
 
 class _Progress:
@@ -193,7 +208,8 @@ def _write(
         Prediction(subject, score, line if binary else None, number[subject.name])
         for subject, score, line in zip(cohort.subjects, scores, model.threshold_RN.mean(axis=0), strict=True)
     ]
-    deal = "leave-one-site-out" if config.protocol != "folds" else f"{config.folds}-fold cross-validation over subjects"
+    of = study.held_apart
+    deal = config.protocol if config.protocol != "folds" else f"{config.folds}-fold cross-validation over {of}"
     times = f", {config.repeats} repetitions" if config.repeats > 1 else ""
     threshold = float(np.median([fold["threshold"] for fold in per_fold]))
     results = {
@@ -201,7 +217,10 @@ def _write(
         "simulated": cohort.simulated,
         "pretrained_on_these_shards": study.pretrained_on_these_shards,
         "measured_by": deal + times,
-        **summarise(model, baselines, labels, [subject.site for subject in cohort.subjects], config.seed),
+        **summarise(
+            model, baselines, labels, [subject.site for subject in cohort.subjects], config.seed, _blocks(study)
+        ),
+        "people": _per_person(study, scores),
         "roc": roc_points(labels, scores) if binary else None,
         "folds": per_fold,
         "subjects": describe_labels(study.task, labels),
@@ -215,9 +234,38 @@ def _write(
         "threshold_of_adapter": threshold,
         "settings": config.model_dump(mode="json"),
     }
-    kept = ("figures", "intervals", "verdict", "measured_by", "simulated", "pretrained_on_these_shards", "subjects")
+    kept = (
+        "rows",
+        "figures",
+        "intervals",
+        "verdict",
+        "measured_by",
+        "simulated",
+        "pretrained_on_these_shards",
+        "subjects",
+    )
     shared = {key: results[key] for key in kept}
     save_adapter(final, config.out / "adapter", {**shared, "clips_per_subject": config.clips, "threshold": threshold})
-    write_predictions(config.out / "predictions.tsv", predictions, study.task.classes, config.seed)
+    parts = study.task.rows != "subjects"
+    write_predictions(config.out / "predictions.tsv", predictions, study.task.classes, config.seed, parts)
     write_json(config.out / "metrics.json", results)
     return results
+
+
+def _blocks(study: Study) -> Blocks | None:
+    if study.task.rows == "subjects":
+        return None
+    return Blocks(study.clusters(), [str(row.runs) for row in study.cohort.subjects])
+
+
+def _per_person(study: Study, scores: np.ndarray) -> list[dict[str, Any]] | None:
+    """Return the figures of every person's rows, under the predictions' pseudonyms; None where rows are people."""
+    if study.task.rows == "subjects":
+        return None
+    rows = study.cohort.subjects
+    labels = np.array([row.label for row in rows])
+    found = []
+    for person, name in pseudonyms([row.person for row in rows], study.config.seed).items():
+        mine = np.array([row.person == person for row in rows])
+        found.append({"subject": name, **study.task.metrics(labels[mine], scores[mine])})
+    return found

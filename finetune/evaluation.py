@@ -17,12 +17,40 @@ Figures = Callable[[npt.ArrayLike, npt.ArrayLike], Mapping[str, Any]]
 Headline = Callable[[npt.ArrayLike, npt.ArrayLike], float]
 
 
+class _Clusters:
+    """Draws rows with replacement, those of one cluster together; without clusters every row by itself.
+
+    Blocks of one person, or of one run, rise and fall together: drawn one by one they would make intervals too narrow.
+    """
+
+    def __init__(self, rows: int, clusters: Sequence[str] | None) -> None:
+        self._rows = rows
+        self._members: list[npt.NDArray[np.int64]] | None = None
+        self._place = np.arange(rows)
+        if clusters is not None:
+            names, self._place = np.unique(np.array(clusters), return_inverse=True)
+            self._members = [np.flatnonzero(self._place == place) for place in range(len(names))]
+
+    def draw(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Return rows, some of them several times."""
+        if self._members is None:
+            return generator.integers(self._rows, size=self._rows)
+        drawn = generator.integers(len(self._members), size=len(self._members))
+        return np.concatenate([self._members[place] for place in drawn])
+
+    def choose(self, generator: np.random.Generator) -> npt.NDArray[np.bool_]:
+        """Return about half of the clusters, as a mask over rows."""
+        count = self._rows if self._members is None else len(self._members)
+        return (generator.random(count) < 0.5)[self._place]
+
+
 def bootstrap_intervals(
     labels: npt.ArrayLike,
     scores: npt.ArrayLike,
     figures: Callable[[Any, Any], Mapping[str, Any]],
     seed: int,
     draws: int = 1000,
+    clusters: Sequence[str] | None = None,
 ) -> dict[str, list[float]]:
     """Return the 95 % percentile interval of every numeric figure over resampled subjects.
 
@@ -36,6 +64,8 @@ def bootstrap_intervals(
         Of the draws.
     draws
         Number of resamplings, with replacement.
+    clusters
+        What is drawn where rows hang together; None draws row by row.
 
     Returns
     -------
@@ -45,8 +75,9 @@ def bootstrap_intervals(
     truth, score = np.asarray(labels), np.asarray(scores)
     generator = np.random.default_rng([seed, len(truth)])
     found: dict[str, list[float]] = {}
+    rows = _Clusters(len(truth), clusters)
     for _ in range(draws):
-        drawn = generator.integers(len(truth), size=len(truth))
+        drawn = rows.draw(generator)
         for name, value in figures(truth[drawn], score[drawn]).items():
             if isinstance(value, float) and not name.startswith("n_"):
                 found.setdefault(name, []).append(value)
@@ -130,6 +161,7 @@ def compare(
     seed: int,
     draws: int = DRAWS,
     headline: Headline = auc,
+    clusters: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Compare two models on the same subjects by one figure, paired.
 
@@ -144,6 +176,8 @@ def compare(
     headline
         The figure. For an AUC of two classes the models' scores are first turned into ranks, since they may live on
         different scales.
+    clusters
+        What is resampled and exchanged where rows hang together.
 
     Returns
     -------
@@ -158,11 +192,12 @@ def compare(
     observed = headline(truth, one) - headline(truth, two)
     generator = np.random.default_rng([seed, len(truth), 2])
     resampled, as_far = [], 0
+    rows = _Clusters(len(truth), clusters)
     for _ in range(draws):
-        drawn = generator.integers(len(truth), size=len(truth))
+        drawn = rows.draw(generator)
         if len(np.unique(truth[drawn])) > 1:
             resampled.append(headline(truth[drawn], one[drawn]) - headline(truth[drawn], two[drawn]))
-        swap = (generator.random(len(truth)) < 0.5).reshape(-1, *[1] * (one.ndim - 1))
+        swap = rows.choose(generator).reshape(-1, *[1] * (one.ndim - 1))
         difference = headline(truth, np.where(swap, two, one)) - headline(truth, np.where(swap, one, two))
         as_far += abs(difference) >= abs(observed) - 1e-12
     low, high = np.quantile(resampled, [0.025, 0.975])

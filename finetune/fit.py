@@ -15,6 +15,7 @@ from boldforge.finetune.classifier import Classifier
 from boldforge.finetune.cohort import ClipSet
 from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.tasks import Criterion
+from boldforge.finetune.tasks.base import Arranging, Comparing
 
 _MOMENTS = "optimizer."
 
@@ -127,7 +128,7 @@ class Fit:
         self._training = _Embedder(classifier, train, config.batch_size)
         self._validating = _Embedder(classifier, validation, config.batch_size) if validation is not None else None
         # Where all is trained, what a first embedding was says nothing.
-        if state is None and classifier.adapter.kind == "lora":
+        if state is None and classifier.adapter.kind != "full":
             classifier.head.fit_scale(self._training.everything())
         adapter = [parameter for parameter in classifier.network.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [{"params": list(classifier.head.parameters()), "lr": config.head_lr}]
@@ -229,6 +230,8 @@ def _train_epoch(
     classifier, n_clips = source.classifier, len(source.clips)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order = np.random.default_rng(seed).permutation(n_clips)
+    if isinstance(classifier.task, Arranging):
+        order = classifier.task.order(source.clips.subject_labels, order)
     total = 0.0
     classifier.train(True)
     with torch.random.fork_rng(devices=[]):
@@ -258,4 +261,5 @@ def _pool_subjects(classifier: Classifier, clips: ClipSet, logits_NK: Tensor) ->
     sums = np.zeros((len(clips.labels), *scores.shape[1:]))
     np.add.at(sums, clips.subject, scores)
     counts = np.bincount(clips.subject, minlength=len(clips.labels))
-    return sums / counts.reshape(-1, *[1] * (scores.ndim - 1))
+    pooled = sums / counts.reshape(-1, *[1] * (scores.ndim - 1))
+    return classifier.task.settle(clips.labels, pooled) if isinstance(classifier.task, Comparing) else pooled

@@ -124,6 +124,74 @@ def site_folds(
     return folds
 
 
+def group_folds(
+    rows: Sequence[str],
+    labels: Sequence[int],
+    groups: Sequence[str],
+    runs: Sequence[str],
+    n_folds: int | None,
+    seed: int,
+    every_class: bool = True,
+) -> list[Fold]:
+    """Split rows into folds that share no group: no person, or within one person no run.
+
+    Parameters
+    ----------
+    rows, labels
+        Names and classes, one per row.
+    groups
+        What must not be in two parts: a person, a run.
+    runs
+        The run of each row. The validation rows are whole groups too, or, where only one group is left to train on,
+        whole runs of it.
+    n_folds
+        Number of folds; None leaves one group out at a time.
+    seed
+        Decides who is dealt where.
+    every_class
+        Whether every label must occur among a fold's training rows.
+
+    Raises
+    ------
+    FoldError
+        If there are fewer groups than folds, or a class would be missing among the training rows.
+    """
+    names = sorted(set(groups))
+    count = len(names) if n_folds is None else n_folds
+    if len(names) < max(count, 2):
+        raise FoldError(
+            f"there are {len(names)} groups of rows that must stay together (people, or runs of one person), too few "
+            f"for {max(count, 2)} folds; set folds to {max(len(names), 2)} or less, or add runs."
+        )
+    shuffled = [names[i] for i in np.random.default_rng([seed, count, 2]).permutation(len(names))]
+    folds = []
+    for number in range(count):
+        test = set(shuffled[number::count])
+        rest = [group for group in shuffled if group not in test]
+        held, by = (
+            (rest, groups)
+            if len(rest) > 1
+            else (sorted({r for r, g in zip(runs, groups, strict=True) if g in rest}), runs)
+        )
+        if len(held) < 2:
+            raise FoldError("one run is left to train and to validate on, which needs two; add runs.")
+        drawn = np.random.default_rng([seed, count, number, 3]).permutation(len(held))
+        validation = {held[i] for i in drawn[: max(1, round(len(held) / max(count - 1, 2)))]}
+        parts: tuple[list[str], list[str], list[str]] = ([], [], [])
+        kept = set()
+        for row, label, group, place in zip(rows, labels, groups, by, strict=True):
+            part = 2 if group in test else 1 if place in validation else 0
+            parts[part].append(row)
+            kept |= {label} if part == 0 else set()
+        if every_class and kept != set(labels):
+            raise FoldError(
+                f"fold {number + 1} would train without label {min(set(labels) - kept)}; set folds higher, or add "
+                "runs in which it occurs."
+            )
+        folds.append(Fold(*(tuple(sorted(part)) for part in parts)))
+    return folds
+
+
 def _stratum_of_each(
     subjects: Sequence[str], labels: Sequence[int], sites: Sequence[str | None]
 ) -> dict[str, tuple[int, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from boldforge.finetune.cohort import Subject
+from boldforge.finetune.subjects import Subject
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,50 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.writerows(["" if value is None else value for value in row] for row in rows)
 
 
-def write_predictions(path: Path, predictions: Sequence[Prediction], classes: Sequence[str], seed: int) -> None:
-    """Write ``subject site fold label score threshold``; sub-0001 onwards, in an order drawn from the seed.
+def pseudonyms(people: Sequence[str], seed: int) -> dict[str, str]:
+    """Name people sub-0001 onwards, in an order drawn from the seed; the dictionary has that order."""
+    known = list(dict.fromkeys(people))
+    order = np.random.default_rng([seed, len(known)]).permutation(len(known))
+    return {known[i]: f"sub-{number:04d}" for number, i in enumerate(order, start=1)}
 
-    Several classes have a column of scores each, ``score_<class>``, and no threshold; nor has a predicted number one.
+
+def write_predictions(
+    path: Path, predictions: Sequence[Prediction], scores: Sequence[str], seed: int, parts: bool = False
+) -> None:
+    """Write ``subject site fold label score threshold``, subjects under pseudonyms and in their order.
+
+    Parameters
+    ----------
+    path
+        The file.
+    predictions
+        One per row.
+    scores
+        What each number of a score is of; where there are several, columns ``score_<name>``. Several scores have no
+        threshold; nor has a predicted number one.
+    seed
+        Of the pseudonyms.
+    parts
+        Whether rows are parts of subjects: a column ``run`` then counts a subject's runs.
     """
-    order = np.random.default_rng([seed, len(predictions)]).permutation(len(predictions))
-    names = [f"score_{name}" for name in classes] if len(classes) > 2 else ["score"]
-    rows = [
-        (
-            f"sub-{number:04d}",
-            p.subject.site,
-            p.fold,
-            f"{p.subject.label:g}",
-            *(f"{score:.6f}" for score in np.atleast_1d(p.score)),
-            None if p.threshold is None else f"{p.threshold:.6f}",
+    names = pseudonyms([prediction.subject.person for prediction in predictions], seed)
+    place = {name: i for i, name in enumerate(names)}
+    runs: dict[str, list[int]] = {}
+    rows = []
+    for p in sorted(predictions, key=lambda p: (place[p.subject.person], p.subject.runs if parts else ())):
+        of_person = runs.setdefault(p.subject.person, [])
+        of_person += [p.subject.runs[0]] if p.subject.runs[0] not in of_person else []
+        rows.append(
+            (
+                names[p.subject.person],
+                *((of_person.index(p.subject.runs[0]) + 1,) if parts else ()),
+                p.subject.site,
+                p.fold,
+                f"{p.subject.label:g}",
+                *(f"{score:.6f}" for score in np.atleast_1d(p.score)),
+                None if p.threshold is None else f"{p.threshold:.6f}",
+            )
         )
-        for number, p in enumerate((predictions[i] for i in order), start=1)
-    ]
-    write_table(path, ("subject", "site", "fold", "label", *names, "threshold"), rows)
+    several = bool(predictions) and np.size(predictions[0].score) > 1
+    columns = [f"score_{name}" for name in scores] if several else ["score"]
+    write_table(path, ("subject", *(("run",) if parts else ()), "site", "fold", "label", *columns, "threshold"), rows)

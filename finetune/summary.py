@@ -16,7 +16,7 @@ from boldforge.finetune.metrics import auc
 from boldforge.finetune.tasks import Task
 
 Floats = npt.NDArray[np.float64]
-_CALLED = {"auc": "AUC", "r2": "R²"}
+_CALLED = {"auc": "AUC", "r2": "R²", "top1": "top-1"}
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Scores:
     @classmethod
     def empty(cls, task: Task, repeats: int, subjects: int) -> "Scores":
         """Make one to be filled fold by fold."""
-        shape = (repeats, subjects, task.n_outputs) if task.kind == "multiclass" else (repeats, subjects)
+        shape = (repeats, subjects, task.n_scores) if task.n_scores > 1 else (repeats, subjects)
         return cls(task, np.full(shape, np.nan), np.full((repeats, subjects), np.nan))
 
     def put(self, repeat: int, subjects: Sequence[int], scores: npt.ArrayLike, threshold: float) -> None:
@@ -51,9 +51,11 @@ class Scores:
         truth = np.asarray(labels)
         return self._of(truth, np.arange(len(truth)))
 
-    def intervals(self, labels: npt.ArrayLike, seed: int) -> dict[str, list[float]]:
+    def intervals(
+        self, labels: npt.ArrayLike, seed: int, clusters: Sequence[str] | None = None
+    ) -> dict[str, list[float]]:
         """Return the figures' 95 % intervals over resampled subjects."""
-        return bootstrap_intervals(labels, np.arange(len(np.asarray(labels))), self._of, seed)
+        return bootstrap_intervals(labels, np.arange(len(np.asarray(labels))), self._of, seed, clusters=clusters)
 
     def _of(self, truth: npt.NDArray[Any], subjects: npt.NDArray[np.int64]) -> dict[str, Any]:
         per_repeat = [
@@ -66,8 +68,24 @@ class Scores:
         }
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """What rows hang together where they are parts of subjects, one entry per row.
+
+    ``clusters`` are resampled as a whole: people or, of one person, runs. Labels are permuted inside ``runs`` only.
+    """
+
+    clusters: Sequence[str]
+    runs: Sequence[str]
+
+
 def summarise(
-    model: Scores, baselines: Mapping[str, Scores], labels: Sequence[float], sites: Sequence[str | None], seed: int
+    model: Scores,
+    baselines: Mapping[str, Scores],
+    labels: Sequence[float],
+    sites: Sequence[str | None],
+    seed: int,
+    blocks: Blocks | None = None,
 ) -> dict[str, Any]:
     """Put a model's figures beside the baselines'.
 
@@ -79,6 +97,8 @@ def summarise(
         One per subject.
     seed
         Of resampling and permutations.
+    blocks
+        Where rows are parts of subjects.
 
     Returns
     -------
@@ -87,12 +107,18 @@ def summarise(
         them; ``calibration`` where there are two classes.
     """
     truth, score, task = np.asarray(labels), model.mean(), model.task
+    clusters = None if blocks is None else blocks.clusters
+    permuted = permutation_test(truth, score, sites if blocks is None else blocks.runs, seed, headline=_headline(task))
+    if hasattr(task, "chance_test"):
+        permuted = {"p_within_sites": task.chance_test(model.score[0], seed)["p"]}
+    figures = model.figures(truth)
     summary: dict[str, Any] = {
+        "rows": task.rows,
         "compared_by": task.selects_by,
-        "chance": task.chance,
-        "figures": model.figures(truth),
-        "intervals": model.intervals(truth, seed),
-        "permutation": permutation_test(truth, score, sites, seed, headline=_headline(task)),
+        "chance": figures.get("chance", task.chance),
+        "figures": figures,
+        "intervals": model.intervals(truth, seed, clusters),
+        "permutation": permuted if blocks is None else {"p": permuted["p_within_sites"]},
         "calibration": calibration(truth, score) if task.kind == "binary" else None,
         "sites": per_site(truth, score, sites, task.metrics),
         "baselines": {},
@@ -101,8 +127,10 @@ def summarise(
         summary["baselines"][name] = {
             "says": BASELINES[name].says(task.kind),
             "figures": other.figures(truth),
-            "intervals": other.intervals(truth, seed),
-            "model_minus_baseline": compare(truth, score, other.mean(), seed, headline=_headline(task)),
+            "intervals": other.intervals(truth, seed, clusters),
+            "model_minus_baseline": compare(
+                truth, score, other.mean(), seed, headline=_headline(task), clusters=clusters
+            ),
         }
     summary["verdict"] = verdict(summary)
     return summary
@@ -120,11 +148,12 @@ def verdict(summary: Mapping[str, Any]) -> str:
     called = _CALLED.get(key, key)
     figures = summary["figures"]
     low, high = summary["intervals"][key]
-    found = f"{called} {figures[key]:.2f} (95 % interval {low:.2f} to {high:.2f}, {figures['n']} subjects)"
+    of = f"{figures['n']} {summary['rows']}" + ("" if chance in (0.0, 0.5) else f"; chance is {chance:.3g}")
+    found = f"{called} {figures[key]:.2f} (95 % interval {low:.2f} to {high:.2f}, {of})"
     if permuted["p"] >= 0.05 or low <= chance:
         return f"{found}: not told apart from chance."
     site = summary["baselines"].get("site")
-    if permuted["p_within_sites"] >= 0.05:
+    if permuted.get("p_within_sites", 0.0) >= 0.05:
         beside = f"site alone reaches {called} {site['figures'][key]:.2f}" if site else "labels differ between sites"
         return f"{found}, but {beside}, and inside the sites it is at chance: site explains the result."
     if site and site["intervals"][key][0] > chance and site["model_minus_baseline"]["interval"][0] <= 0:

@@ -30,7 +30,7 @@ Overrides = Annotated[
 ]
 Recipe = Annotated[str, typer.Option("--config", help="Recipe (YAML): your own file, or one that comes with BoldForge")]
 LayoutOption = Annotated[
-    Literal["auto", "bids", "adhd200", "hcp", "table"],
+    Literal["auto", "bids", "adhd200", "hcp", "openfmri", "table"],
     typer.Option(help="How the folder is laid out; auto looks at the names"),
 ]
 RootOption = Annotated[
@@ -280,11 +280,14 @@ def release(
     out: Annotated[Path, typer.Option(help="Folder for the release; must not exist yet")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder of a finetuning or a sweep's best trial")] = None,
     replace: Annotated[bool, typer.Option(help="Replace a release that is already there")] = False,
+    force_base: Annotated[
+        bool, typer.Option("--force-base", help="Release an adapter with an encoder it was not trained on")
+    ] = False,
 ) -> None:
     """Write a release: config.json, model.safetensors, a model card and optionally an adapter."""
     from boldforge.launch.release import write_release
 
-    print(f"Release written to {write_release(pretrained, out, adapter, replace=replace)}")
+    print(f"Release written to {write_release(pretrained, out, adapter, replace, force_base)}")
 
 
 app.add_typer(import_app, name="import")

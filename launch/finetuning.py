@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 import boldforge
-from boldforge.configs import ConfigError, load_config, recipe_names
+from boldforge.configs import ConfigError, load_config, recipe_names, recipe_path
 from boldforge.data_shards import DataRecipe, RunList, find_runs
 from boldforge.launch.model_card import FIGURES
 from boldforge.launch.progress import progress
@@ -41,9 +42,12 @@ def finetune_and_print(asked: Asked, console: Console) -> Path:
     from boldforge.finetune import FinetuneConfig, finetune
 
     config = load_config(FinetuneConfig, *_settings(asked))
-    if asked.data is not None and not is_dataset(asked.data):
+    if asked.data is not None and config.images is None and not is_dataset(asked.data):
         shards = _shard(asked.data, config.backbone, config.out, console)
-        config = config.model_copy(update={"shards": str(shards)})
+        folder = config.events.folder or asked.data
+        config = config.model_copy(
+            update={"shards": str(shards), "events": config.events.model_copy(update={"folder": folder})}
+        )
     with progress("finetune", "clips") as on_progress:
         results = finetune(config, on_progress)
     print_results(results, console)
@@ -58,8 +62,10 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
     trained = ", ".join(f"{name} {_count(count)}" for name, count in parts.items())
     _say(f"Trainable parameters: {trained}; {100 * share:.2g} % of {_count(results['total_parameters'])}.", console)
     figures, intervals = results["figures"], results["intervals"]
-    of = "simulated subjects" if results["simulated"] else "subjects"
-    _say(f"Test on {figures['n']} {of}, {results['measured_by']}:", console)
+    people = len(results["people"] or ())
+    of = results["rows"] + (f" of {people} {'person' if people == 1 else 'people'}" if people else "")
+    simulated = "simulated " if results["simulated"] else ""
+    _say(f"Test on {figures['n']} {simulated}{of}, {results['measured_by']}:", console)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("figure", "value", "95 % interval"):
         table.add_column(title, justify="left" if title == "figure" else "right")
@@ -97,10 +103,18 @@ def _settings(asked: Asked) -> tuple[str, list[str]]:
         elif recipe is None:
             extra.append(f"out={json.dumps('runs/finetune-' + asked.task.replace(':', '-'))}")
     if asked.data is not None:
-        if any(override.startswith("shards=") for override in asked.overrides):
+        if any(override.startswith(("shards=", "images.table=")) for override in asked.overrides):
             raise ConfigError("--data and shards= both say what to read; pass one of them.")
-        extra.append(f"shards={json.dumps(str(asked.data))}")
+        extra.append(f"{'images.table' if _reads_images(recipe or RECIPE) else 'shards'}={json.dumps(str(asked.data))}")
     return recipe or RECIPE, [*extra, *asked.overrides]
+
+
+def _reads_images(recipe: str) -> bool:
+    try:
+        content = yaml.safe_load(recipe_path(recipe).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False  # what is wrong with it is said where it is loaded
+    return isinstance(content, dict) and "images" in content
 
 
 def _shard(data: Path, backbone: Any, out: Path, console: Console) -> Path:

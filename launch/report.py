@@ -240,7 +240,7 @@ def _read_sweep(folder: Path) -> Section:
 def _adapted(results: Mapping[str, Any]) -> dict[str, Any]:
     """Figures and ROC curve that a finetuning and a sweep share."""
     tested = results["figures"]
-    selects_by = next(name for name in ("auc", "r2") if name in tested)
+    selects_by = results.get("compared_by") or next(name for name in ("auc", "r2") if name in tested)
     roc = results.get("roc")
     return {
         "figures": {name.replace("_", " "): tested[name] for name in FIGURES if name in tested},
@@ -248,7 +248,8 @@ def _adapted(results: Mapping[str, Any]) -> dict[str, Any]:
         "n_positive": tested.get("n_positive"),
         "overlap": describe_overlap(results),
         "selects_by": selects_by,
-        "compared_by": {"auc": "AUC", "r2": "R²"}[selects_by],
+        "compared_by": {"auc": "AUC", "r2": "R²"}.get(selects_by, selects_by),
+        "rows": results.get("rows", "subjects"),
         "beside": _beside(results),
         "roc": _inline(figures.roc_figure(roc["fpr"], roc["tpr"], tested["auc"], tested["n"])) if roc else None,
     }

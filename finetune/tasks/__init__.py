@@ -2,24 +2,50 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from torch import Tensor
+
+from boldforge.data_shards import Manifest
 from boldforge.finetune.errors import FinetuneError
+from boldforge.finetune.events import EventsConfig
+from boldforge.finetune.subjects import Cohort
 from boldforge.finetune.tasks.base import Criterion, Phenotype, Task, describe_labels
 from boldforge.finetune.tasks.columns import Number, SeveralClasses, TwoClasses, as_text
 from boldforge.finetune.tasks.diagnosis import AdhdDiagnosis
+from boldforge.finetune.tasks.reidentification import Reidentification, open_reidentification
+from boldforge.finetune.tasks.retrieval import ImageRetrieval, open_retrieval
+from boldforge.finetune.tasks.states import TaskState, open_states
 
 _NAMED: Mapping[str, Callable[[], Task]] = {
     "adhd": AdhdDiagnosis,
     "sex": lambda: TwoClasses("sex", "sex", ("F", "M"), ("female", "male")),
     "age": lambda: Number("age", "age"),
 }
+# Tasks whose rows are parts of subjects find these themselves; each gives its task and its rows.
+_OPENED: Mapping[str, Callable[[Manifest, EventsConfig, int], tuple[Task, Cohort]]] = {
+    "states": open_states,
+    "retrieval": open_retrieval,
+    "reidentify": open_reidentification,
+}
+# By a trained head's classes and tensors.
+_TRAINED: Mapping[str, Callable[[Sequence[str], Mapping[str, Tensor]], Task]] = {
+    "states": lambda classes, tensors: TaskState(classes),
+    "retrieval": ImageRetrieval,
+    "reidentify": lambda classes, tensors: Reidentification(),
+}
 TASK_CHOICES = (
     "adhd (column diagnosis), sex, age; classify:COLUMN for the classes of any phenotype column, regress:COLUMN for "
-    "its numbers"
+    "its numbers; states for the conditions of a task, retrieval for the images that were shown (both: see events); "
+    "reidentify for whose brain it is"
 )
 _MOST_CLASSES = 20
 
 
-def get_task(name: str, phenotypes: Iterable[Phenotype] | None = None, classes: Sequence[str] = ()) -> Task:
+def get_task(
+    name: str,
+    phenotypes: Iterable[Phenotype] | None = None,
+    classes: Sequence[str] = (),
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Task:
     """Return the task of that name.
 
     Parameters
@@ -30,6 +56,8 @@ def get_task(name: str, phenotypes: Iterable[Phenotype] | None = None, classes: 
         Of the dataset's runs: the classes of ``classify:COLUMN`` are the values that occur, in order.
     classes
         The classes that a trained head knows, in place of `phenotypes`.
+    tensors
+        What a trained task kept beside its adapter.
 
     Raises
     ------
@@ -38,6 +66,8 @@ def get_task(name: str, phenotypes: Iterable[Phenotype] | None = None, classes: 
     """
     if name in _NAMED:
         return _NAMED[name]()
+    if name in _TRAINED and classes:
+        return _TRAINED[name](classes, tensors or {})
     verb, _, column = name.partition(":")
     if verb == "regress" and column:
         return Number(name, column)
@@ -58,6 +88,17 @@ def get_task(name: str, phenotypes: Iterable[Phenotype] | None = None, classes: 
     return SeveralClasses(name, column, found)
 
 
+def open_rows(name: str, manifest: Manifest, events: EventsConfig, clip_length: int) -> tuple[Task, Cohort] | None:
+    """Open a task whose rows are parts of subjects, such as blocks; None for a task of whole subjects.
+
+    Raises
+    ------
+    FinetuneError
+        If the task finds no rows.
+    """
+    return _OPENED[name](manifest, events, clip_length) if name in _OPENED else None
+
+
 class _TwoTexts(TwoClasses):
     """Two classes that are compared as texts, as several classes are."""
 
@@ -66,4 +107,13 @@ class _TwoTexts(TwoClasses):
         return super().label({self.column: None if value is None else as_text(value)})
 
 
-__all__ = ["AdhdDiagnosis", "Criterion", "TASK_CHOICES", "Task", "describe_labels", "get_task"]
+__all__ = [
+    "AdhdDiagnosis",
+    "Criterion",
+    "TASK_CHOICES",
+    "Task",
+    "TaskState",
+    "describe_labels",
+    "get_task",
+    "open_rows",
+]

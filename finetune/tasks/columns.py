@@ -13,6 +13,8 @@ from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.metrics import auc, binary_metrics, multiclass_auc, multiclass_metrics, r2, regression_metrics
 from boldforge.finetune.tasks.base import Criterion, Kind, Phenotype
 
+SUBJECT_BASELINES = ("site", "demographics", "connectivity", "image")
+
 
 class TwoClasses:
     """Tell the second class of a column (label 1) from the first (label 0).
@@ -30,7 +32,10 @@ class TwoClasses:
     """
 
     kind: Kind = "binary"
+    rows = "subjects"
+    baselines: tuple[str, ...] = SUBJECT_BASELINES
     n_outputs = 1
+    n_scores = 1
     selects_by = "auc"
     chance = 0.5
 
@@ -111,6 +116,8 @@ class SeveralClasses:
     """
 
     kind: Kind = "multiclass"
+    rows = "subjects"
+    baselines: tuple[str, ...] = SUBJECT_BASELINES
     selects_by = "auc"
     chance = 0.5
 
@@ -118,7 +125,7 @@ class SeveralClasses:
         self.name = name
         self.column = column
         self.classes: tuple[str, ...] = tuple(classes)
-        self.n_outputs = len(self.classes)
+        self.n_outputs = self.n_scores = len(self.classes)
 
     def label(self, phenotype: Phenotype) -> float | None:
         """Return the class's number, None where the column is empty.
@@ -182,7 +189,10 @@ class Number:
     """
 
     kind: Kind = "regression"
+    rows = "subjects"
+    baselines: tuple[str, ...] = SUBJECT_BASELINES
     n_outputs = 1
+    n_scores = 1
     classes: tuple[str, ...] = ()
     selects_by = "r2"
     chance = 0.0
