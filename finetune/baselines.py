@@ -198,7 +198,7 @@ def _scores(model: Any, task: Task, rows: npt.NDArray[Any]) -> Floats:
         return expit(decision)
     # Two of several classes in a fold give one decision; a class that is not in the fold gets no probability.
     known = softmax(decision if decision.ndim == 2 else np.stack([-decision, decision], axis=1) / 2, axis=1)
-    scores = np.zeros((len(rows), task.n_outputs))
+    scores = np.zeros((rows.shape[0], task.n_outputs))
     scores[:, model.classes_.astype(np.int64)] = known
     return scores
 
