@@ -223,9 +223,20 @@ def simulate(
 def pretrain(
     config: Recipe = "configs/pretrain/tiny.yaml",
     ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine: one per GPU, or CPU processes")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe and shards and print memory, operations and speed; no run")
+    ] = False,
+    grid: Annotated[str | None, typer.Option(help="With --dry-run: a grid, e.g. mni2mm, instead of shards")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Pretrain on shards under DeepSpeed; the same command again goes on from the last checkpoint."""
+    if dry_run or grid:
+        from boldforge.launch.planning import print_plan
+
+        if not dry_run:
+            raise ConfigError("--grid goes with --dry-run; a run takes its grid from its shards.")
+        print_plan(config, overrides or [], ranks, grid, Console())
+        return
     from boldforge.launch.training import pretrain_on_ranks
 
     pretrain_on_ranks(config, overrides or [], ranks, Console())

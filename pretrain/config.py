@@ -12,6 +12,12 @@ from boldforge.pretrain.loss import LossConfig
 from boldforge.pretrain.masking import MaskConfig
 from boldforge.pretrain.model_config import ModelConfig
 
+# DeepSpeed's own are 5e8 and 1e9, under which a network of a billion parameters is hardly sharded.
+BUCKET_ELEMENTS = 50_000_000
+"""Gradients or weights that ZeRO sends at a time; stages 2 and 3 hold as many whole."""
+LIVE_PARAMETERS = 200_000_000
+"""Weights that ZeRO-3 keeps whole while it computes; a layer that is larger is whole too."""
+
 BetaRate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -105,7 +111,14 @@ class PretrainConfig(StrictModel):
         return {
             "train_batch_size": self.batch_size,
             "train_micro_batch_size_per_gpu": self.micro_batch_size or rank_share,
-            "zero_optimization": {"stage": self.zero_stage},
+            "zero_optimization": {
+                "stage": self.zero_stage,
+                "reduce_bucket_size": BUCKET_ELEMENTS,
+                "allgather_bucket_size": BUCKET_ELEMENTS,
+                "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+                "stage3_max_live_parameters": LIVE_PARAMETERS,
+                "stage3_max_reuse_distance": LIVE_PARAMETERS,
+            },
             # Autocast, not DeepSpeed's own bf16: weights stay fp32, so that the scan's step sizes and decay rates keep
             # their precision and the exported weights are those that were trained. No module's gradient is
             # communicated in bf16.

@@ -23,6 +23,7 @@ from boldforge.data_shards import (
     split_segments,
 )
 from boldforge.pretrain.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint
+from boldforge.pretrain.checks import check_batch
 from boldforge.pretrain.config import PretrainConfig
 from boldforge.pretrain.datasets import check_lengths, identity, open_datasets, split_record
 from boldforge.pretrain.evaluate import HeldoutClips, HeldoutError
@@ -141,23 +142,6 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
         patch_voxels=patch_voxels,
         resumed=resumed,
     )
-
-
-def check_batch(config: PretrainConfig, world_size: int) -> None:
-    """Refuse a batch that the ranks cannot share equally.
-
-    Raises
-    ------
-    ConfigError
-        Naming the number that batch_size must be a multiple of.
-    """
-    share = config.batch_size // world_size
-    if config.batch_size % world_size or share % (config.micro_batch_size or share):
-        raise ConfigError(
-            f"batch_size is {config.batch_size}, which {world_size} ranks cannot share in micro-batches of "
-            f"{config.micro_batch_size or 'any size'}; set batch_size to a multiple of "
-            f"{world_size * (config.micro_batch_size or 1)}."
-        )
 
 
 def _claim_folder(config: PretrainConfig, datasets: dict[str, Any]) -> None:

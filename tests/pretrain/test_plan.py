@@ -1,0 +1,210 @@
+"""What `boldforge pretrain --dry-run` says, beside what a model holds when it trains."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.autograd.graph import saved_tensors_hooks
+
+from boldforge.configs import BoldForgeError, load_config, recipe_names
+from boldforge.data_shards import get_grid
+from boldforge.pretrain import NeuroStorm, Objective, PretrainConfig, make_targets
+from boldforge.pretrain.checks import (
+    Prepared,
+    check_backend,
+    check_batch,
+    check_checkpoint,
+    check_data,
+    prepare_masks,
+)
+from boldforge.pretrain.config import BUCKET_ELEMENTS
+from boldforge.pretrain.evaluate import counted_voxels
+from boldforge.pretrain.plan import TrainingPlan, estimate_seconds_per_frame, plan_training, rank_memory
+
+OWN = ("tiny", "base", "large")
+SMALL = [
+    *("model.frames=4", "model.embed_dim=16", "model.depths=[1,2,1]", "model.decoder_depths=[1,1]", "model.d_state=4"),
+    *("shards=none", "out=none", "batch_size=4", "micro_batch_size=2"),
+]
+
+
+def recipe(name: str = "tiny", *overrides: str) -> PretrainConfig:
+    return load_config(PretrainConfig, f"configs/pretrain/{name}.yaml", list(overrides))
+
+
+def planned(config: PretrainConfig, grid: str = "mni4mm", ranks: int = 1) -> tuple[TrainingPlan, Prepared]:
+    prepared = prepare_masks(config, get_grid(grid))
+    return plan_training(config, prepared, ranks), prepared
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict[str, TrainingPlan]:
+    return {name: planned(recipe(f"boldforge-{name}"), "mni2mm")[0] for name in OWN}
+
+
+def test_our_recipes_have_the_sizes_that_they_say(plans: dict[str, TrainingPlan]) -> None:
+    wanted = {"tiny": 5e6, "base": 90e6, "large": 1e9}
+    for name, size in wanted.items():
+        assert plans[name].parameters == pytest.approx(size, rel=0.05)
+        config = recipe(f"boldforge-{name}").model
+        assert config.embed_dim % 32 == 0 and config.scan_mode == "region" and config.encoder_sees == "visible"
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_clip_goes_through_our_networks_as_shapes_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # tensors without content have none
+    config = recipe(f"boldforge-{name}").model
+    prepared = prepare_masks(recipe(f"boldforge-{name}"), get_grid("mni2mm"))
+    with torch.device("meta"):
+        model = NeuroStorm(config, prepared.token_grid).to("meta")
+    clips = torch.empty(1, config.frames, prepared.token_grid.n_voxels, device="meta")
+    patches_BLP = model(clips, prepared.sampler.sample([(0,)]), 2.0)
+    assert patches_BLP.shape == (1, 29_620, 216) and model.dim == 8 * config.embed_dim
+
+
+@pytest.mark.parametrize("change", ["model.encoder_sees=all", "model.encoder_sees=visible"])
+def test_weights_gradients_and_moments_are_exact_and_activations_nearly(change: str) -> None:
+    config = recipe("tiny", *SMALL, change, "precision=fp32")
+    plan, prepared = planned(config)
+    model = NeuroStorm(config.model, prepared.token_grid)
+    token_grid, sampler = prepared.token_grid, prepared.sampler
+    optimizer = torch.optim.AdamW(model.parameters())
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    values_BTV = torch.randn(plan.micro_batch, 4, token_grid.n_voxels)
+    signal_BV = torch.ones(plan.micro_batch, token_grid.n_voxels, dtype=torch.bool)
+    hidden_BL = sampler.sample([(9, config.seed, number) for number in range(plan.micro_batch)])
+    counted_BLP = counted_voxels(hidden_BL, signal_BV, model.patch_voxels)
+    target_BLP = make_targets(values_BTV, signal_BV, model.patch_voxels, "values")
+    objective = Objective(config.loss, 4)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = objective(model(values_BTV, hidden_BL), target_BLP, counted_BLP, objective.counts(counted_BLP))["loss"]
+    # The loss holds the target, and the clip is there, whether autograd keeps them or not.
+    outside = [values_BTV, target_BLP, counted_BLP]
+    found = sum(kept.values()) + sum(t.nbytes for t in outside if t.untyped_storage().data_ptr() not in kept)
+    loss.backward()
+    optimizer.step()
+    memory = plan.memory[0]
+    assert memory.parameters == sum(parameter.nbytes for parameter in model.parameters())
+    assert memory.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    moments = [state[kind].nbytes for state in optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq")]
+    assert memory.optimizer == sum(moments)
+    assert memory.activations == pytest.approx(found, rel=0.05)
+
+
+def test_zero_shards_more_from_stage_to_stage() -> None:
+    stages = [rank_memory(10**9, stage, 64, 7) for stage in range(4)]
+    assert [memory.parameters for memory in stages][:3] == [4 * 10**9] * 3
+    totals = [memory.total for memory in stages]
+    assert totals == sorted(totals, reverse=True) and totals[0] == 16 * 10**9 + 7 and totals[3] < 0.1 * totals[0]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", range(4))
+def test_two_ranks_of_zero_hold_what_the_plan_says(stage: int, tmp_path: Path) -> None:
+    """Every float32 tensor of the model, its gradients and the optimiser in the middle of the second step."""
+    out = tmp_path / "found.json"
+    program = str(Path(__file__).parent / "zero_memory_program.py")
+    ranks = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 500)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, *ranks, program, str(stage), str(out)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    memory = rank_memory(found["parameters"], stage, 2, 0)
+    # Below stage 3 what was on its way has arrived by then. The bucket of stage 3 would hide everything else.
+    expected = memory.total - (4 * BUCKET_ELEMENTS if stage == 3 else memory.passing)
+    assert found["bytes"] - (4 * BUCKET_ELEMENTS if stage == 3 else 0) == pytest.approx(expected, rel=0.05)
+
+
+def test_checkpointing_and_bf16_show_in_the_plan() -> None:
+    found = {}
+    for precision in ("fp32", "bf16"):
+        for checkpointed in ("false", "true"):
+            config = recipe("boldforge-base", f"precision={precision}", f"checkpoint_activations={checkpointed}")
+            found[precision, checkpointed] = planned(config, "mni2mm")[0].memory[0].activations
+    assert found["bf16", "false"] < 0.7 * found["fp32", "false"]
+    assert found["bf16", "true"] < 0.5 * found["bf16", "false"]
+
+
+def test_the_speed_is_estimated_from_what_was_measured() -> None:
+    config = recipe("tiny", *SMALL, "precision=fp32")
+    plan, prepared = planned(config)
+    patch = prepared.token_grid.patch_voxels.shape[1]
+    seconds = estimate_seconds_per_frame(config, plan, patch, 1, "cpu")
+    wide = recipe("tiny", *SMALL, "precision=fp32", "model.embed_dim=128")
+    more = estimate_seconds_per_frame(wide, planned(wide)[0], patch, 1, "cpu")
+    assert 0 < seconds < more
+
+
+REFUSED = {
+    "batch_size=3": "batch_size is 3, which 2 ranks cannot share",
+    "model.frames=500": "the longest run has .* a clip needs model.frames = 500",
+    "holdout.fraction=0.01": "the longest held-out stretch has 1 frames",
+    "mask.ratio=0.9999": "mask.ratio is 0.9999, which hides all",
+    "mask.atlas=elsewhere.nii.gz": "none of its 1 regions meets the brain of grid mni4mm",
+    "model.patch_mm=7": "model.patch_mm is 7, no multiple of the grid's voxels",
+    "model.backend=cuda": "model.backend is cuda, which cannot be used here",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_can_be_known_before_the_first_step_is_refused(
+    change: str, real_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nibabel as nib
+
+    monkeypatch.chdir(tmp_path)
+    far = np.diag([2.0, 2.0, 2.0, 1.0])
+    far[:3, 3] = 1000
+    nib.Nifti1Image(np.ones((4, 4, 4), dtype=np.int16), far).to_filename("elsewhere.nii.gz")
+    with pytest.raises(BoldForgeError, match=REFUSED[change]):
+        config = recipe("tiny", f"shards={real_shards}", "batch_size=4", change)
+        check_batch(config, 2)
+        check_backend(config)
+        manifests, _ = check_data(config)
+        prepare_masks(config, manifests[0].grid, manifests[0])
+
+
+def write_checkpoint(folder: Path, **weights: Any) -> None:
+    folder.mkdir(parents=True)
+    save_file({f"weight:{name}": torch.zeros(shape) for name, shape in weights.items()}, folder / "s.safetensors")
+    (folder / "checkpoint.json").write_text(json.dumps({"files": {"s.safetensors": [1, "x"]}}))
+
+
+def test_a_checkpoint_of_another_shape_is_named(tmp_path: Path) -> None:
+    config = recipe("tiny", f"out={tmp_path}")
+    assert check_checkpoint(config, {"a": (2, 3)}) is None
+    write_checkpoint(tmp_path / "checkpoints/step-00000002", a=(2, 3))
+    newest = check_checkpoint(config, {"a": (2, 3)})
+    assert newest is not None and newest.name == "step-00000002"
+    with pytest.raises(BoldForgeError, match=r"step-00000002: a is \[2, 3\] there and \[2, 4\] in this recipe's model"):
+        check_checkpoint(config, {"a": (2, 4)})
+    with pytest.raises(BoldForgeError, match=r"a is \[2, 3\] there and missing"):
+        check_checkpoint(config, {})
+    (tmp_path / "checkpoints/step-00000002/s.safetensors").write_bytes(b"torn")
+    assert check_checkpoint(config, {"a": (9,)}) == newest, "a damaged one is for the run to pass over"
+
+
+def test_every_recipe_can_be_planned() -> None:
+    for name in recipe_names():
+        if name.startswith("pretrain/"):
+            config = load_config(PretrainConfig, f"configs/{name}")
+            plan, _ = planned(config, "neurostorm" if "neurostorm" in name else "mni4mm", 2)
+            assert plan.flops.step > 0 and plan.memory[2].parameters == 4 * plan.parameters
