@@ -44,8 +44,9 @@ def print_plan(recipe: str, overrides: Sequence[str], ranks: int, grid_name: str
     config = load_config(PretrainConfig, recipe, overrides)
     check_batch(config, ranks)
     check_backend(config)
+    manifests: list[Manifest] = []
     if grid_name:
-        manifests, frames, prepared = [], 0, prepare_masks(config, get_grid(grid_name))
+        frames, prepared = 0, prepare_masks(config, get_grid(grid_name))
     else:
         manifests, frames = check_data(config)
         prepared = prepare_masks(config, manifests[0].grid, manifests[0])
