@@ -6,9 +6,6 @@ The data are the two real runs of tests/data on the 96³ grid, played forwards a
 """
 
 import argparse
-import json
-import os
-import platform
 import random
 import tempfile
 from functools import partial
@@ -16,6 +13,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from common.figures import Row, line_of, machine, row, write
 from data_parts import opening, peers, survival, timing
 from ingest import measure, write_long_run
 
@@ -23,13 +21,6 @@ from boldforge.data_shards import append_shards, brain_mask, build_shards, get_g
 
 CUBE_BYTES = 96**3
 PARTS = ("storage", "opening", "reads", "ingest", "survival")
-
-Row = dict[str, object]
-
-
-def row(figure: str, value: float, unit: str, goal: float | None = None, better: str = "higher") -> Row:
-    """Return one line of the table."""
-    return {"figure": figure, "value": float(f"{value:.4g}"), "unit": unit, "goal": goal, "better": better}
 
 
 def storage(scratch: Path, quick: bool) -> list[Row]:
@@ -158,14 +149,6 @@ def survived(scratch: Path, quick: bool) -> list[Row]:
     ]
 
 
-def machine() -> str:
-    """Return the processor, its cores and the versions that matter."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
 def main() -> None:
     """Measure, print the table, and write it as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -181,11 +164,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="boldforge-data-") as folder:
             found = measures[part](Path(folder), chosen.quick)
         for each in found:
-            goal = "" if each["goal"] is None else f"goal {each['goal']:g}"
-            print(f"{each['figure']:<42}{each['value']:>10g} {each['unit']:<14}{goal}", flush=True)
+            print(line_of(each), flush=True)
         rows += found
-    if chosen.json:
-        chosen.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    write(chosen.json, rows, machine())
 
 
 if __name__ == "__main__":

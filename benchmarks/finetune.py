@@ -6,9 +6,6 @@ Cohorts are noise with a planted difference, encoders are untrained: only time, 
 """
 
 import argparse
-import json
-import os
-import platform
 import random
 import tempfile
 import time
@@ -17,16 +14,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from common.figures import Row, line_of, machine, row, write
 from finetune_parts import adapters, heads, kills, made
 
 PARTS = ("cache", "lora", "kills", "kills_serial")
-
-Row = dict[str, object]
-
-
-def row(figure: str, value: float, unit: str, goal: float | None = None, better: str = "higher") -> Row:
-    """Return one line of the table."""
-    return {"figure": figure, "value": float(f"{value:.4g}"), "unit": unit, "goal": goal, "better": better}
 
 
 def cache(scratch: Path, quick: bool, n_kills: int, seed: int) -> list[Row]:
@@ -120,14 +111,6 @@ def _kill(driver: str, scratch: Path, kinds: tuple[str, ...], n_kills: int, seed
     return rows + [row(f"sweep_kills{suffix}: {kind}", n, "kills") for kind, n in sorted(counts.items())]
 
 
-def machine() -> str:
-    """Return the processor, its cores and the versions that matter."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
 def main() -> None:
     """Measure, print the table, and write it as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -147,12 +130,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="boldforge-finetune-", ignore_cleanup_errors=True) as folder:
             found = measures[part](Path(folder), chosen.quick, n_kills, chosen.seed)
         for each in found:
-            goal = "" if each["goal"] is None else f"goal {each['goal']:g}"
-            print(f"{each['figure']:<42}{each['value']:>10g} {each['unit']:<14}{goal}", flush=True)
+            print(line_of(each), flush=True)
         print(f"  ({part}: {time.perf_counter() - start:.0f} s)", flush=True)
         rows += found
-    if chosen.json:
-        chosen.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    write(chosen.json, rows, machine())
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ Every cell is kept in a file under --out, so the same command goes on from where
 
 import argparse
 import json
-import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,6 +18,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from common.figures import Row, machine, write
 from masking_parts import neighbours, probe, reconstruction
 from masking_parts.cells import RECIPE, STRATEGIES, Cell, kept, pretrain, remove
 from masking_parts.intervals import Estimate, aucs, error_ratios
@@ -28,8 +27,6 @@ from boldforge.data_shards import DataRecipe, SimulationConfig, build_shards, fi
 from boldforge.pretrain import load_pretrained
 
 PARTS = ("real", "simulated")
-
-Row = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -141,14 +138,6 @@ def _cells(
     return cells
 
 
-def machine() -> str:
-    """Return the processor, its cores and the versions that matter."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
 def main() -> None:
     """Measure, print the table, and write it as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -174,8 +163,7 @@ def main() -> None:
             low, high = each["interval"]  # type: ignore[misc]
             print(f"{each['figure']:<58}{each['value']:>8.3f}  [{low:.3f}, {high:.3f}] {each['unit']}", flush=True)
         rows += found
-    if chosen.json:
-        chosen.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    write(chosen.json, rows, machine())
 
 
 if __name__ == "__main__":

@@ -22,13 +22,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
+from common import figures as common
 
 from boldforge.kernels import available_backends
 
@@ -129,15 +128,6 @@ def _tokens(row: Measured) -> int:
     return sum(tokens)
 
 
-def machine(device: str) -> str:
-    """Return the processor or GPU, the version of torch, and the day."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    name = f"{model}, {os.cpu_count()} cores, one thread used" if device == "cpu" else torch.cuda.get_device_name()
-    return f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-
-
 def main() -> None:
     """Measure, print the table and the figures, and write both as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,7 +137,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device was found; use --device cpu.")
-    print(machine(chosen.device))
+    print(common.machine(chosen.device))
     print(
         f"{'side':<19}{'T':>4}{'s/step':>9}{'frames/s':>10}{'peak MB':>10}{'tok/frame':>10}{'GF prod':>9}"
         f"{'GF scan':>9}{'parameters':>12}"
@@ -160,12 +150,8 @@ def main() -> None:
     found = figures(rows)
     print()
     for each in found:
-        goal = "" if each["goal"] is None else f"goal {each['goal']:g}"
-        print(f"{each['figure']:<40}{each['value']:>9.4g} {each['unit']:<10}{goal}")
-    if chosen.json:
-        chosen.json.write_text(
-            json.dumps({"machine": machine(chosen.device), "rows": found, "table": rows}, indent=1) + "\n"
-        )
+        print(common.line_of(each))
+    common.write(chosen.json, found, common.machine(chosen.device), table=rows)
 
 
 if __name__ == "__main__":

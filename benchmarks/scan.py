@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from common import figures as common
 from scan_parts.clock import peak_bytes, seconds
 from scan_parts.peers import grid_to_grid, mamba_ssm, parallel_scan, plain_loop
 from torch import Tensor
@@ -387,12 +386,8 @@ def compiled_figures() -> Iterator[dict[str, object]]:
 
 def machine(device: str, floor: Floor) -> str:
     """Return the processor or GPU, the version of torch, and the two floors measured."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    name = f"{model}, {os.cpu_count()} cores, one thread used" if device == "cpu" else torch.cuda.get_device_name()
     rates = f"copy {floor.bytes_per_s / 1e9:.1f} GB/s, {floor.exponentials_per_s / 1e9:.1f} G exponentials/s"
-    return f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; {rates}"
+    return f"{common.machine(device)}; {rates}"
 
 
 def line_of(row: dict[str, object], unit: str) -> str:
@@ -456,11 +451,8 @@ def main() -> None:
         figures += gpu_figures(rows, budget)
     print()
     for row in figures:
-        goal = "" if row["goal"] is None else f"goal {row['goal']:g}"
-        print(f"{row['figure']:<40}{row['value']:>9.2f} {row['unit']:<13}{goal}")
-    if chosen.json:
-        found = {"machine": machine(chosen.device, floor), "rows": figures, "table": rows}
-        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
+        print(common.line_of(row))
+    common.write(chosen.json, figures, machine(chosen.device, floor), table=rows)
 
 
 if __name__ == "__main__":

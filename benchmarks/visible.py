@@ -9,15 +9,13 @@ every step.
 """
 
 import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common.figures import machine, row, write
 
 from boldforge.data_shards import brain_mask, get_grid, load_atlas
 from boldforge.pretrain import (
@@ -88,11 +86,6 @@ def measure(sees: str, decoder: str, strategy: str, ratio: float, frames: int, s
     return {"seconds": seconds, "tables": tables, "tokens": computed}
 
 
-def row(figure: str, value: float, goal: float | None, better: str) -> dict[str, Any]:
-    """Return a figure as it goes into the JSON file; all are ratios."""
-    return {"figure": figure, "value": round(value, 4), "unit": "ratio", "goal": goal, "better": better}
-
-
 def main() -> None:
     """Print the table, and write the figures where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -103,8 +96,7 @@ def main() -> None:
     frames, steps = (4, 1) if arguments.quick else (20, 2)
     model.visible_tokens = timed(model.visible_tokens)  # type: ignore[attr-defined]
     visible.keep_tokens = timed(visible.keep_tokens)
-    machine = f"{platform.machine()}, {os.cpu_count()} CPU cores, one thread used, torch {torch.__version__}"
-    print(f"{frames} frames on {GRID}; {machine}")
+    print(f"{frames} frames on {GRID}, one thread; {machine()}")
     print(f"{'decoder':<10}{'masks':<13}{'encoder sees':<13}{'s/step':>7}{'tables':>8}{'faster':>8}  tokens by stage")
     rows = []
     for decoder in DECODERS:
@@ -118,13 +110,11 @@ def main() -> None:
             print(f"{line}  {found['tokens']}")
             tokens = sum(found["tokens"]) / sum(whole["tokens"])
             rows += [
-                row(f"visible_speedup_{figure}", faster, None, "higher"),
-                row(f"visible_tokens_{figure}", tokens, None, "lower"),
-                row(f"visible_tables_{figure}", tables, 0.05, "lower"),
+                row(f"visible_speedup_{figure}", faster, "ratio"),
+                row(f"visible_tokens_{figure}", tokens, "ratio", None, "lower"),
+                row(f"visible_tables_{figure}", tables, "of a step", 0.05, "lower"),
             ]
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    write(arguments.json, rows, machine())
 
 
 if __name__ == "__main__":
