@@ -18,7 +18,7 @@ from boldforge.finetune.folds import group_folds
 from boldforge.launch.cli import app
 from boldforge.pretrain import ModelConfig
 
-HAXBY = Path("/work/shared/data/local/haxby")
+HAXBY = Path(__file__).parents[2] / "../shared/data/local/haxby"
 CONDITIONS = ("face", "house", "cat")
 TR, FRAMES, DELAY = 2.0, 48, 4.0
 SETTINGS = {
