@@ -12,6 +12,7 @@ from boldforge.finetune.adapters import (
     merge_adapter,
     unmerge_adapter,
 )
+from boldforge.finetune.attribution_study import AttributionConfig, attribute_regions
 from boldforge.finetune.backbone import Backbone, NeuroStormBackbone, load_backbone
 from boldforge.finetune.classifier import (
     ADAPTER_FILES,
@@ -59,6 +60,8 @@ __all__ = [
     "finetune",
     "SweepConfig",
     "sweep",
+    "AttributionConfig",
+    "attribute_regions",
     "FinetuneError",
     "FoldError",
     "SweepError",

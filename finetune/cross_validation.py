@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 from pydantic import Field, field_validator
 
+from boldforge.data_shards import Manifest
 from boldforge.finetune.baselines import BASELINES, baseline_scores
 from boldforge.finetune.classifier import Classifier, save_adapter
 from boldforge.finetune.cohort import ClipSet, OnProgress
 from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.evaluation import best_threshold
 from boldforge.finetune.fit import fit, predict_subjects
+from boldforge.finetune.fold_models import clear_folds, keep_fold
 from boldforge.finetune.folds import Fold
 from boldforge.finetune.harmonise import check_installed
 from boldforge.finetune.metrics import roc_points
@@ -44,7 +46,9 @@ class FinetuneConfig(StudyConfig):
         "a name harmonises sites first. None takes the task's own: for "
         "subjects site, demographics, connectivity and image, for blocks regions and image.",
     )
-
+    keep_folds: bool = Field(
+        True, description="Keep each fold's model (of the first repetition), for boldforge attribute; each as adapter/."
+    )
     head_hidden: int = Field(0, ge=0, description="Width of a layer between embedding and head; 0 for none.")
 
     @field_validator("baselines")
@@ -97,6 +101,7 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
     sites = [subject.site for subject in subjects]
     labels, adapter = [subject.label for subject in subjects], study.lifted(config.adapter)
     with study.claim_out("fine-tuning") as scratch:
+        clear_folds(config.out)
         clips = study.gather(subjects, scratch, lambda done, total: bar.add(1), adapter)
         features = study.features(kinds, lambda: bar.add(1))
         for repeat, folds in enumerate(dealt):
@@ -110,6 +115,9 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
                     checked, tested = baseline_scores(name, study.task, rows, labels, train, validation, test, sites)
                     kept.put(repeat, test, tested, _threshold(study, np.asarray(labels)[validation], checked))
                 per_fold.append({"repeat": repeat + 1, "fold": number, **described})
+                if config.keep_folds and repeat == 0 and (shards_hash := _shards_hash(study)) is not None:
+                    about = {"simulated": study.cohort.simulated, **described}
+                    keep_fold(classifier, config.out, number, test, shards_hash, about)
                 logger.info("fold %d of %d: %s", number, len(folds), described["figures"])
         epochs = round(statistics.median(fold["best_epoch"] for fold in per_fold))
         final = study.classifier(adapter, config.seed)
@@ -245,11 +253,17 @@ def _write(
         "subjects",
     )
     shared = {key: results[key] for key in kept}
-    save_adapter(final, config.out / "adapter", {**shared, "clips_per_subject": config.clips, "threshold": threshold})
+    about = {"clips_per_subject": config.clips, "threshold": threshold, "shards_hash": _shards_hash(study)}
+    save_adapter(final, config.out / "adapter", {**shared, **about})
     parts = study.task.rows != "subjects"
     write_predictions(config.out / "predictions.tsv", predictions, study.task.classes, config.seed, parts)
     write_json(config.out / "metrics.json", results)
     return results
+
+
+def _shards_hash(study: Study) -> str | None:
+    """Return the hash of the shards, by which an attribution knows whom a model has seen; None for images."""
+    return study.source.content_hash if isinstance(study.source, Manifest) else None
 
 
 def _blocks(study: Study) -> Blocks | None:

@@ -283,6 +283,19 @@ def sweep(
     sweep_and_print(config, [*(overrides or []), *where], Console())
 
 
+@app.command(epilog="Example: boldforge attribute runs/adhd clips=2 permutations=5000")
+def attribute(
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a fine-tuning; or of an adapter, with shards=, backbone=, out=")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Show which brain regions a fine-tuned model reads, on subjects it has not seen: tables, maps and a figure."""
+    from boldforge.launch.attributing import attribute_and_print
+
+    attribute_and_print(model, overrides or [], Console())
+
+
 @app.command(
     epilog="Example: boldforge release runs/pretrain --adapter runs/sweep/best/adapter --out releases/study-v1"
 )

@@ -99,8 +99,14 @@ def write_map(path: Path, values: dict[int, float], regions: RegionVoxels, grid:
     n_voxels = int(mask.sum())
     filled_V = np.bincount(voxel, share, minlength=n_voxels)
     total_V = np.bincount(voxel, share * figure_R[regions.region[known]], minlength=n_voxels)
+    mean_V = np.divide(total_V, filled_V, out=np.full(n_voxels, np.nan), where=filled_V > 0)
+    write_voxels(path, mean_V, grid, mask)
+
+
+def write_voxels(path: Path, values_V: np.ndarray, grid: Grid, mask: np.ndarray) -> None:
+    """Write a figure of each brain voxel as `write_map` does; NaN outside the brain."""
     volume = np.full(grid.shape, np.nan, dtype=np.float32)
-    volume[mask] = np.divide(total_V, filled_V, out=np.full(n_voxels, np.nan), where=filled_V > 0)
+    volume[mask] = values_V
     image = nib.Nifti1Image(volume, grid.affine)
     image.header.set_xyzt_units("mm")
     for place in (image.header.set_qform, image.header.set_sform):

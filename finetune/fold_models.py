@@ -1,0 +1,84 @@
+"""The model of every outer fold, kept with the subjects that it has not seen."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from boldforge.configs import ConfigError
+from boldforge.finetune.classifier import Classifier, read_task, save_adapter
+from boldforge.finetune.errors import FinetuneError
+
+FOLDER = "folds"
+
+
+@dataclass(frozen=True)
+class FoldModel:
+    """A fold's adapter folder, and the positions of its test subjects among the cohort's, which are sorted by name."""
+
+    number: int
+    folder: Path
+    test: tuple[int, ...]
+
+
+def clear_folds(out: Path) -> None:
+    """Remove the fold models of an earlier fine-tuning in the same folder."""
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
+
+
+def keep_fold(
+    classifier: Classifier, out: Path, number: int, test: Sequence[int], shards_hash: str, about: Mapping[str, Any]
+) -> None:
+    """Write a fold's model as an adapter folder ``folds/<number>``; subjects are positions, no names."""
+    kept = {"fold": number, "test": [int(position) for position in test], "shards_hash": shards_hash}
+    save_adapter(classifier, out / FOLDER / str(number), {**about, **kept})
+
+
+def read_folds(out: Path, shards_hash: str) -> list[FoldModel]:
+    """Return the fold models that `keep_fold` wrote beside a finished fine-tuning's results, by number.
+
+    Raises
+    ------
+    FinetuneError
+        If there are none, some are missing, or they were trained on other shards.
+    """
+    results = read_results(out)
+    wanted = sorted({int(fold["fold"]) for fold in results["folds"]})
+    models = []
+    for number in wanted:
+        folder = out / FOLDER / str(number)
+        if not folder.is_dir():
+            raise FinetuneError(
+                f"{folder}: no such folder, so which subjects this fold's model has not seen cannot be told; finetune "
+                "again with this boldforge and keep_folds=true."
+            )
+        about = read_task(folder)["figures"]
+        if about.get("shards_hash") != shards_hash:
+            raise FinetuneError(
+                f"{folder}: was trained on other shards than those given (content hash {about.get('shards_hash')}, not "
+                f"{shards_hash}); give the fine-tuning's own with shards=FOLDER."
+            )
+        models.append(FoldModel(number, folder, tuple(about["test"])))
+    return models
+
+
+def read_results(out: Path) -> dict[str, Any]:
+    """Read a fine-tuning's ``metrics.json``.
+
+    Raises
+    ------
+    ConfigError
+        If it is missing or damaged.
+    """
+    path = out / "metrics.json"
+    try:
+        results = json.loads(path.read_text())
+        if not isinstance(results, dict) or not {"settings", "folds"} <= results.keys():
+            raise ValueError("no settings in it")
+    except OSError:
+        raise ConfigError(f"{path}: no such file; give the folder of a finished boldforge finetune.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: is damaged ({' '.join(str(error).split())}); finetune again.") from None
+    return results

@@ -1,0 +1,69 @@
+"""``boldforge attribute`` as a user runs it, on a fine-tuning of simulated subjects."""
+
+import csv
+
+import nibabel as nib
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from typer.testing import CliRunner
+
+from boldforge.data_shards import DataRecipe, SimulationConfig, build_shards, find_runs, load_atlas, simulate_cohort
+from boldforge.launch.cli import app
+
+TUNING = ["clips=1", "folds=2", "adapter.rank=0", "training.epochs=2", "baselines=[]"]
+
+
+def _run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "160"})
+
+
+@pytest.fixture(scope="module")
+def tuned(pretraining, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attribute")
+    simulate_cohort(folder / "athena", SimulationConfig(n_subjects=10, n_frames=8, effect=2.0))
+    build_shards(find_runs(folder / "athena").runs, folder / "shards", DataRecipe(grid="mni4mm", tr=2.0))
+    data = [f"shards={folder / 'shards'}", f"backbone={pretraining}", f"out={folder / 'run'}"]
+    done = _run("finetune", *data, *TUNING)
+    assert done.exit_code == 0, done.output
+    return folder / "run"
+
+
+def test_regions_are_printed_and_drawn(tuned, tmp_path):
+    atlas = load_atlas("aal3")
+    halves = np.where(atlas.volume > 0, np.where(atlas.volume > 94, 2, 1), 0).astype(np.int16)
+    nib.save(nib.Nifti1Image(halves, atlas.affine), tmp_path / "atlas.nii.gz")
+    (tmp_path / "names.txt").write_text("1 cortex\n2 <below>\n")
+    settings = [f"atlas={tmp_path / 'atlas.nii.gz'}", f"labels={tmp_path / 'names.txt'}", "clips=1", "steps=4"]
+    done = _run("attribute", tuned, *settings, "permutations=99", "resamples=100")
+    assert done.exit_code == 0, done.output
+    out = tuned / "attribution"
+    assert "Asked each fold's model about its own test subjects: 10 simulated subjects" in done.output
+    assert f"Tables, maps and figures: {out}" in done.output
+    for method in ("integrated-gradients", "occlusion"):
+        with (out / f"{method}.tsv").open(newline="") as stream:
+            rows = [row for row in csv.DictReader(stream, delimiter="\t") if row["kind"] == "region"]
+        assert {row["name"] for row in rows} == {"cortex", "<below>"}
+        assert f"{float(rows[0]['attribution']):+.4f}" in done.output
+        picture = imread(out / f"{method}.png")[..., :3]
+        assert picture.shape[0] > 250 and picture.shape[1] > 800
+        # Red and blue where regions are, on white.
+        assert (np.ptp(picture, axis=2) > 0.3).mean() > 0.01 and (picture.min(axis=2) > 0.99).mean() > 0.3
+    page = (out / "attribution.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "Simulated subjects." in page
+    assert "&lt;below&gt;" in page and "<below>" not in page and "http" not in page and "<script" not in page
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2(tuned, boldforge, tmp_path):
+    done = boldforge("attribute", tmp_path)
+    assert done.returncode == 2 and "give the folder of a finished boldforge finetune." in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 2, "that it started, and the sentence"
+    for override, sentence in {
+        "step=3": "unknown key 'step'",
+        "model=x": "both say what to attribute",
+        "methods=[lime]": "methods",
+        "atlas=nowhere.nii": "nowhere.nii",
+        "target=ADHD": "leave it out",
+    }.items():
+        refused = _run("attribute", tuned, override)
+        assert refused.exit_code != 0 and sentence in str(refused.exception), override
