@@ -217,9 +217,7 @@ def _open(config: AttributionConfig) -> _Work:
     classifier = load_classifier(backbone, folder)
     task = classifier.task
     if task.kind not in ("binary", "multiclass", "regression") or task.rows != "subjects":
-        raise FinetuneError(
-            f"task {task.name!r} cannot be attributed; expected one with a class or number per subject."
-        )
+        raise FinetuneError(f"task {task.name!r} cannot be attributed; give one with a label per subject.")
     cohort = find_cohort(manifest, task, int(classifier.backbone.data["clip_length"]))
     n = len(cohort.subjects)
     folds = folds or [FoldModel(1, config.model, tuple(range(n)))]

@@ -96,7 +96,8 @@ def test_only_results_are_left_in_the_folder(finished):
     out, _, _ = finished
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     adapter = {"adapter_config.json", "adapter_model.safetensors", "head.safetensors", "task.json"}
-    assert found == {"metrics.json", "predictions.tsv"} | {f"adapter/{name}" for name in adapter}
+    folders = ("adapter", "folds/1", "folds/2", "folds/3")
+    assert found == {"metrics.json", "predictions.tsv"} | {f"{kept}/{name}" for kept in folders for name in adapter}
 
 
 def test_the_adapter_can_be_loaded_and_predicts(finished, encoder):
