@@ -120,13 +120,13 @@ def inspect(
     if html is not None or sharding.is_dataset(folder):
         sharding.check_alone([name for name in _stated(context) if name not in {"html", "anonymous"}], "inspect")
         if html is None:
-            sharding.print_summary(folder, Console())
+            sharding.print_summary(folder, Console(markup=False))
         else:
             from boldforge.launch.quality import write_quality_page  # draws, so it takes a second to import
 
             print(f"Quality page written to {write_quality_page(folder, html, anonymous)}")
         return
-    sharding.print_inspection(folder, layout, source_tr, Console(), root)
+    sharding.print_inspection(folder, layout, source_tr, Console(markup=False), root)
 
 
 @app.command(epilog="Example: boldforge shard /data/fmriprep --out shards/study --grid mni4mm --tr 2.0 --workers 4")
@@ -181,9 +181,9 @@ def shard(
     if verify or export_zarr is not None:
         sharding.check_alone(stated, "verify" if verify else "export_zarr")
         if export_zarr is not None:
-            sharding.export(folder, export_zarr, Console())
+            sharding.export(folder, export_zarr, Console(markup=False))
             return
-        raise typer.Exit(sharding.verify(folder, Console()))
+        raise typer.Exit(sharding.verify(folder, Console(markup=False)))
     settings: dict[str, Any] = {"grid": grid, "tr": tr, "normalisation": normalisation, "dtype": dtype}
     settings |= {"antialias": antialias, "confounds": confounds or [], "detrend": detrend, "high_pass": high_pass}
     settings |= {"low_pass": low_pass, "scrub_fd": scrub_fd, "scrub_keep": scrub_keep, "time_filter": time_filter}
@@ -191,9 +191,9 @@ def shard(
     source, crew = sharding.Source(layout, source_tr, root), sharding.Crew(workers, address)
     if append:
         sharding.check_append(out, recipe, stated)
-        sharding.append(folder, out, source, crew, Console())
+        sharding.append(folder, out, source, crew, Console(markup=False))
     else:
-        sharding.shard_folder(folder, out, source, recipe, crew, Console(), overwrite=overwrite)
+        sharding.shard_folder(folder, out, source, recipe, crew, Console(markup=False), overwrite=overwrite)
 
 
 @app.command(epilog="Example: boldforge simulate data/cohort --subjects 40 --effect 1.0 --region Thal_MDm_L --seed 0")
@@ -235,11 +235,11 @@ def pretrain(
 
         if not dry_run:
             raise ConfigError("--grid goes with --dry-run; a run takes its grid from its shards.")
-        print_plan(config, overrides or [], ranks, grid, Console())
+        print_plan(config, overrides or [], ranks, grid, Console(markup=False))
         return
     from boldforge.launch.training import pretrain_on_ranks
 
-    pretrain_on_ranks(config, overrides or [], ranks, Console())
+    pretrain_on_ranks(config, overrides or [], ranks, Console(markup=False))
 
 
 @app.command(epilog="Example: boldforge finetune --task adhd --data data/adhd200 backbone=runs/pretrain out=runs/adhd")
@@ -259,7 +259,7 @@ def finetune(
     """Adapt a pretrained model to a question about people, and test it on subjects it has not seen."""
     from boldforge.launch.finetuning import Asked, finetune_and_print
 
-    finetune_and_print(Asked(config, task, data, overrides or []), Console())
+    finetune_and_print(Asked(config, task, data, overrides or []), Console(markup=False))
 
 
 @app.command(
@@ -280,7 +280,7 @@ def sweep(
 
     # As YAML, so that an address that looks like a number stays what it is.
     where = [f"address={json.dumps(address)}"] if address is not None else []
-    sweep_and_print(config, [*(overrides or []), *where], Console())
+    sweep_and_print(config, [*(overrides or []), *where], Console(markup=False))
 
 
 @app.command(epilog="Example: boldforge attribute runs/adhd clips=2 permutations=5000")
@@ -293,7 +293,7 @@ def attribute(
     """Show which brain regions a fine-tuned model reads, on subjects it has not seen: tables, maps and a figure."""
     from boldforge.launch.attributing import attribute_and_print
 
-    attribute_and_print(model, overrides or [], Console())
+    attribute_and_print(model, overrides or [], Console(markup=False))
 
 
 @app.command(
@@ -322,7 +322,7 @@ def load(folder: Annotated[Path, typer.Argument(help="Release or export folder")
     """Read a release back, verify its files and reproduce what it recorded on a fixed clip."""
     from boldforge.launch.release import check_release
 
-    raise typer.Exit(check_release(folder, Console()))
+    raise typer.Exit(check_release(folder, Console(markup=False)))
 
 
 @app.command(epilog="Example: boldforge report runs/pretrain runs/sweep releases/study-v1 --out report.html")
@@ -344,7 +344,7 @@ def doctor(
     from boldforge.launch.doctor import examine, print_findings
 
     findings = examine(folder)
-    print_findings(findings, Console())
+    print_findings(findings, Console(markup=False))
     raise typer.Exit(1 if any(finding.status == "missing" for finding in findings) else 0)
 
 

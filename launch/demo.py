@@ -104,7 +104,7 @@ def run_demo(data: Path, out: Path, fresh: bool = False) -> None:
     from boldforge.launch.sharding import shard_runs
     from boldforge.launch.training import pretrain_on_ranks, sweep_and_print
 
-    console = Console()
+    console = Console(markup=False)
     began = time.monotonic()
     real, pretrained, cohort = out / "shards-real", out / "pretrain", out / "cohort"
     labelled, sweep, release, report = out / "shards-simulated", out / "sweep", out / "release", out / "report.html"

@@ -28,7 +28,7 @@ def neurostorm(
     replace: Annotated[bool, typer.Option(help="Replace a release that is already there")] = False,
 ) -> None:
     """Take over a NeuroSTORM checkpoint; a key that is missing or left over is an error."""
-    import_and_print(checkpoint, out, leave_out or [], replace, Console())
+    import_and_print(checkpoint, out, leave_out or [], replace, Console(markup=False))
 
 
 def import_and_print(checkpoint: Path, out: Path, leave_out: list[str], replace: bool, console: Console) -> Path:

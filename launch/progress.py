@@ -40,7 +40,7 @@ def progress(title: str, unit: str, console: Console | None = None) -> Iterator[
     ------
     A callback ``(done, total)`` for the working function's ``on_progress``.
     """
-    console = console or Console(stderr=True, highlight=False)
+    console = console or Console(stderr=True, highlight=False, markup=False)
     if console.is_terminal:
         with _bar(title, unit, console) as on_progress:
             yield on_progress
