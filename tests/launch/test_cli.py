@@ -16,6 +16,7 @@ from boldforge.launch import cli
 from boldforge.launch.cli import app
 
 VERBS = (
+    "attribute",
     "demo",
     "inspect",
     "shard",
