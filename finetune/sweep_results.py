@@ -209,7 +209,7 @@ def _sentence(
         f"{among} had the highest validation {called} "
         f"({chosen[f'validation_{figure}']:.2f}, {len(parts['validation'])} subjects); "
         f"trained anew on these and the training subjects for "
-        f"{chosen['best_epoch']} epochs and tested once on "
+        f"{chosen['best_epoch']} epoch{'' if chosen['best_epoch'] == 1 else 's'} and tested once on "
         f"{len(parts['test'])} subjects that no trial has seen, "
         f"its {called} is {figures[figure]:.2f}{interval}{beside}."
     )
