@@ -120,8 +120,8 @@ def test_the_chosen_one_is_trained_anew_on_all_but_the_test_subjects(planted, sh
     assert trained[-1] == (40, None, results["best"]["rank"])
     assert {(n, m) for n, m, _ in trained[:-1]} == {(20, 20)}
     epochs = results["best"]["best_epoch"]
-    plural = "" if epochs == 1 else "s"
-    assert f"trained anew on these and the training subjects for {epochs} epoch{plural} and tested" in results["sentence"]
+    length = "1 epoch" if epochs == 1 else f"{epochs} epochs"
+    assert f"trained anew on these and the training subjects for {length} and tested once" in results["sentence"]
     # The weights that are kept are those, and not the ones that were compared.
     assert results["figures"] == planted[1]["figures"]
 
