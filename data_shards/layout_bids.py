@@ -32,9 +32,9 @@ def find_bids(folder: Path, root: Path) -> RunList:
     runs, skipped = [], links_not_entered(folder)
     mni = {recording: [path for path in paths if _is_mni(path)] for recording, paths in versions.items()}
     datasets = _datasets(folder, mni)
-    participants: dict[str, Phenotype] = {}
-    for dataset in [*datasets, folder]:  # the folder's own table has the last word
-        participants |= _read_participants(dataset / "participants.tsv", root)
+    # Each dataset has its own people, the label sub-01 another one in each; the folder's own table has the last word.
+    shared = _read_participants(folder / "participants.tsv", root)
+    participants = {dataset: _read_participants(dataset / "participants.tsv", root) | shared for dataset in datasets}
     for recording, paths in versions.items():
         in_mni = sorted(mni[recording], key=_preference)
         for path in paths:
@@ -45,7 +45,8 @@ def find_bids(folder: Path, root: Path) -> RunList:
             elif path != in_mni[0]:
                 skipped.append(Skipped(path, f"is another version of {in_mni[0].name}, which was taken."))
         if in_mni:
-            runs.append(_run(folder, root, in_mni[0], dict(recording), participants))
+            dataset, _ = _dataset_of(folder, in_mni[0].parent)
+            runs.append(_run(folder, root, in_mni[0], dict(recording), participants[dataset]))
     notes: tuple[str, ...] = ()
     if len(datasets) > 1:
         named = [str(dataset.relative_to(folder)) for dataset in datasets[:4]]

@@ -2,7 +2,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from boldforge.data_shards import find_runs
+from boldforge.data_shards import LayoutError, find_runs
 
 
 def _write(path, voxel, frames=5):
@@ -45,3 +45,30 @@ def test_a_version_that_cannot_be_read_is_not_preferred(study):
     broken.write_bytes(b"")
     first = find_runs(study).runs[0]
     assert first.path.name == "bold_coarse.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("text", "tr"),
+    [("TR 2.5\nnotes \n", 2.5), ("TR \n", None), (" \nTR 2.5\n", 2.5), ("TR\t2.5", 2.5), ("", None), ("TRs 3\n", None)],
+)
+def test_any_scan_key_is_read(study, text, tr):
+    (study / "scan_key.txt").write_text(text)
+    found = find_runs(study)
+    assert {run.tr for run in found.runs} == {tr} and len(found.notes) == 1
+
+
+@pytest.mark.parametrize("stated", ["2500", "0", "two", "inf"])
+def test_a_scan_key_without_seconds_is_told_and_the_header_is_asked(study, stated):
+    (study / "scan_key.txt").write_text(f"TR {stated}\n")
+    found = find_runs(study)
+    assert {run.tr for run in found.runs} == {None}
+    assert f"scan_key.txt: has the TR '{stated}', expected seconds" in found.notes[1]
+
+
+def test_several_studies_are_not_taken_for_one(tmp_path):
+    _write(tmp_path / "ds1" / "sub001" / "BOLD" / "task001_run001" / "bold.nii.gz", 3.0)
+    (tmp_path / "ds1" / "scan_key.txt").write_text("TR 2.5\n")
+    assert [run.tr for run in find_runs(tmp_path).runs] == [2.5]
+    _write(tmp_path / "ds2" / "sub001" / "BOLD" / "task001_run002" / "bold.nii.gz", 3.0)
+    with pytest.raises(LayoutError, match=r"holds several studies, .*ds1 and .*ds2 among them.*give the folder of one"):
+        find_runs(tmp_path)

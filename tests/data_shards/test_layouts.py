@@ -262,3 +262,16 @@ def test_a_single_scan_is_not_taken_for_a_table(tmp_path):
     scan.write_bytes(b"\x1f\x8b")
     with pytest.raises(LayoutError, match="is one scan, expected a folder of scans"):
         find_runs(scan)
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_sites_table_says_nothing_of_the_people_of_another(place, described):
+    place(f"siteA/sub-01/func/sub-01_task-rest_{MNI}_bold.nii.gz")
+    root = place(f"siteB/sub-02/func/sub-02_task-rest_{MNI}_bold.nii.gz")
+    for site, first_age in (("siteA", 9), ("siteB", 60)):
+        (root / site / "participants.tsv").write_text(f"participant_id\tage\nsub-01\t{first_age}\nsub-02\t33\n")
+        if described:
+            (root / site / "dataset_description.json").write_text("{}")
+    assert {run.subject: run.phenotype["age"] for run in find_runs(root).runs} == {"01": 9.0, "02": 33.0}
+    (root / "participants.tsv").write_text("participant_id\tage\nsub-01\t10\n")
+    assert {run.subject: run.phenotype["age"] for run in find_runs(root).runs} == {"01": 10.0, "02": 33.0}
