@@ -102,8 +102,11 @@ def save_checkpoint(
             shutil.rmtree(final)
         partial.rename(final)
         _flush_folder(folder)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        # Later ones are damaged, or the run would have gone on from them: they must not outlive this one.
+        steps = sorted(folder.glob("step-*"))
+        place = steps.index(final) + 1
+        for other in (*steps[: max(0, place - keep)], *steps[place:]):
+            shutil.rmtree(other)
 
     _on_rank_zero(commit)
 

@@ -119,7 +119,9 @@ def check_backend(config: PretrainConfig) -> None:
     )
 
 
-def check_checkpoint(config: PretrainConfig, shapes: Mapping[str, Sequence[int]]) -> Path | None:
+def check_checkpoint(
+    config: PretrainConfig, shapes: Mapping[str, Sequence[int]], checkpoint: Path | None = None
+) -> Path | None:
     """Refuse a run folder whose newest checkpoint holds weights of another shape; only headers are read.
 
     Parameters
@@ -128,6 +130,8 @@ def check_checkpoint(config: PretrainConfig, shapes: Mapping[str, Sequence[int]]
         The recipe.
     shapes
         Of every parameter of the recipe's model, by name.
+    checkpoint
+        Which one to look at, in place of the newest.
 
     Returns
     -------
@@ -139,7 +143,7 @@ def check_checkpoint(config: PretrainConfig, shapes: Mapping[str, Sequence[int]]
     ConfigError
         Naming the first weight that does not fit.
     """
-    steps = sorted((config.out / "checkpoints").glob("step-*"))
+    steps = [checkpoint] if checkpoint else sorted((config.out / "checkpoints").glob("step-*"))
     if not steps:
         return None
     wanted = {name: list(shape) for name, shape in shapes.items()}

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import deepspeed
@@ -22,8 +23,9 @@ from boldforge.data_shards import (
     load_groups,
     split_segments,
 )
+from boldforge.data_shards.tables import write_atomic
 from boldforge.pretrain.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint
-from boldforge.pretrain.checks import check_batch
+from boldforge.pretrain.checks import check_batch, check_checkpoint
 from boldforge.pretrain.config import PretrainConfig
 from boldforge.pretrain.datasets import check_lengths, identity, open_datasets, split_record
 from boldforge.pretrain.evaluate import HeldoutClips, HeldoutError
@@ -116,6 +118,7 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run:
     model.checkpoint_activations = config.checkpoint_activations
     resumed = find_checkpoint(config.out / "checkpoints")
     if resumed:
+        check_checkpoint(config, {name: weight.shape for name, weight in model.named_parameters()}, resumed.folder)
         model.load_state_dict(read_weights(resumed.folder))
     engine, _, _, _ = deepspeed.initialize(
         model=model, model_parameters=list(model.parameters()), config=config.deepspeed(world_size)
@@ -149,7 +152,7 @@ def _claim_folder(config: PretrainConfig, datasets: dict[str, Any]) -> None:
     path = config.out / "config.yaml"
     content = {**config.model_dump(mode="json"), **datasets}
     if path.is_file() and newest_checkpoint(config.out / "checkpoints"):
-        before = _as_of_today(yaml.safe_load(path.read_text()))
+        before = _as_of_today(_read_record(path))
         now = {key: value for key, value in content.items() if key not in _FREE_KEYS}
         now |= dict.fromkeys(before.keys() - content.keys())  # weights of a mixture that is none any more
         changed = changes(before, now)
@@ -161,9 +164,23 @@ def _claim_folder(config: PretrainConfig, datasets: dict[str, Any]) -> None:
             )
     try:
         config.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        # A kill while it is written must not leave half of it beside whole checkpoints.
+        write_atomic(path, yaml.safe_dump(content, sort_keys=False).encode())
     except OSError as error:
         raise BoldForgeError(f"{config.out}: cannot write the run folder ({error.strerror}).") from None
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (UnicodeDecodeError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: is damaged, so it cannot be told whether this is the same run; put the recipe back there, or use "
+            "another out folder."
+        )
+    return content
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> list[tuple[str, Any, Any]]:

@@ -1,8 +1,12 @@
 """A small brain on a small grid, shared by the pretraining tests."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from boldforge.pretrain import ModelConfig, TokenGrid
 
@@ -33,3 +37,11 @@ def small_config() -> ModelConfig:
 @pytest.fixture
 def small_grid(small_mask: np.ndarray, small_config: ModelConfig) -> TokenGrid:
     return TokenGrid(small_mask, (2, 2, 2), small_config.frames, small_config.n_stages)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

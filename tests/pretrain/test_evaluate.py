@@ -1,12 +1,10 @@
 """Held-out error: what is counted, and what it is compared with."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from boldforge.data_shards import Holdout, ShardReader, brain_mask, load_manifest, split_segments
 from boldforge.pretrain import (
@@ -24,13 +22,6 @@ from boldforge.pretrain import (
 from boldforge.pretrain.evaluate import counted_voxels
 
 FRAMES = 4
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
