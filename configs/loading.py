@@ -1,6 +1,7 @@
 """Read a YAML recipe into a validated pydantic model."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -11,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from boldforge.configs.errors import ConfigError
 
 _PACKAGE_FOLDER = Path(__file__).parent
+# An address with a password or a signature, up to the end: either may hold any character.
+_SECRET = re.compile(r"://.*[@?#].*", re.DOTALL)
 
 
 class StrictModel(BaseModel):
@@ -90,7 +93,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())}).") from None
+        raise ConfigError(f"{path}: is not valid YAML ({_SECRET.sub('://…', ' '.join(str(error).split()))}).") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds {type(content).__name__}, expected a mapping of keys to values.")
     return content
@@ -99,18 +102,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply_override(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"{override!r}: overrides are written key=value, for example optimizer.lr=1e-4.")
+        raise ConfigError(f"{_shown(override)}: overrides are written key=value, for example optimizer.lr=1e-4.")
     *sections, last = key.strip().split(".")
     here = content
     for section in sections:
         below = here.setdefault(section, {})
         if not isinstance(below, dict):
-            raise ConfigError(f"{override!r}: {section!r} holds a single value, it has no key {last!r}.")
+            raise ConfigError(f"{_shown(override)}: {section!r} holds a single value, it has no key {last!r}.")
         here[section] = here = dict(below)
     try:
         here[last] = _number_or_yaml(text)
     except yaml.YAMLError:
-        raise ConfigError(f"{override!r}: the value is not valid YAML.") from None
+        raise ConfigError(f"{_shown(override)}: the value is not valid YAML.") from None
 
 
 def _number_or_yaml(text: str) -> Any:
@@ -142,7 +145,12 @@ def _sentences(error: ValidationError, model: type[BaseModel], name: str) -> Ite
             yield f"{name}: {problem['msg'].removeprefix('Value error, ')}."
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            yield f"{name}: key {key!r} is {problem['input']!r}, but: {message}."
+            yield f"{name}: key {key!r} is {_shown(problem['input'])}, but: {message}."
+
+
+def _shown(value: Any) -> str:
+    """Return what a message shows of a value: addresses without their passwords and signatures."""
+    return repr(_SECRET.sub("://…", value)) if isinstance(value, str) else _SECRET.sub("://…", repr(value))
 
 
 def _valid_keys(model: type[BaseModel], sections: Sequence[Any]) -> list[str]:

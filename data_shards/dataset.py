@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from boldforge.configs import StrictModel
 from boldforge.data_shards.manifest import Manifest, load_manifest
-from boldforge.data_shards.remote import CACHE_BYTES, open_remote
+from boldforge.data_shards.remote import CACHE_BYTES, open_remote, why_refused
 
 _GIB = 2**30
 
@@ -17,8 +17,14 @@ def _as_text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def _without_secrets(place: str) -> str:
+    if why := why_refused(place):
+        raise ValueError(why)
+    return place
+
+
 # Not a Path, which would turn s3://bucket into s3:/bucket.
-ShardsPlace = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
+ShardsPlace = Annotated[str, BeforeValidator(_as_text), Field(min_length=1), AfterValidator(_without_secrets)]
 
 
 class CacheConfig(StrictModel):

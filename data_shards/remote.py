@@ -5,6 +5,7 @@ Without a connection, everything that the cache holds can still be read.
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,8 @@ PROTOCOLS = {
 }
 CACHE_VARIABLE = "BOLDFORGE_CACHE"
 CACHE_BYTES = 32 * 2**30
+# Makes fsspec's http read ~/.netrc, which it does not by itself.
+_NETRC = """FSSPEC_HTTP='{"client_kwargs": {"trust_env": true}}'"""
 _WAITS = (0.2, 1.0, 3.0)  # seconds before another try
 
 Result = TypeVar("Result")
@@ -36,6 +39,31 @@ Result = TypeVar("Result")
 
 class RemoteError(BoldForgeError):
     """A remote file cannot be fetched now; never skipped, because the next attempt may give the sample after all."""
+
+
+def why_refused(url: str) -> str | None:
+    """Say why an address is refused that holds a password or a signature, without repeating them; None if it is not.
+
+    What is in an address lands in ``config.yaml`` and in messages.
+    """
+    protocol, found, rest = url.partition("://")
+    if not found:
+        return None
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    user, at, host = authority.rpartition("@")
+    host, _, port = host.partition(":")
+    beyond = "@" in rest[len(authority) :]
+    container = protocol in ("abfs", "az") and ":" not in user  # abfs://container@account
+    cut = beyond and port != "" and not port.isdigit()  # a password with a slash
+    if not (at and not container) and not cut and not set("?#") & set(rest) and "@" not in protocol:
+        return None
+    # A password may hold every one of these signs; what may be a piece of it is not shown.
+    shown = f"{protocol if re.fullmatch('[A-Za-z0-9+.-]+', protocol) else '…'}://{'…' if beyond else host}"
+    return (
+        f"{shown}: expected an address without a user, a password, '?' and '#', which would be written into files and "
+        "messages; give them to the backend instead, in its environment variables, the cloud's credential file, or for "
+        f"http in ~/.netrc with {_NETRC}"
+    )
 
 
 def open_remote(
@@ -57,10 +85,13 @@ def open_remote(
     Raises
     ------
     RemoteError
-        If the address cannot be reached and the cache does not hold the manifest, or the protocol is not known.
+        If the address cannot be reached and the cache does not hold the manifest, or the protocol is not known,
+        or the address holds a password or a signature.
     ShardError
         If what lies there is not a dataset.
     """
+    if why := why_refused(url):
+        raise RemoteError(f"{why}.")
     folder = Path(cache or os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "boldforge")
     remote = RemoteShards(url.rstrip("/"), BlockCache(folder, max_bytes, block_bytes))
     return remote.manifest()
@@ -72,10 +103,12 @@ class RemoteShards:
     Raises
     ------
     RemoteError
-        If the protocol is not one of `PROTOCOLS`.
+        If the address holds a password or a signature, or its protocol is not one of `PROTOCOLS`.
     """
 
     def __init__(self, url: str, cache: BlockCache) -> None:
+        if why := why_refused(url):
+            raise RemoteError(f"{why}.")
         self.url = url
         self.cache = cache
         self._connection: tuple[int, Any] | None = None

@@ -166,6 +166,36 @@ def test_only_known_kinds_of_addresses_are_opened(url, tmp_path):
         open_remote(url, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://alice:S3CRET@host/x", "http://host: "),
+        ("ftp://u:S3CRET@h/x", "ftp://h: "),
+        ("https://S3CRET@host:80/x", "https://host: "),
+        ("https://host/x?X-Amz-Signature=S3CRET", "https://host: "),
+        ("https://host/x#S3CRET", "https://host: "),
+        ("http://alice:a/S3CRET@host/x", "http://…: "),
+        ("http://alice:a@S3CRET/b@host/x", "http://…: "),
+        ("http://alice:a?S3CRET@host/x", "http://…: "),
+        ("abfs://u:S3CRET@account/x", "abfs://account: "),
+        ("s3://a::http://u:S3CRET@b", "s3://…: "),
+        ("simplecache::http://u:S3CRET@b/x", "…://b: "),
+    ],
+)
+def test_an_address_with_a_secret_is_refused_without_repeating_it(url, shown, tmp_path):
+    with pytest.raises(RemoteError, match=r"in its environment variables.*~/\.netrc with FSSPEC_HTTP=") as caught:
+        open_remote(url, tmp_path / "cache")
+    assert str(caught.value).startswith(shown) and "S3CRET" not in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "place", ["a?b#c@d", "u:p@host/x", "hf://datasets/a/b@main/c", "abfs://box@account/x", "http://[fe80:1]:80/x"]
+)
+def test_a_place_without_a_secret_is_not_refused(place):
+    assert remote.why_refused(place) is None
+
+
 def made(start, stop):
     return bytes((place * 7 + (place >> 8)) % 251 for place in range(start, stop))
 

@@ -80,6 +80,28 @@ def test_shards_that_cannot_be_are_refused_by_key(shards: object, words: str) ->
         config(shards)
 
 
+@pytest.mark.parametrize("url", ["http://alice:S3'CRET@host/x", "ftp://u:S3'CRET@h/x", "https://h/x?Signature=S3'CRET"])
+def test_a_recipe_with_a_password_is_refused_without_repeating_it(url: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"shards": ["a", {"path": url}], "out": "o"}))
+    finetuning = {"backbone": "b", "out": "o"}
+    for recipe in (
+        lambda: load_config(PretrainConfig, tmp_path / "recipe.yaml"),
+        lambda: load_config(PretrainConfig, {"out": "o"}, [f'shards="{url}"']),
+        lambda: load_config(FinetuneConfig, {**finetuning, "shards": url}),
+        lambda: load_config(FinetuneConfig, {**finetuning, "shards": {"path": url}}),
+        lambda: load_config(FinetuneConfig, finetuning, [f'shards="{url}']),
+    ):
+        with pytest.raises(ConfigError, match="shards") as caught:
+            recipe()
+        assert "CRET" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"key 'shards.*is '[a-z]+://…', but: [a-z]+://h(ost)?: expected an address"):
+        config(url)
+
+
+def test_a_folder_may_have_any_name() -> None:
+    assert config(["a?b", "c#d@e"]).shards[1].path == "c#d@e"
+
+
 def test_a_mixture_with_a_twin_or_a_missing_weight_is_refused(real_shards: Path, one_run: Path) -> None:
     def opened(*shards: object) -> list[str]:
         found = config(list(shards))
