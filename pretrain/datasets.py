@@ -48,7 +48,7 @@ def open_datasets(datasets: Sequence[DatasetConfig], cache: CacheConfig) -> list
     Raises
     ------
     ConfigError
-        If one of them is named twice, or only some have a weight.
+        If one of them is named twice, only some have a weight, or their stored splits differ.
     BoldForgeError
         If one cannot be opened.
     """
@@ -65,6 +65,13 @@ def open_datasets(datasets: Sequence[DatasetConfig], cache: CacheConfig) -> list
                 "larger weight."
             )
         seen[manifest.content_hash] = dataset.path
+    planned = [(dataset.path, each.splits) for dataset, each in zip(datasets, manifests, strict=True) if each.splits]
+    for path, plan in planned[1:]:
+        if plan != planned[0][1]:
+            raise ConfigError(
+                f"shards: {planned[0][0]} and {path} store different splits, so that one could train on a subject that "
+                "the other holds out; store the same plan in both (boldforge.data_shards.store_splits)."
+            )
     return manifests
 
 

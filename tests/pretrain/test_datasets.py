@@ -10,7 +10,15 @@ import pytest
 import yaml
 
 from boldforge.configs import ConfigError, load_config
-from boldforge.data_shards import CacheConfig, DataRecipe, build_shards, find_runs, load_manifest
+from boldforge.data_shards import (
+    CacheConfig,
+    DataRecipe,
+    SplitPlan,
+    build_shards,
+    find_runs,
+    load_manifest,
+    store_splits,
+)
 from boldforge.finetune import FinetuneConfig
 from boldforge.pretrain import PretrainConfig, load_pretrained, read_metrics
 from boldforge.pretrain.datasets import open_datasets
@@ -115,6 +123,16 @@ def test_a_mixture_with_a_twin_or_a_missing_weight_is_refused(real_shards: Path,
         opened(str(real_shards), str(real_shards))
     with pytest.raises(ConfigError, match="has no weight and others have one"):
         opened({"path": str(real_shards), "weight": 2}, str(one_run))
+
+
+def test_copies_with_other_splits_are_refused(real_shards: Path, tmp_path: Path) -> None:
+    """One could train on a subject that the other holds out."""
+    for number, run in enumerate(load_manifest(real_shards).runs):
+        shutil.copytree(real_shards, tmp_path / str(number))
+        store_splits(tmp_path / str(number), SplitPlan(fractions={"test": 1e-6}, fixed={"test": (run.subject,)}))
+    config = load_config(PretrainConfig, "pretrain/tiny.yaml", [f"shards=[{tmp_path}/0, {tmp_path}/1]"])
+    with pytest.raises(ConfigError, match=r"/0 and .*/1 store different splits, .* store the same plan in both"):
+        open_datasets(config.shards, CacheConfig())
 
 
 def test_finetuning_reads_from_addresses_too(real_shards: Path, tmp_path: Path, serve) -> None:
