@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from boldforge.configs.durable import write_atomic
 from boldforge.data_shards.build import (
     SHARD_FILES,
     TABLE_FILES,
@@ -21,7 +22,7 @@ from boldforge.data_shards.manifest import REJECTED_FILE, Manifest, load_manifes
 from boldforge.data_shards.plan import plan_shards
 from boldforge.data_shards.runs import Run, RunList, Skipped
 from boldforge.data_shards.staging import STAGING, Staging
-from boldforge.data_shards.tables import RunEntry, write_atomic
+from boldforge.data_shards.tables import RunEntry
 from boldforge.data_shards.work import BuildError, Progress, fill_shards
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from boldforge.configs import folder_lock
+from boldforge.configs.durable import sync_folder, write_atomic
 from boldforge.data_shards.grid import brain_mask, get_grid, mask_hash
 from boldforge.data_shards.manifest import MANIFEST_FILE, MASK_FILE, REJECTED_FILE, Manifest, software_xxh3
 from boldforge.data_shards.plan import plan_shards, software
@@ -14,7 +15,7 @@ from boldforge.data_shards.recipe import DataRecipe
 from boldforge.data_shards.runs import Run, RunList, Skipped
 from boldforge.data_shards.split_plan import SplitPlan
 from boldforge.data_shards.staging import STAGING, ShardRecord, Staging
-from boldforge.data_shards.tables import RunEntry, ShardEntry, npy_bytes, sync_folder, write_atomic, write_tables
+from boldforge.data_shards.tables import RunEntry, ShardEntry, npy_bytes, write_tables
 from boldforge.data_shards.work import BuildError, Progress, fill_shards
 
 SHARD_FILES = "shard-??????.tar"

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import xxhash
 
 from boldforge.configs import BoldForgeError
+from boldforge.configs.durable import write_atomic
 from boldforge.data_shards.block_cache import BLOCK_BYTES, BlockCache
 from boldforge.data_shards.manifest import MANIFEST_FILE, MASK_FILE, Manifest, load_manifest, parse_manifest
-from boldforge.data_shards.tables import ShardEntry, ShardError, write_atomic
+from boldforge.data_shards.tables import ShardEntry, ShardError
 
 logger = logging.getLogger(__name__)
 

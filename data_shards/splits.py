@@ -9,9 +9,10 @@ import numpy.typing as npt
 from pydantic import Field
 
 from boldforge.configs import StrictModel, folder_lock
+from boldforge.configs.durable import write_atomic
 from boldforge.data_shards.manifest import MANIFEST_FILE, Manifest, load_manifest
 from boldforge.data_shards.split_plan import TRAIN, SplitPlan, drawn_numbers
-from boldforge.data_shards.tables import ShardError, write_atomic
+from boldforge.data_shards.tables import ShardError
 
 
 class Segment(NamedTuple):

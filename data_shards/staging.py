@@ -15,10 +15,11 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from boldforge.configs import StrictModel
+from boldforge.configs.durable import write_atomic
 from boldforge.data_shards.plan import PlannedShard
 from boldforge.data_shards.runs import Skipped
 from boldforge.data_shards.shard import Fragment
-from boldforge.data_shards.tables import RunEntry, ShardEntry, write_atomic
+from boldforge.data_shards.tables import RunEntry, ShardEntry
 
 STAGING = ".building"
 _ENDINGS = (".json", ".tar")

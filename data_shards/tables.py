@@ -8,7 +8,6 @@ everything lies; ``runs-….jsonl`` holds one run per line, and a line is parsed
 import hashlib
 import io
 import mmap
-import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ import xxhash
 from pydantic import Field, ValidationError
 
 from boldforge.configs import BoldForgeError, StrictModel
+from boldforge.configs.durable import write_atomic
 from boldforge.data_shards.normalise import Normalisation
 
 SHARD_DTYPE = np.dtype([("number", "<u4"), ("n_bytes", "<u8"), ("sha256", "u1", (32,))])
@@ -134,26 +134,6 @@ def npy_bytes(array: npt.NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it once it is on disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's renames to the disk."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _write(folder: Path, name: str, ending: str, data: bytes) -> TableEntry:

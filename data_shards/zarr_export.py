@@ -13,9 +13,10 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import LocalStore
 
 from boldforge.configs import folder_lock
+from boldforge.configs.durable import sync_folder
 from boldforge.data_shards.manifest import Manifest
 from boldforge.data_shards.reader import ShardReader
-from boldforge.data_shards.tables import ShardError, sync_folder
+from boldforge.data_shards.tables import ShardError
 from boldforge.data_shards.zarr_view import dataset_attributes, run_attributes
 
 CHUNK_FRAMES = 16  # a clip of 20 frames then reads two or three chunks

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from boldforge.configs import FolderInUseError, folder_lock
-from boldforge.finetune.sweep_journal import checksum, sync_folder, write_whole
+from boldforge.configs.durable import sync_folder
+from boldforge.finetune.sweep_journal import checksum, write_whole
 
 logger = logging.getLogger(__name__)
 _FORMAT = 1

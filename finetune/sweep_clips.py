@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from boldforge.configs.durable import sync_folder
 from boldforge.data_shards import ShardReader
 from boldforge.finetune.backbone import Backbone
 from boldforge.finetune.cohort import ClipSet, OnProgress, Subject, plan_clips
 from boldforge.finetune.embedded import EmbeddedClips, embed_clips
 from boldforge.finetune.embedding_cache import EmbeddingCache
 from boldforge.finetune.study import Study
-from boldforge.finetune.sweep_journal import sync_folder
 
 _EMBEDDINGS = "embeddings.npy"
 

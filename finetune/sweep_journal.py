@@ -8,6 +8,7 @@ from typing import Any
 
 import xxhash
 
+from boldforge.configs.durable import sync_folder, write_atomic
 from boldforge.finetune.errors import FinetuneError
 
 
@@ -73,28 +74,13 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 def write_whole(path: Path, content: bytes) -> str:
     """Put a file in place whole and durably, or not at all; return its checksum."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
+    write_atomic(path, content)
     return checksum(content)
 
 
 def checksum(content: bytes) -> str:
     """Return the XXH3 hash of some bytes, 128 bits in hexadecimal."""
     return xxhash.xxh3_128_hexdigest(content)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _line(text: str) -> bytes:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 import boldforge
 from boldforge.configs import ConfigError
+from boldforge.configs.durable import write_atomic
 from boldforge.data_shards import ShardReader, load_manifest
 from boldforge.data_shards.carpet import draw_carpet, tissues_of
 from boldforge.data_shards.manifest import REJECTED_FILE
@@ -27,7 +28,6 @@ from boldforge.data_shards.quality import (
     measure_run,
     run_image,
 )
-from boldforge.data_shards.tables import write_atomic
 from boldforge.launch import quality_figures as draw
 from boldforge.launch.progress import progress
 from boldforge.launch.report import page_template

@@ -20,6 +20,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from boldforge.configs import BoldForgeError
+from boldforge.configs.durable import sync_folder, write_atomic
 from boldforge.pretrain.training_state import write_state
 
 logger = logging.getLogger(__name__)
@@ -96,12 +97,11 @@ def save_checkpoint(
     def commit() -> None:
         files = {path.name: _hash_and_flush(path) for path in sorted(partial.iterdir())}
         listing = {"step": step, "world_size": dist.get_world_size(), "state": state, "files": files}
-        _write_flushed(partial / _LISTING, json.dumps(listing, indent=1))
-        _flush_folder(partial)
+        write_atomic(partial / _LISTING, json.dumps(listing, indent=1).encode())
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        _flush_folder(folder)
+        sync_folder(folder)
         # Later ones are damaged, or the run would have gone on from them: they must not outlive this one.
         steps = sorted(folder.glob("step-*"))
         place = steps.index(final) + 1
@@ -201,18 +201,3 @@ def _hash_and_flush(path: Path) -> tuple[int, str]:
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
     return path.stat().st_size, _hash(path)
-
-
-def _write_flushed(path: Path, text: str) -> None:
-    with path.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

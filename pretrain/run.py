@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor
 
 from boldforge.configs import BoldForgeError, ConfigError, load_config
+from boldforge.configs.durable import write_atomic
 from boldforge.data_shards import (
     Atlas,
     ClipStream,
@@ -23,7 +24,6 @@ from boldforge.data_shards import (
     load_groups,
     split_segments,
 )
-from boldforge.data_shards.tables import write_atomic
 from boldforge.pretrain.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint
 from boldforge.pretrain.checks import check_batch, check_checkpoint
 from boldforge.pretrain.config import PretrainConfig
