@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -41,3 +42,18 @@ def write_bold(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def place(request, write_bold, tmp_path):
+    """Copy one small recording to many names below tmp_path/data; its TR is the module's ``PLACE_TR``, or 2 s."""
+    source = write_bold("source.nii.gz", tr=getattr(request.module, "PLACE_TR", 2.0))
+    root = tmp_path / "data"
+
+    def put(*names):
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, root / name)
+        return root
+
+    return put

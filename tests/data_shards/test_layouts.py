@@ -21,22 +21,8 @@ from boldforge.data_shards import (
 from boldforge.data_shards.layout_adhd200 import PHENOTYPE_COLUMNS
 
 MNI = "space-MNI152NLin2009cAsym"
+PLACE_TR = 0.72
 RESULTS = "MNINonLinear/Results"
-
-
-@pytest.fixture
-def place(write_bold, tmp_path):
-    """Copy one small recording to many names below tmp_path/data."""
-    source = write_bold("source.nii.gz", tr=0.72)
-    root = tmp_path / "data"
-
-    def put(*names):
-        for name in names:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, root / name)
-        return root
-
-    return put
 
 
 def reasons(found):

@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import pytest
 
@@ -7,21 +6,6 @@ from boldforge.data_shards import DataRecipe, LayoutError, build_shards, check_h
 from boldforge.data_shards.layout_adhd200 import PHENOTYPE_COLUMNS
 
 MNI = "space-MNI152NLin2009cAsym"
-
-
-@pytest.fixture
-def place(write_bold, tmp_path):
-    """Copy one small recording to many names below tmp_path/data."""
-    source = write_bold("source.nii.gz")
-    root = tmp_path / "data"
-
-    def put(*names):
-        for name in names:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, root / name)
-        return root
-
-    return put
 
 
 def phenotypes(root, *rows, name="ADHD200_preprocessed_phenotypics.tsv"):

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -25,21 +24,6 @@ from boldforge.data_shards.phenotype import read_table
 
 MNI = "space-MNI152NLin2009cAsym"
 RECIPE = DataRecipe(grid="mni4mm", tr=2.0)
-
-
-@pytest.fixture
-def place(write_bold, tmp_path):
-    """Copy one small recording to many names below tmp_path/data."""
-    source = write_bold("source.nii.gz")
-    root = tmp_path / "data"
-
-    def put(*names):
-        for name in names:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, root / name)
-        return root
-
-    return put
 
 
 def reasons(found):

@@ -127,10 +127,11 @@ def test_gradients_of_every_parameter_agree() -> None:
     reference = Transcription(replace(SMALL, prompts=2))
     model, keys = taken_over(reference)
     model.train()
-    compare_gradients(reference, model, keys)
+    assert worst_gradient(reference, model, keys) < GRADIENT
 
 
-def compare_gradients(reference: Transcription, model: NeuroStorm, keys: list[UsedKey], clips: int = 2) -> None:
+def worst_gradient(reference: Transcription, model: NeuroStorm, keys: list[UsedKey], clips: int = 2) -> float:
+    """Return the largest relative difference of any parameter's gradient, the losses being the same."""
     shape = reference.shape
     clip, mask = images(shape, clips), window_mask(shape, clips)
     wanted = reference.loss(clip, mask)
@@ -143,6 +144,7 @@ def compare_gradients(reference: Transcription, model: NeuroStorm, keys: list[Us
     theirs = {f"model.{name}": parameter for name, parameter in reference.named_parameters()}
     ours = dict(model.named_parameters())
     assert len(keys) == len(theirs) == len(ours)
+    differences = []
     for key in keys:
         mine, other = ours[key.ours].grad, theirs[key.theirs].grad
         if other is None:  # a mask token that this mask does not use
@@ -151,7 +153,8 @@ def compare_gradients(reference: Transcription, model: NeuroStorm, keys: list[Us
         assert mine is not None
         if mine.shape != other.shape:  # [1, C, x, y, z, t] and [S, T, C]
             other = other[0] if key.ours.endswith("prompt") else other.flatten(2)[0].T.reshape(mine.shape)
-        assert relative(mine, other) < GRADIENT, key
+        differences.append(relative(mine, other))
+    return max(differences)
 
 
 def test_an_encoder_alone_agrees_and_says_that_it_cannot_rebuild() -> None:
@@ -176,7 +179,7 @@ def test_forward_and_gradients_agree_at_the_published_shape() -> None:
     with torch.no_grad():
         assert relative(model.encode(values(clips)), tokens(reference.encode(clips))) < FORWARD
         assert relative(model(values(clips), tokens(mask)), tokens(reference(clips, mask))) < FORWARD
-    compare_gradients(reference, model.train(), keys, clips=1)
+    assert worst_gradient(reference, model.train(), keys, clips=1) < GRADIENT
 
 
 def test_the_transcription_cuts_patches_as_unfolding_does() -> None:
