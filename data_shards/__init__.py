@@ -8,6 +8,7 @@ from boldforge.data_shards.atlas import Atlas, AtlasError, atlas_on_grid, load_a
 from boldforge.data_shards.batch import ClipBatch, SkippedClip
 from boldforge.data_shards.build import BuildReport, build_shards
 from boldforge.data_shards.dataset import CacheConfig, ShardsPlace, open_dataset
+from boldforge.data_shards.find import check_headers, detect_layout, find_runs
 from boldforge.data_shards.grid import Grid, GridError, brain_mask, get_grid, mask_centres, mask_hash
 from boldforge.data_shards.manifest import Manifest, load_manifest
 from boldforge.data_shards.mixture import Source
@@ -17,7 +18,7 @@ from boldforge.data_shards.prepare import PreparedRun, prepare_run
 from boldforge.data_shards.reader import QuantisedClip, ShardReader
 from boldforge.data_shards.recipe import DataRecipe
 from boldforge.data_shards.remote import RemoteError, open_remote
-from boldforge.data_shards.runs import Run, RunList, Skipped, check_headers, detect_layout, find_runs
+from boldforge.data_shards.runs import Run, RunList, Skipped
 from boldforge.data_shards.simulate import SimulationConfig, SimulationError, simulate_cohort
 from boldforge.data_shards.split_plan import SplitPlan
 from boldforge.data_shards.splits import (
@@ -31,8 +32,8 @@ from boldforge.data_shards.splits import (
 )
 from boldforge.data_shards.stream import ClipStream
 from boldforge.data_shards.tables import RunEntry, ShardEntry, ShardError
+from boldforge.data_shards.tasks import BuildError
 from boldforge.data_shards.verify import Damage, verify_shards
-from boldforge.data_shards.work import BuildError
 
 if TYPE_CHECKING:
     from boldforge.data_shards.zarr_export import export_zarr

@@ -23,7 +23,8 @@ from boldforge.data_shards.plan import plan_shards
 from boldforge.data_shards.runs import Run, RunList, Skipped
 from boldforge.data_shards.staging import STAGING, Staging
 from boldforge.data_shards.tables import RunEntry
-from boldforge.data_shards.work import BuildError, Progress, fill_shards
+from boldforge.data_shards.tasks import BuildError
+from boldforge.data_shards.work import Progress, fill_shards
 
 
 class AppendReport(NamedTuple):

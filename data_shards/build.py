@@ -16,7 +16,8 @@ from boldforge.data_shards.runs import Run, RunList, Skipped
 from boldforge.data_shards.split_plan import SplitPlan
 from boldforge.data_shards.staging import STAGING, ShardRecord, Staging
 from boldforge.data_shards.tables import RunEntry, ShardEntry, npy_bytes, write_tables
-from boldforge.data_shards.work import BuildError, Progress, fill_shards
+from boldforge.data_shards.tasks import BuildError
+from boldforge.data_shards.work import Progress, fill_shards
 
 SHARD_FILES = "shard-??????.tar"
 TABLE_FILES = ("index-*.npy", "shards-*.npy", "runs-*.jsonl")

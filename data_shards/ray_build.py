@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from boldforge.data_shards.ray_session import ray_session
-from boldforge.data_shards.work import BuildError, Outcome, RunTask, Task, perform
+from boldforge.data_shards.tasks import BuildError, Outcome, RunTask, Task, perform
 
 ATTEMPTS = 3
 # Enough that no CPU waits for the next task; everything else stays here, where it costs nothing.

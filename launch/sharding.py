@@ -24,8 +24,8 @@ from boldforge.data_shards import (
     open_bold,
     verify_shards,
 )
+from boldforge.data_shards.find import Layout
 from boldforge.data_shards.manifest import MANIFEST_FILE, REJECTED_FILE
-from boldforge.data_shards.runs import Layout
 from boldforge.launch.progress import progress
 
 

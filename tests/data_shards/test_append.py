@@ -9,7 +9,7 @@ from boldforge.data_shards import (
     find_runs,
     load_manifest,
     plan,
-    work,
+    tasks,
 )
 from boldforge.data_shards.verify import verify_shards
 
@@ -132,7 +132,7 @@ def test_an_append_that_is_killed_while_it_publishes_keeps_the_old_dataset_and_g
     def not_again(run, recipe):
         raise AssertionError("the runs were finished before")
 
-    monkeypatch.setattr(work, "store_run", not_again)
+    monkeypatch.setattr(tasks, "store_run", not_again)
     assert append_shards(found, dataset).manifest.n_runs == 6
     assert verify_shards(dataset) == ()
     assert not list(dataset.glob(".*"))

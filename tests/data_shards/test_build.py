@@ -19,7 +19,7 @@ from boldforge.data_shards import (
     load_manifest,
     plan,
     prepare_run,
-    work,
+    tasks,
 )
 
 RECIPE = DataRecipe(grid="mni4mm", tr=2.0)
@@ -174,7 +174,7 @@ def test_a_dataset_stays_until_the_new_one_is_whole(small, write_bold, monkeypat
         assert load_manifest(small).runs[0].subject == "01"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(work, "store_run", interrupted)
+    monkeypatch.setattr(tasks, "store_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_shards(good, small, RECIPE, overwrite=True)
     assert files(small) == before

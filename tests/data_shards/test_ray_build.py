@@ -8,7 +8,7 @@ from ray.exceptions import WorkerCrashedError
 
 from boldforge.data_shards import BuildError, DataRecipe, build_shards, find_runs, plan, ray_build
 from boldforge.data_shards.ray_session import ray_session
-from boldforge.data_shards.work import RunTask
+from boldforge.data_shards.tasks import RunTask
 
 RECIPE = DataRecipe(grid="mni4mm", tr=2.0)
 

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from boldforge.data_shards import DataRecipe, Run, build_shards, find_runs, load_manifest, plan, work
+from boldforge.data_shards import DataRecipe, Run, build_shards, find_runs, load_manifest, plan, tasks
 from boldforge.data_shards.verify import verify_shards
 
 RECIPE = DataRecipe(grid="mni4mm", tr=2.0)
@@ -97,7 +97,7 @@ def test_kills_at_random_moments_change_no_byte(data, tmp_path):
 def test_finished_runs_are_not_read_again(data, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "SHARD_RUNS", 3)
     found = find_runs(data)
-    store, read = work.store_run, []
+    store, read = tasks.store_run, []
 
     def until_the_sixth(run, *rest):
         if len(read) == 5:
@@ -105,12 +105,12 @@ def test_finished_runs_are_not_read_again(data, tmp_path, monkeypatch):
         read.append(run.key)
         return store(run, *rest)
 
-    monkeypatch.setattr(work, "store_run", until_the_sixth)
+    monkeypatch.setattr(tasks, "store_run", until_the_sixth)
     with pytest.raises(KeyboardInterrupt):
         build_shards(found, tmp_path / "out", RECIPE)
     before = list(read)
     seen = []
-    monkeypatch.setattr(work, "store_run", lambda run, *rest: read.append(run.key) or store(run, *rest))
+    monkeypatch.setattr(tasks, "store_run", lambda run, *rest: read.append(run.key) or store(run, *rest))
     build_shards(found, tmp_path / "out", RECIPE, on_progress=lambda *state: seen.append(state))
     # The bad run has left nothing, so it alone is read twice.
     assert sorted(read[len(before) :]) == sorted({run.key for run in found.runs} - set(before) | {found.runs[4].key})
@@ -119,7 +119,7 @@ def test_finished_runs_are_not_read_again(data, tmp_path, monkeypatch):
 
 def test_a_changed_source_or_recipe_is_read_again(data, tmp_path, monkeypatch):
     found = find_runs(data)
-    store = work.store_run
+    store = tasks.store_run
     stopped = {"at": 3}
 
     def interrupted(run, *rest):
@@ -129,13 +129,13 @@ def test_a_changed_source_or_recipe_is_read_again(data, tmp_path, monkeypatch):
         return store(run, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(work, "store_run", interrupted)
+        patch.setattr(tasks, "store_run", interrupted)
         build_shards(found, tmp_path / "out", RECIPE)
     path = found.runs[1].path
     os.utime(path, ns=(1, 1))
     read = []
     with monkeypatch.context() as patch:
-        patch.setattr(work, "store_run", lambda run, *rest: read.append(run.path) or store(run, *rest))
+        patch.setattr(tasks, "store_run", lambda run, *rest: read.append(run.path) or store(run, *rest))
         build_shards(found, tmp_path / "out", RECIPE)
     assert path in read
     assert found.runs[0].path not in read
@@ -144,16 +144,16 @@ def test_a_changed_source_or_recipe_is_read_again(data, tmp_path, monkeypatch):
 def test_a_fragment_that_never_reached_the_disk_is_written_again(data, tmp_path, monkeypatch):
     found = find_runs(data)
     build_shards(found, tmp_path / "whole", RECIPE)
-    join = work.join_fragments
+    join = tasks.join_fragments
 
     def powerless(path, fragments):
-        monkeypatch.setattr(work, "join_fragments", join)
+        monkeypatch.setattr(tasks, "join_fragments", join)
         with fragments[2].path.open("r+b") as file:
             file.seek(5000)
             file.write(bytes(4096))
         return join(path, fragments)
 
-    monkeypatch.setattr(work, "join_fragments", powerless)
+    monkeypatch.setattr(tasks, "join_fragments", powerless)
     build_shards(found, tmp_path / "out", RECIPE)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert load_manifest(tmp_path / "out").n_runs == 8
