@@ -1,7 +1,7 @@
 """Train an adapter and a head, epoch by epoch."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,8 @@ class Fit:
         What `state` gave after an epoch of the same training; None begins.
     done, best
         With a state: the epochs behind it, and the validation figure and loss of the best of them.
+    embeddings
+        Of the training clips [clips, C] before anything is learned, where the caller has them already.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Fit:
         state: Mapping[str, Tensor] | None = None,
         done: int = 0,
         best: tuple[float, float] | None = None,
+        embeddings: Tensor | None = None,
     ) -> None:
         self._classifier, self._config, self._seed = classifier, config, seed
         self._number = done
@@ -129,13 +132,33 @@ class Fit:
         self._validating = _Embedder(classifier, validation, config.batch_size) if validation is not None else None
         # Where all is trained, what a first embedding was says nothing.
         if state is None and classifier.adapter.kind != "full":
-            classifier.head.fit_scale(self._training.everything())
+            classifier.head.fit_scale(self._training.everything() if embeddings is None else embeddings)
         adapter = [parameter for parameter in classifier.network.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [{"params": list(classifier.head.parameters()), "lr": config.head_lr}]
         groups += [{"params": adapter, "lr": config.lr}] if adapter else []
         self._optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         if state is not None:
             self._load_moments(state)
+
+    @property
+    def classifier(self) -> Classifier:
+        """What is trained."""
+        return self._classifier
+
+    @property
+    def train(self) -> ClipSet:
+        """The training clips."""
+        return self._training.clips
+
+    @property
+    def validation(self) -> ClipSet | None:
+        """The validation clips."""
+        return None if self._validating is None else self._validating.clips
+
+    @property
+    def batch_size(self) -> int:
+        """Clips per step."""
+        return self._config.batch_size
 
     def step(self) -> Epoch:
         """Train one epoch and measure it.
@@ -145,10 +168,56 @@ class Fit:
         DivergedError
             If the loss is no longer a finite number.
         """
+        batches, seed = self.begin_epoch()
+        total = 0.0
+        self._classifier.train(True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for positions in batches:
+                loss = self.loss(self._training.embed(positions), positions)
+                loss.backward()
+                self.update()
+                total += loss.item() * len(positions)
+        self._classifier.train(False)
+        return self.end_epoch(total / len(self.train), self._everything_to_validate)
+
+    def begin_epoch(self) -> tuple[list[np.ndarray], int]:
+        """Return the next epoch's batches, as positions among the training clips, and the seed of its dropout."""
         self._number += 1
+        seed = np.random.SeedSequence([self._seed, self._number])
+        order = np.random.default_rng(seed).permutation(len(self.train))
+        if isinstance(self._classifier.task, Arranging):
+            order = self._classifier.task.order(self.train.subject_labels, order)
+        batches = np.array_split(order, math.ceil(len(self.train) / self._config.batch_size))
+        return batches, int(seed.generate_state(1)[0])
+
+    def loss(self, embeddings_BC: Tensor, positions: np.ndarray) -> Tensor:
+        """Return the loss of a batch; its gradients are the caller's to compute."""
+        return self._criterion(self._classifier.head(embeddings_BC), self._training.labels(positions))
+
+    def update(self) -> None:
+        """Take one step of the optimizer, the gradient clipped, and drop the gradients."""
+        trainable = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(trainable, self._config.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def end_epoch(self, loss: float, embed: Callable[[], Tensor]) -> Epoch:
+        """Measure the epoch that was begun.
+
+        Parameters
+        ----------
+        loss
+            Mean over the epoch's clips.
+        embed
+            Returns the validation clips' embeddings [clips, C]; not called without validation clips.
+
+        Raises
+        ------
+        DivergedError
+            If the loss is not a finite number.
+        """
         config, number = self._config, self._number
-        order = np.random.SeedSequence([self._seed, number])
-        loss = _train_epoch(self._training, self._criterion, self._optimizer, config, order)
         if not math.isfinite(loss):
             raise DivergedError(
                 f"the training loss is {loss} in epoch {number}; set training.lr below {config.lr:g} and "
@@ -156,11 +225,15 @@ class Fit:
             )
         if self._validating is None:
             return Epoch(number, loss, None, None, improved=True)
-        loss_now, figures = _measure(self._validating, self._criterion)
+        loss_now, figures = _measure(self._validating, self._criterion, embed())
         rank = (float(figures[self._classifier.task.selects_by]), -loss_now)
         improved = self._best is None or rank > self._best
         self._best = rank if improved else self._best
         return Epoch(number, loss, loss_now, figures, improved)
+
+    def _everything_to_validate(self) -> Tensor:
+        assert self._validating is not None
+        return self._validating.everything()
 
     def state(self) -> dict[str, Tensor]:
         """Return copies of the classifier's own state and of the optimizer's moments."""
@@ -188,6 +261,11 @@ def predict_subjects(classifier: Classifier, clips: ClipSet, batch_size: int) ->
         return _pool_subjects(classifier, clips, classifier.head(source.everything()))
 
 
+def batches_in_order(n_clips: int, batch_size: int) -> list[np.ndarray]:
+    """Cut clips into batches of nearly one size, as positions."""
+    return np.array_split(np.arange(n_clips), math.ceil(n_clips / batch_size))
+
+
 class _Embedder:
     """Embeds the clips of a set; only once where no adapter is trained, since nothing below the head then changes."""
 
@@ -212,46 +290,18 @@ class _Embedder:
         """[clips, C]."""
         if self._kept is not None:
             return self._kept
-        parts = np.array_split(np.arange(len(self.clips)), math.ceil(len(self.clips) / self.batch_size))
-        return torch.cat([self.embed(part) for part in parts])
+        return torch.cat([self.embed(part) for part in batches_in_order(len(self.clips), self.batch_size)])
 
     def labels(self, positions: np.ndarray) -> Tensor:
         """[B]."""
         return torch.from_numpy(self.clips.labels[self.clips.subject[positions]]).to(self.device)
 
 
-def _train_epoch(
-    source: _Embedder,
-    criterion: Criterion,
-    optimizer: torch.optim.Optimizer,
-    config: TrainingConfig,
-    seed: np.random.SeedSequence,
-) -> float:
-    classifier, n_clips = source.classifier, len(source.clips)
-    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    order = np.random.default_rng(seed).permutation(n_clips)
-    if isinstance(classifier.task, Arranging):
-        order = classifier.task.order(source.clips.subject_labels, order)
-    total = 0.0
-    classifier.train(True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seed.generate_state(1)[0]))
-        for positions in np.array_split(order, math.ceil(n_clips / config.batch_size)):
-            loss = criterion(classifier.head(source.embed(positions)), source.labels(positions))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable, config.clip_norm)
-            optimizer.step()
-            total += loss.item() * len(positions)
-    classifier.train(False)
-    return total / n_clips
-
-
 @torch.no_grad()
-def _measure(source: _Embedder, criterion: Criterion) -> tuple[float, dict[str, Any]]:
+def _measure(source: _Embedder, criterion: Criterion, embeddings_NC: Tensor) -> tuple[float, dict[str, Any]]:
     """Return the mean loss per clip and the task's figures per subject."""
     classifier, clips = source.classifier, source.clips
-    logits_NK = classifier.head(source.everything())
+    logits_NK = classifier.head(embeddings_NC)
     loss = float(criterion(logits_NK, source.labels(np.arange(len(clips)))))
     return loss, classifier.task.metrics(clips.labels, _pool_subjects(classifier, clips, logits_NK))
 

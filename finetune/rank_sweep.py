@@ -73,6 +73,13 @@ class SweepConfig(StudyConfig):
         None, description="Ray cluster to work on, e.g. auto or 10.0.0.1:6379; its nodes must see out. None: here."
     )
 
+    batch_trials: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Trials that a process trains as one batched model on one copy of the frozen encoder; activations "
+        "grow with it. 1 trains each by itself, with figures that differ in their last digits.",
+    )
     cache: Path | None = Field(
         None,
         description="Folder that keeps embeddings for other sweeps over heads alone (rank 0). None: gone with them.",
@@ -123,6 +130,8 @@ class SweepConfig(StudyConfig):
             raise ValueError("space.rank is searched, so ranks has no meaning; remove one of the two")
         if self.adapter.kind != "lora":
             raise ValueError("a sweep over LoRA ranks needs adapter.kind lora")
+        if self.batch_trials > 1 and self.adapter.dora:
+            raise ValueError("batch_trials batches plain LoRA, but adapter.dora is set; set one of the two back")
         return self
 
     def settings(self) -> dict[str, Any]:
@@ -133,7 +142,9 @@ class SweepConfig(StudyConfig):
             "training": {"patience"} | searched & OF_TRAINING,
         }
         unread |= {"ranks": True} if self.space.rank is not None else {}
-        unread |= {"frames": True} if self.frames is None else {}  # a sweep begun before this key goes on
+        # A sweep begun before these keys goes on.
+        unread |= {"frames": True} if self.frames is None else {}
+        unread |= {"batch_trials": True} if self.batch_trials == 1 else {}
         return self.model_dump(mode="json", exclude=unread)
 
     def propose(self, batch: int, seen: list[tuple[dict[str, Any], float | None]]) -> list[dict[str, Any]]:
@@ -226,7 +237,7 @@ def _search_and_test(
     folder = (config.out / _TRIALS).resolve()
     folder.mkdir(exist_ok=True)
     halving = Halving(study.task.selects_by, config.training.epochs, config.grace, config.reduction)
-    rounds = Rounds(halving, config.propose, journal, folder)
+    rounds = Rounds(halving, config.propose, journal, folder, config.batch_trials)
     drive(config, spec, _course(rounds, study.task.selects_by, folder), folder, on_epoch, scratch)
     trials, best = _standing(rounds, study.task.selects_by)
     tested = _test(study, spec, best, folder, parts["test"], cache, scratch)

@@ -143,6 +143,7 @@ def _fit(
                 "values": segment.trial.values,
                 "until": segment.until,
                 "anew": segment.anew,
+                "beside": [(trial.number, trial.values) for trial in segment.beside],
             }
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -163,7 +164,7 @@ def _fit(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
             if "epoch" in result:
-                on_epoch(trial.config["trial"], result["epoch"])
+                on_epoch(result["trial"], result["epoch"])
 
         def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
             return tune.Callback, ()
@@ -201,9 +202,11 @@ def _fit(
 def _ray_trial(spec: TrialSpec, folder: Path, parameters: Mapping[str, Any]) -> None:
     from ray import tune
 
-    segment = Segment(Trial(parameters["trial"], parameters["values"]), parameters["until"], parameters["anew"])
+    beside = tuple(Trial(number, values) for number, values in parameters["beside"])
+    trial = Trial(parameters["trial"], parameters["values"])
+    segment = Segment(trial, parameters["until"], parameters["anew"], beside)
     try:
-        segment.run(spec, folder, lambda epoch: tune.report({"epoch": epoch}))
+        segment.run(spec, folder, lambda number, epoch: tune.report({"trial": number, "epoch": epoch}))
     except Exception as error:
         # Handed over as a result: Tune would tell it from a killed process only by its own classes.
         tune.report({"failed": one_line(error)})

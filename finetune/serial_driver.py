@@ -38,12 +38,8 @@ def run_serially(
     try:
         for segments in rounds:
             for segment in segments:
-
-                def report(epoch: int, trial: int = segment.trial.number) -> None:
-                    on_epoch(trial, epoch)
-
                 try:
-                    segment.run(spec, folder, report)
+                    segment.run(spec, folder, on_epoch)
                 except (FinetuneError, OSError, RuntimeError) as error:
                     raise failed(segment.trial, one_line(error)) from error
     finally:

@@ -8,9 +8,11 @@ from typing import Any
 
 from boldforge.finetune.sweep_journal import Journal, SweepError
 from boldforge.finetune.sweep_space import OF_TRAINING
-from boldforge.finetune.trial import Report, TrialSpec, has_diverged, read_curve, run_trial
+from boldforge.finetune.trial import TrialSpec, has_diverged, read_curve, run_trial
+from boldforge.finetune.trial_group import Member, run_group
 
 logger = logging.getLogger(__name__)
+Report = Callable[[int, int], None]
 Curve = tuple[dict[str, Any], ...]
 
 
@@ -46,19 +48,30 @@ class Trial:
 class Segment:
     """A piece of work: train a trial up to an epoch.
 
-    ``anew``: the chosen trial, from its beginning, on training and validation subjects together.
+    ``anew``: the chosen trial, from its beginning, on training and validation subjects together. ``beside``: trials
+    that train together with it as one batched model.
     """
 
     trial: Trial
     until: int
     anew: bool = False
+    beside: tuple[Trial, ...] = ()
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """All trials that the work is on."""
+        return (self.trial, *self.beside)
 
     def run(self, spec: TrialSpec, folder: Path, report: Report) -> None:
-        """Do the work; `folder` is the one of all trials."""
+        """Do the work; `folder` is the one of all trials, `report` is called with trial id and epoch."""
+        if self.beside:
+            members = [Member(trial.number, trial.spec(spec), trial.folder(folder)) for trial in self.trials]
+            run_group(members, self.until, report)
+            return
         spec = self.trial.spec(spec)
         if self.anew:
             spec = replace(spec, train=(*spec.train, *spec.validation), validation=())
-        run_trial(spec, self.folder(folder), self.until, report)
+        run_trial(spec, self.folder(folder), self.until, lambda epoch: report(self.trial.number, epoch))
 
     def folder(self, above: Path) -> Path:
         """Where the work is kept."""
@@ -123,10 +136,13 @@ class Rounds:
         Proposals and decisions are recorded here before anything follows from them.
     folder
         Of the trials.
+    together
+        How many trials train as one batched model; see `batched`.
     """
 
-    def __init__(self, halving: Halving, propose: Propose, journal: Journal, folder: Path) -> None:
+    def __init__(self, halving: Halving, propose: Propose, journal: Journal, folder: Path, together: int = 1) -> None:
         self.trials: list[Trial] = []
+        self._together = together
         self._halving, self._propose, self._journal, self._folder = halving, propose, journal, folder
 
     def __iter__(self) -> Iterator[list[Segment]]:
@@ -135,7 +151,8 @@ class Rounds:
         while trials := self._batch(batch):
             alive = {trial.number: trial for trial in trials}
             for epoch in [*self._halving.rungs(), self._halving.epochs]:
-                segments = [Segment(trial, epoch) for trial in alive.values() if not self._there(trial, epoch)]
+                work = batched(list(alive.values()), epoch, self._together)
+                segments = [each for each in work if not all(self._there(trial, epoch) for trial in each.trials)]
                 if segments:
                     yield segments
                 if epoch == self._halving.epochs:
@@ -174,6 +191,18 @@ class Rounds:
     def _there(self, trial: Trial, epoch: int) -> bool:
         curve = self.curve(trial)
         return len(curve) >= epoch or has_diverged(curve)
+
+
+def batched(trials: Sequence[Trial], until: int, together: int) -> list[Segment]:
+    """Put neighbouring trials into groups of at most so many, which train as one batched model.
+
+    A head alone (rank 0) trains by itself. The groups depend on the trials alone, never on what is done already.
+    """
+    alone = [Segment(trial, until) for trial in trials if together == 1 or trial.values["rank"] == 0]
+    rest = [trial for trial in trials if together > 1 and trial.values["rank"] > 0]
+    groups = [rest[first : first + together] for first in range(0, len(rest), together)]
+    segments = [*alone, *(Segment(first, until, beside=tuple(others)) for first, *others in groups)]
+    return sorted(segments, key=lambda segment: segment.trial.number)
 
 
 def failed(trial: Trial, message: str) -> SweepError:

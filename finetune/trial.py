@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from boldforge.finetune.backbone import Pool, load_backbone
 from boldforge.finetune.classifier import Classifier
 from boldforge.finetune.cohort import ClipSet
 from boldforge.finetune.embedded import EmbeddedClips, head_on_embeddings, read_labels
-from boldforge.finetune.fit import DivergedError, Fit, TrainingConfig
+from boldforge.finetune.fit import DivergedError, Epoch, Fit, TrainingConfig
 from boldforge.finetune.sweep_journal import Journal, SweepError, checksum, read_journal, write_whole
 from boldforge.finetune.tasks import get_task
 
-_JOURNAL, _STATE, _BEST = "epochs.jsonl", "state-{:04d}.safetensors", "best-{:04d}.safetensors"
+JOURNAL, STATE, BEST = "epochs.jsonl", "state-{:04d}.safetensors", "best-{:04d}.safetensors"
 # The process of a driver that was killed ends within moments of it.
 _PATIENCE_S = 60.0
 
@@ -84,8 +84,8 @@ def run_trial(spec: TrialSpec, folder: Path, until: int, report: Report) -> None
     SweepError
         If another process does not stop working on this trial.
     """
-    with _own(folder):
-        journal = Journal(folder / _JOURNAL)
+    with own_folder(folder):
+        journal = Journal(folder / JOURNAL)
         with contextlib.closing(journal):
             if len(journal.records) >= until or has_diverged(journal.records):
                 return
@@ -96,7 +96,7 @@ def run_trial(spec: TrialSpec, folder: Path, until: int, report: Report) -> None
 
 def read_curve(folder: Path) -> tuple[dict[str, Any], ...]:
     """Return what was recorded of a trial's epochs so far."""
-    return tuple(read_journal(folder / _JOURNAL))
+    return tuple(read_journal(folder / JOURNAL))
 
 
 def has_diverged(curve: list[dict[str, Any]] | tuple[dict[str, Any], ...]) -> bool:
@@ -113,10 +113,10 @@ def read_best(folder: Path, curve: tuple[dict[str, Any], ...]) -> dict[str, Tens
         If the file is missing or damaged.
     """
     best = next(record for record in reversed(curve) if record.get("improved"))
-    state = _read_state(folder / _BEST.format(best["epoch"]), best["best"])
+    state = read_state(folder / BEST.format(best["epoch"]), best["best"])
     if state is None:
         raise SweepError(
-            f"{folder / _BEST.format(best['epoch'])}: is missing or damaged; remove {folder} and run the same command "
+            f"{folder / BEST.format(best['epoch'])}: is missing or damaged; remove {folder} and run the same command "
             "again."
         )
     return state
@@ -128,7 +128,6 @@ def _epochs(spec: TrialSpec, folder: Path, journal: Journal, until: int) -> Iter
         # The files behind the lines are gone or damaged: the same epochs again give the same lines.
         journal.clear()
     records = journal.records
-    best = next((record for record in reversed(records) if record["improved"]), None)
     classifier, clips, kept_elsewhere = _prepare(spec)
     task = classifier.task
     fitting = Fit(
@@ -139,24 +138,18 @@ def _epochs(spec: TrialSpec, folder: Path, journal: Journal, until: int) -> Iter
         spec.seed,
         state=state,
         done=len(records),
-        best=(best[task.selects_by], best["validation_loss"]) if best and spec.validation else None,
+        best=best_so_far(records, task.selects_by) if spec.validation else None,
     )
-    sizes = {"trainable_parameters": classifier.trainable, "total_parameters": classifier.total + kept_elsewhere}
     while len(records) < until:
         try:
-            epoch = fitting.step()
+            epoch: Epoch | DivergedError = fitting.step()
         except DivergedError as error:
-            journal.append({"epoch": len(records) + 1, "diverged": str(error)} | sizes)
+            epoch = error
+        record = keep_epoch(folder, journal, fitting, epoch, kept_elsewhere)
+        if has_diverged(records):
             return
-        figures = {
-            "epoch": epoch.number,
-            "train_loss": epoch.train_loss,
-            "validation_loss": epoch.validation_loss,
-            task.selects_by: None if epoch.figures is None else float(epoch.figures[task.selects_by]),
-            "improved": epoch.improved,
-            **sizes,
-        }
-        yield _keep(folder, journal, figures, fitting.state(), classifier.state() if epoch.improved else None)
+        drop_older(folder, records)
+        yield record
 
 
 def _prepare(spec: TrialSpec) -> tuple[Classifier, ClipSet, int]:
@@ -169,24 +162,47 @@ def _prepare(spec: TrialSpec) -> tuple[Classifier, ClipSet, int]:
     return classifier.to(spec.device), ClipSet.load(spec.clips), 0
 
 
-def _keep(
-    folder: Path,
-    journal: Journal,
-    figures: dict[str, Any],
-    state: Mapping[str, Tensor],
-    best: Mapping[str, Tensor] | None,
+def best_so_far(records: Sequence[dict[str, Any]], figure: str) -> tuple[float, float] | None:
+    """Return the selection figure and the validation loss of the best of these epochs; None where there is none."""
+    best = next((record for record in reversed(records) if record["improved"]), None)
+    return None if best is None else (best[figure], best["validation_loss"])
+
+
+def keep_epoch(
+    folder: Path, journal: Journal, fitting: Fit, epoch: Epoch | DivergedError, kept_elsewhere: int = 0
 ) -> dict[str, Any]:
-    """Files first, then the line that names them: a line never stands for what is not there."""
-    number = figures["epoch"]
-    sums = {"state": write_whole(folder / _STATE.format(number), safetensors.torch.save(dict(state)))}
-    if best is not None:
-        sums["best"] = write_whole(folder / _BEST.format(number), safetensors.torch.save(dict(best)))
-    record = journal.append(figures | sums)
-    for pattern, kept in (("state-*", _STATE), ("best-*", _BEST if best is not None else None)):
+    """Put an epoch on the disk and return its line.
+
+    Files first, then the line that names them: a line never stands for what is not there.
+    """
+    classifier = fitting.classifier
+    sizes = {"trainable_parameters": classifier.trainable, "total_parameters": classifier.total + kept_elsewhere}
+    if isinstance(epoch, DivergedError):
+        return journal.append({"epoch": len(journal.records) + 1, "diverged": str(epoch)} | sizes)
+    figure = classifier.task.selects_by
+    figures = {
+        "epoch": epoch.number,
+        "train_loss": epoch.train_loss,
+        "validation_loss": epoch.validation_loss,
+        figure: None if epoch.figures is None else float(epoch.figures[figure]),
+        "improved": epoch.improved,
+    }
+    sums = {"state": write_whole(folder / STATE.format(epoch.number), safetensors.torch.save(fitting.state()))}
+    if epoch.improved:
+        sums["best"] = write_whole(folder / BEST.format(epoch.number), safetensors.torch.save(classifier.state()))
+    return journal.append(figures | sizes | sums)
+
+
+def drop_older(folder: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Remove the files that no epoch to come and no reader needs."""
+    trained = [record for record in records if "diverged" not in record]
+    if not trained:
+        return
+    best = next(record for record in reversed(trained) if record["improved"])
+    for pattern, kept in (("state-*", STATE.format(trained[-1]["epoch"])), ("best-*", BEST.format(best["epoch"]))):
         for path in folder.glob(pattern):
-            if kept is not None and path.name != kept.format(number):
+            if path.name != kept:
                 path.unlink()
-    return record
 
 
 def _last_state(folder: Path, journal: Journal) -> dict[str, Tensor] | None:
@@ -194,12 +210,13 @@ def _last_state(folder: Path, journal: Journal) -> dict[str, Tensor] | None:
         return None
     last = journal.records[-1]
     best = next(record for record in reversed(journal.records) if record["improved"])
-    if _read_state(folder / _BEST.format(best["epoch"]), best["best"]) is None:
+    if read_state(folder / BEST.format(best["epoch"]), best["best"]) is None:
         return None
-    return _read_state(folder / _STATE.format(last["epoch"]), last["state"])
+    return read_state(folder / STATE.format(last["epoch"]), last["state"])
 
 
-def _read_state(path: Path, expected: str) -> dict[str, Tensor] | None:
+def read_state(path: Path, expected: str) -> dict[str, Tensor] | None:
+    """Return the tensors of a file with this checksum; None where it is missing or damaged."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -208,7 +225,7 @@ def _read_state(path: Path, expected: str) -> dict[str, Tensor] | None:
 
 
 @contextlib.contextmanager
-def _own(folder: Path) -> Iterator[None]:
+def own_folder(folder: Path) -> Iterator[None]:
     """Hold the trial's folder; the worker of a driver that was killed may still be letting go of it."""
     deadline = time.monotonic() + _PATIENCE_S
     with contextlib.ExitStack() as stack:

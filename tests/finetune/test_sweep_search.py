@@ -202,13 +202,13 @@ def test_tpe_over_all_dimensions_end_to_end(cohort, encoder, tmp_path):
 
 
 def test_a_trial_that_diverges_stops_and_the_others_go_on(cohort, encoder, tmp_path, monkeypatch):
-    train = fit._train_epoch
+    end_epoch = fit.Fit.end_epoch
 
-    def explode(source, criterion, optimizer, config, seed):
-        loss = train(source, criterion, optimizer, config, seed)
-        return math.nan if source.classifier.adapter.rank == burst and seed.entropy[1] == 2 else loss
+    def explode(fitting, loss, embed):
+        burst_now = fitting.classifier.adapter.rank == burst and fitting._number == 2
+        return end_epoch(fitting, math.nan if burst_now else loss, embed)
 
-    monkeypatch.setattr(fit, "_train_epoch", explode)
+    monkeypatch.setattr(fit.Fit, "end_epoch", explode)
     recipe = {"shards": cohort, "backbone": encoder, "clips": 1, "folds": 3, "driver": "serial", "ranks": [0, 1]}
     recipe |= {"adapter": {"first_stage": 1}, "training": {"epochs": 3}, "grace": 3}
     burst = 1
