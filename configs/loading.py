@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from boldforge.configs.errors import ConfigError
 
 _PACKAGE_FOLDER = Path(__file__).parent
+_ALIKE = 0.6
 # An address with a password or a signature, up to the end: either may hold any character.
 _SECRET = re.compile(r"://.*[@?#].*", re.DOTALL)
 
@@ -51,7 +52,21 @@ def recipe_path(name: str | Path) -> Path:
     inside = packaged.resolve().is_relative_to(_PACKAGE_FOLDER.resolve())
     if inside and packaged.is_file() and packaged.suffix == ".yaml":
         return packaged
-    raise ConfigError(f"{name}: no such recipe; give a YAML file, or one of: {', '.join(recipe_names())}.")
+    nearest = _nearest_recipe(str(Path(*parts).with_suffix("")) if parts else "")
+    hint = f"did you mean {nearest}? Else give" if nearest else "give"
+    raise ConfigError(f"{name}: no such recipe; {hint} a YAML file, or one of: {', '.join(recipe_names())}.")
+
+
+def _nearest_recipe(asked: str) -> str | None:
+    """Return the packaged recipe that shares most words with a name, in any order, and is spelt most like it."""
+
+    def likeness(recipe: str) -> float:
+        theirs, ours = asked.lower(), recipe.removesuffix(".yaml")
+        words, known = (set(re.findall(r"[a-z0-9]+", name)) for name in (theirs, ours))
+        return (len(words & known) / len(words | known) + difflib.SequenceMatcher(None, theirs, ours).ratio()) / 2
+
+    nearest = max(recipe_names(), key=likeness)
+    return nearest if likeness(nearest) >= _ALIKE else None
 
 
 def load_config(

@@ -161,6 +161,25 @@ def test_a_recipe_that_is_not_there_lists_those_that_are(name, tmp_path, monkeyp
         recipe_path(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("configs/finetune/adhd_lora_sweep.yaml", "sweep/adhd-lora.yaml"),
+        ("adhd_lora_sweep.yaml", "sweep/adhd-lora.yaml"),
+        ("configs/pretrian/tiny.yaml", "pretrain/tiny.yaml"),
+        ("pretrain/large.yaml", "pretrain/boldforge-large.yaml"),
+        ("finetune/haxby.yaml", None),
+        ("mine.yaml", None),
+        ("/etc/passwd.yaml", None),
+    ],
+)
+def test_the_recipe_that_was_meant_is_named(name, meant):
+    with pytest.raises(ConfigError) as refused:
+        recipe_path(name)
+    said = f"did you mean {meant}? Else give a YAML file" if meant else "no such recipe; give a YAML file"
+    assert said in str(refused.value)
+
+
 def test_recipe_names_can_all_be_loaded_by_name():
     names = recipe_names()
     assert {"pretrain/tiny.yaml", "pretrain/demo.yaml"} <= set(names)
