@@ -12,6 +12,7 @@ from boldforge.finetune.adapters import (
     merge_adapter,
     unmerge_adapter,
 )
+from boldforge.finetune.attribution_results import same_model
 from boldforge.finetune.attribution_study import AttributionConfig, attribute_regions
 from boldforge.finetune.backbone import Backbone, NeuroStormBackbone, load_backbone
 from boldforge.finetune.classifier import (
@@ -62,6 +63,7 @@ __all__ = [
     "sweep",
     "AttributionConfig",
     "attribute_regions",
+    "same_model",
     "FinetuneError",
     "FoldError",
     "SweepError",

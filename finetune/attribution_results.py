@@ -3,6 +3,7 @@
 Shape suffixes: N subjects · V brain voxels · R regions, then groups of them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from boldforge.data_shards import Manifest
 from boldforge.finetune.attribution import Parts
 from boldforge.finetune.attribution_null import Association, associate, slope_intervals
 from boldforge.finetune.results import write_json, write_table
+from boldforge.finetune.sweep_journal import checksum
 from boldforge.finetune.tasks import Task
 from boldforge.pretrain.region_errors import write_map, write_voxels
 
@@ -31,6 +33,7 @@ class Attributed:
     manifest: Manifest
     task: Task
     asked: str
+    model_hash: str
     simulated: bool
     parts: Parts
     mask: npt.NDArray[np.bool_]
@@ -85,11 +88,23 @@ def write_attribution(found: Attributed, out: Path) -> dict[str, Any]:
         "n_regions": n_regions,
         "score": {"separation": float(separation.slope[0]), "p": float(separation.p[0])},
         "methods": methods,
+        "model_hash": found.model_hash,
         "shards_hash": found.manifest.content_hash,
         "settings": found.config.model_dump(mode="json"),
     }
     write_json(out / "attribution.json", content)
     return content
+
+
+def hash_model(model: Path) -> str:
+    """Return what tells a fine-tuning, or an adapter, from one that was made in the same folder later."""
+    path = model / "metrics.json"
+    return checksum((path if path.is_file() else model / "task.json").read_bytes())
+
+
+def same_model(results: Mapping[str, Any], model: Path) -> bool:
+    """Whether an attribution (its ``attribution.json``) is of the fine-tuning or adapter that is in a folder now."""
+    return results.get("model_hash") == hash_model(model)
 
 
 def _table(found: Attributed, method: str, rows_NR: npt.NDArray[np.float64]) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from boldforge.finetune.attribution import (
     occlusion,
 )
 from boldforge.finetune.attribution_null import contrast
-from boldforge.finetune.attribution_results import Attributed, Method, write_attribution
+from boldforge.finetune.attribution_results import Attributed, Method, hash_model, write_attribution
 from boldforge.finetune.classifier import Classifier, load_classifier, read_task
 from boldforge.finetune.cohort import Cohort, OnProgress, Subject, check_recipe, find_cohort, gather_clips
 from boldforge.finetune.errors import FinetuneError
@@ -277,6 +277,7 @@ def _finished(work: _Work) -> Attributed:
         manifest=work.manifest,
         task=work.task,
         asked=work.asked,
+        model_hash=hash_model(work.config.model),
         simulated=work.cohort.simulated,
         parts=work.parts,
         mask=work.mask,

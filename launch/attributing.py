@@ -1,6 +1,5 @@
 """The verb ``attribute``: runs an attribution, prints its regions, and draws them on a glass brain and a page."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from boldforge.configs import ConfigError, load_config
+from boldforge.launch.attribution_page import TITLES, show_p, shown_methods
 from boldforge.launch.progress import progress
 
 _SHOWN = 12
 _PAGE_ROWS = 40
-_TITLES = {"integrated-gradients": "Integrated gradients", "occlusion": "Occlusion"}
 
 
 def attribute_and_print(model: Path, overrides: Sequence[str], console: Console) -> Path:
@@ -79,17 +78,7 @@ def render_attribution(out: Path, results: Mapping[str, Any]) -> str:
     """Render ``attribution.html``: figure, first regions and groups of each method; nothing is fetched."""
     from boldforge.launch.report import page_template
 
-    methods = [
-        {
-            "title": _TITLES[name],
-            "verdict": found["verdict"],
-            "gap": found.get("gap"),
-            "picture": base64.b64encode((out / f"{name}.png").read_bytes()).decode(),
-            "regions": [row for row in found["table"] if row["kind"] == "region"][:_PAGE_ROWS],
-            "rest": [row for row in found["table"] if row["kind"] != "region"],
-        }
-        for name, found in results["methods"].items()
-    ]
+    methods = shown_methods(out, results, _PAGE_ROWS)
     return page_template("attribution.html.j2").render(results=results, methods=methods)
 
 
@@ -97,7 +86,7 @@ def _caption(method: str, results: Mapping[str, Any]) -> str:
     subjects = "simulated subjects" if results["simulated"] else "subjects"
     what = f"{results['task']}{' (' + results['target'] + ')' if results['target'] else ''}"
     return (
-        f"{_TITLES[method]} · {what} · {results['n_subjects']} held-out {subjects} · {results['unit']}, sum per region"
+        f"{TITLES[method]} · {what} · {results['n_subjects']} held-out {subjects} · {results['unit']}, sum per region"
     )
 
 
@@ -105,14 +94,14 @@ def _print(results: Mapping[str, Any], console: Console) -> None:
     of = "simulated subjects" if results["simulated"] else "subjects"
     _say(f"Asked {results['asked']}: {results['n_subjects']} {of}, {results['unit']}.", console)
     separation = results["score"]
-    _say(f"Whole score: {separation['separation']:+.3f} (p {separation['p']:.3f}).", console)
+    _say(f"Whole score: {separation['separation']:+.3f} (p {show_p(separation['p'])}).", console)
     for found in results["methods"].values():
         table = Table(box=None, pad_edge=False, header_style="dim")
         for title in ("region", "attribution", "95 % interval", "p"):
             table.add_column(title, justify="left" if title == "region" else "right", overflow="fold")
         for row in [row for row in found["table"] if row["kind"] == "region"][:_SHOWN]:
             interval = "" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
-            table.add_row(row["name"], f"{row['attribution']:+.4f}", interval, f"{row['p']:.3f}")
+            table.add_row(row["name"], f"{row['attribution']:+.4f}", interval, show_p(row["p"]))
         console.print(table)
         _say(found["verdict"], console)
         if found.get("gap", 0) > 0.05:

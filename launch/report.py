@@ -19,11 +19,13 @@ import boldforge
 from boldforge.configs import BoldForgeError
 from boldforge.data_shards import load_manifest
 from boldforge.launch import figures, sweep_figures
+from boldforge.launch.attribution_page import read_attribution, show_p
 from boldforge.launch.model_card import FIGURES, describe_overlap
 
-_MOST_EXAMPLES = 2
+_MOST_EXAMPLES, _MOST_REGIONS = 2, 10
 _RUN_LIKE = (
-    "a pretraining run (metrics.csv), a finetuning (metrics.json), a sweep (sweep.json) or a release (config.json)"
+    "a pretraining run (metrics.csv), a finetuning (metrics.json), a sweep (sweep.json), an attribution "
+    "(attribution.json) or a release (config.json)"
 )
 
 
@@ -54,7 +56,8 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> Path:
     Parameters
     ----------
     folders
-        Pretraining runs, finetunings, sweeps and releases, in the order in which they shall appear.
+        Pretraining runs, finetunings (with their attribution, if there is one in the folder), sweeps, attributions and
+        releases, in the order in which they shall appear.
     out
         The HTML file; folders above it are made.
 
@@ -76,6 +79,7 @@ def read_section(folder: Path) -> Section:
         "sweep.json": _read_sweep,
         "metrics.csv": _read_pretraining,
         "metrics.json": _read_finetuning,
+        "attribution.json": _read_attribution,
         "config.json": _read_release,
     }
     for name, read in readers.items():
@@ -101,7 +105,7 @@ def render_page(sections: Sequence[Section]) -> str:
 
 
 def page_template(name: str) -> Template:
-    """Return a template of a page: texts escaped, unknown names an error; filters `figure`, `percent`, `value`."""
+    """Return a template of a page: texts escaped, unknown names an error; filters `figure`, `percent`, `value`, `p`."""
     environment = Environment(
         loader=PackageLoader("boldforge.launch"),
         undefined=StrictUndefined,
@@ -109,7 +113,7 @@ def page_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(figure=_show_number, percent=_show_percent, value=sweep_figures.say)
+    environment.filters.update(figure=_show_number, percent=_show_percent, value=sweep_figures.say, p=show_p)
     return environment.get_template(name)
 
 
@@ -222,7 +226,16 @@ def _read_regions(path: Path) -> list[dict[str, Any]]:
 def _read_finetuning(folder: Path) -> Section:
     results = _read_json(folder / "metrics.json")
     content = {"name": folder.resolve().name, "results": results, **_adapted(results)}
+    content["attribution"] = read_attribution(folder / "attribution", folder, _MOST_REGIONS)
     return Section("finetuning", content, bool(results["simulated"]))
+
+
+def _read_attribution(folder: Path) -> Section:
+    found = read_attribution(folder, None, _MOST_REGIONS)
+    assert found is not None
+    return Section(
+        "attribution", {"name": folder.resolve().name, "attribution": found}, bool(found["results"]["simulated"])
+    )
 
 
 def _read_sweep(folder: Path) -> Section:
