@@ -1,10 +1,11 @@
 """What hiding anatomy is worth: random, window, region and group masks at the same budget of hidden tokens.
 
-    python benchmarks/masking.py [--quick] [--seeds N] [--part real|simulated] [--data DIR] [--out DIR] [--json FILE]
+    python benchmarks/masking.py [--quick] [--seeds N] [--part NAME] [--data DIR] [--out DIR] [--json FILE]
 
 real: small encoders are pretrained on real runs, one for each strategy and seed, and rebuild held-out frames under the
 masks of every strategy. simulated: they are pretrained without labels on SIMULATED cohorts with a planted regional
 difference, frozen, and read by a logistic regression; beside them an untrained encoder and plain baselines.
+choice: what the recipe was chosen by, on frames that the other parts do not report; only where it is asked for.
 
 Every cell is kept in a file under --out, so the same command goes on from where it was stopped.
 """
@@ -27,6 +28,8 @@ from boldforge.data_shards import DataRecipe, SimulationConfig, build_shards, fi
 from boldforge.pretrain import load_pretrained
 
 PARTS = ("real", "simulated")
+RATES = (2e-3, 4e-3, 1e-3)
+"""Learning rates that `choice` compares."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,21 @@ class Size:
     """How much is computed."""
 
     seeds: int = 3
-    steps: int = 200
+    steps: int = 240
     subjects: int = 60
     frames: int = 32
     """Of a simulated run, at its site's TR."""
     effect: float = 0.5
     clips: int = 6
     """Per subject, read by the probe."""
+    masks: int = reconstruction.MASKS_PER_CLIP
+    """Per held-out clip of the real runs."""
+    limit: int = 10_000
+    """Held-out clips, and training clips that two coefficients are fitted on, at most."""
 
 
-QUICK = Size(seeds=1, steps=2, subjects=12, frames=12, clips=1)
+_SIMULATED = ("steps", "subjects", "frames", "effect", "clips")
+QUICK = Size(seeds=1, steps=2, subjects=12, frames=12, clips=1, masks=1, limit=2)
 
 
 def row(figure: str, estimate: Estimate, unit: str, better: str = "lower") -> Row:
@@ -52,21 +60,54 @@ def row(figure: str, estimate: Estimate, unit: str, better: str = "lower") -> Ro
     return {"figure": figure, "value": value, "interval": [low, high], "unit": unit, "goal": None, "better": better}
 
 
-def real(out: Path, size: Size, data: Path) -> list[Row]:
-    """Pretrain on real runs and rebuild their held-out frames, [trained with × tested with]."""
+def choice(out: Path, size: Size, data: Path) -> list[Row]:
+    """Compare learning rates, every strategy on its own masks, on frames that `real` does not report."""
+    shards, about = _real_shards(out, size, data)
+    about["recipe"] = {key: value for key, value in RECIPE.items() if key != "optimizer"}
+
+    def make(rate: float, strategy: str, seed: int, folder: Path) -> Cell:
+        run = pretrain(shards, folder, strategy, seed, size.steps, reconstruction.CHOICE, rate)
+        held = reconstruction.choice_frames(load_manifest(shards))
+        found = reconstruction.reconstruct(shards, run / "export", held, (strategy,), size.masks, size.limit)
+        remove(run)
+        return found
+
+    rows = []
+    for rate in RATES:
+        cells = _cells(out, f"choice-{rate:g}", STRATEGIES, [about], partial(make, rate))
+        ratios = [error_ratios(cells[name], name) for name in STRATEGIES]
+        rows += [
+            row(f"choice: rate {rate:g}, {name}", ratio, "") for name, ratio in zip(STRATEGIES, ratios, strict=True)
+        ]
+        values = [ratio[0] for ratio in ratios]
+        rows.append(row(f"choice: rate {rate:g}, mean", (mean(values), min(values), max(values)), "lowest and highest"))
+    return rows
+
+
+def _real_shards(out: Path, size: Size, data: Path) -> tuple[Path, Cell]:
+    """Shard the real runs unless that has been done; return the folder, and what a cell on them depends on."""
     shards = out / "shards-real"
     if not (shards / "manifest.json").is_file():
         build_shards(find_runs(data).runs, shards, DataRecipe(grid="mni4mm", tr=2.0))
-    about = {"recipe": RECIPE, "steps": size.steps, "manifest": load_manifest(shards).content_hash}
+    measured = {"steps": size.steps, "masks": size.masks, "limit": size.limit}
+    return shards, {"recipe": RECIPE, **measured, "manifest": load_manifest(shards).content_hash}
+
+
+def real(out: Path, size: Size, data: Path) -> list[Row]:
+    """Pretrain on real runs and rebuild their held-out frames, [trained with × tested with]."""
+    shards, about = _real_shards(out, size, data)
 
     def make(strategy: str, seed: int, folder: Path) -> Cell:
         run = pretrain(shards, folder, strategy, seed, size.steps, reconstruction.HOLDOUT)
-        found = reconstruction.reconstruct(shards, run / "export")
+        held = reconstruction.held_frames(load_manifest(shards))
+        found = reconstruction.reconstruct(shards, run / "export", held, STRATEGIES, size.masks, size.limit)
         remove(run)
         return found
 
     cells = _cells(out, "real", STRATEGIES, [about] * size.seeds, make)
-    plain = kept(out / "cells" / "real-neighbours-0.json", about, partial(neighbours.foretell, shards))
+    plain = kept(
+        out / "cells" / "real-neighbours-0.json", about, partial(neighbours.foretell, shards, size.masks, size.limit)
+    )
     plain["baseline"] = cells["random"][0]["baseline"]
     rows = []
     for tested in STRATEGIES:
@@ -90,7 +131,7 @@ def simulated(out: Path, size: Size, data: Path) -> list[Row]:
     for seed in range(size.seeds):
         settings = SimulationConfig(n_subjects=size.subjects, n_frames=size.frames, effect=size.effect, seed=seed)
         shards.append(probe.make_cohort(out / f"SIMULATED-{seed}", settings))
-    about = {"recipe": RECIPE, **{key: value for key, value in asdict(size).items() if key != "seeds"}}
+    about = {"recipe": RECIPE, **{key: value for key, value in asdict(size).items() if key in _SIMULATED}}
     abouts = [{**about, "manifest": load_manifest(each).content_hash} for each in shards]
 
     def make(strategy: str, seed: int, folder: Path) -> Cell:
@@ -145,7 +186,7 @@ def main() -> None:
         "--quick", action="store_true", help="a few steps, to see that it runs; the figures mean nothing"
     )
     parser.add_argument("--seeds", type=int, help="fewer or more than 3 of each cell")
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be repeated")
+    parser.add_argument("--part", choices=("choice", *PARTS), action="append", help="only this part; may be repeated")
     parser.add_argument("--data", type=Path, default=Path("tests/data"), help="folder of real runs in MNI space")
     parser.add_argument("--out", type=Path, help="folder of the cells; default runs/masking")
     parser.add_argument("--json", type=Path, help="write machine and rows to this file")
@@ -158,7 +199,7 @@ def main() -> None:
     print(machine())
     rows: list[Row] = []
     for part in chosen.part or PARTS:
-        found = {"real": real, "simulated": simulated}[part](out, size, chosen.data)
+        found = {"choice": choice, "real": real, "simulated": simulated}[part](out, size, chosen.data)
         for each in found:
             low, high = each["interval"]  # type: ignore[misc]
             print(f"{each['figure']:<58}{each['value']:>8.3f}  [{low:.3f}, {high:.3f}] {each['unit']}", flush=True)

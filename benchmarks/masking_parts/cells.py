@@ -19,7 +19,10 @@ Cell = dict[str, Any]
 STRATEGIES = ("random", "window", "region", "group")
 RECIPE: dict[str, Any] = {
     "model": {
-        "frames": 4,
+        "frames": 2,
+        "position": "mm",
+        "bidirectional": True,
+        "expand": 1,
         "embed_dim": 16,
         "depths": [2, 2],
         "decoder_depths": [2],
@@ -30,7 +33,7 @@ RECIPE: dict[str, Any] = {
         "mlp_ratio": 2.0,
     },
     "loss": {"voxel": 1.0, "targets": "values"},
-    "optimizer": {"lr": 4e-3, "warmup_steps": 10, "weight_decay": 0.01, "gradient_clipping": 1.0},
+    "optimizer": {"lr": 2e-3, "warmup_steps": 10, "weight_decay": 0.01, "gradient_clipping": 1.0},
     "batch_size": 2,
     "zero_stage": 0,
     "precision": "fp32",
@@ -53,8 +56,15 @@ def kept(path: Path, settings: Cell, make: Callable[[], Cell]) -> Cell:
     return found
 
 
-def pretrain(shards: Path, out: Path, strategy: str, seed: int, steps: int, holdout: Cell) -> Path:
+def pretrain(
+    shards: Path, out: Path, strategy: str, seed: int, steps: int, holdout: Cell, lr: float | None = None
+) -> Path:
     """Pretrain one cell in this process; a run folder that was left half-way goes on from its checkpoint.
+
+    Parameters
+    ----------
+    lr
+        Learning rate, if not that of `RECIPE`.
 
     Returns
     -------
@@ -66,6 +76,7 @@ def pretrain(shards: Path, out: Path, strategy: str, seed: int, steps: int, hold
     logging.getLogger("boldforge").setLevel(logging.WARNING)
     recipe = {
         **RECIPE,
+        "optimizer": {**RECIPE["optimizer"], **({} if lr is None else {"lr": lr})},
         "shards": str(shards),
         "out": str(out),
         "holdout": holdout,

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from boldforge.finetune.metrics import auc
 from masking_parts.cells import Cell
 
 DRAWS = 2000
@@ -35,12 +34,10 @@ def error_ratios(cells: Sequence[Cell], tested: str, against: Sequence[Cell] | N
         errors_SC = errors_SC - np.array([cell["error"][tested] for cell in against])
     generator = np.random.default_rng(0)
     places = [np.flatnonzero(runs == run) for run in np.unique(runs)]
-    drawn = []
-    for _ in range(DRAWS):
-        seeds = generator.integers(n_seeds, size=n_seeds)
-        clips = np.concatenate([generator.choice(place, len(place)) for place in places])
-        drawn.append(errors_SC[np.ix_(seeds, clips)].sum() / (n_seeds * baseline_C[clips].sum()))
-    return _estimate(errors_SC.sum() / (n_seeds * baseline_C.sum()), drawn)
+    seeds_DS = generator.integers(n_seeds, size=(DRAWS, n_seeds))
+    clips_DC = np.concatenate([generator.choice(place, (DRAWS, len(place))) for place in places], axis=1)
+    drawn_D = errors_SC[seeds_DS[:, :, None], clips_DC[:, None, :]].sum((1, 2)) / baseline_C[clips_DC].sum(1) / n_seeds
+    return _estimate(errors_SC.sum() / (n_seeds * baseline_C.sum()), drawn_D)
 
 
 def aucs(cells: Sequence[Cell], kind: str, against: Sequence[Cell] | None = None) -> Estimate:
@@ -56,27 +53,30 @@ def aucs(cells: Sequence[Cell], kind: str, against: Sequence[Cell] | None = None
         On the same cohorts.
     """
     generator = np.random.default_rng(0)
-    labels = [np.array(cell["labels"]) for cell in cells]
-
-    def figure(seed: int, subjects: np.ndarray) -> float:
-        found = _mean_auc(labels[seed], cells[seed]["scores"][kind], subjects)
-        return found - _mean_auc(labels[seed], against[seed]["scores"][kind], subjects) if against else found
-
-    drawn = []
-    for _ in range(DRAWS // 2):
-        parts = []
-        for seed in generator.integers(len(cells), size=len(cells)):
-            groups = [np.flatnonzero(labels[seed] == label) for label in (0, 1)]
-            parts.append(figure(seed, np.concatenate([generator.choice(group, len(group)) for group in groups])))
-        drawn.append(np.mean(parts))
-    whole = [figure(seed, np.arange(len(labels[seed]))) for seed in range(len(cells))]
-    return _estimate(float(np.mean(whole)), drawn)
+    wins = [_wins(cell["labels"], cell["scores"][kind]) for cell in cells]
+    if against is not None:
+        others = [_wins(cell["labels"], cell["scores"][kind]) for cell in against]
+        wins = [own_PN - other_PN for own_PN, other_PN in zip(wins, others, strict=True)]
+    # A seed that is drawn twice is there with other subjects each time.
+    resampled_KSD = np.array([[_resampled(generator, wins_PN) for wins_PN in wins] for _ in cells])
+    seeds_DK = generator.integers(len(cells), size=(DRAWS, len(cells)))
+    drawn_DK = resampled_KSD[np.arange(len(cells)), seeds_DK, np.arange(DRAWS)[:, None]]
+    return _estimate(float(np.mean([wins_PN.mean() for wins_PN in wins])), drawn_DK.mean(axis=1))
 
 
-def _mean_auc(labels: np.ndarray, scores: Sequence[Sequence[float]], subjects: np.ndarray) -> float:
-    return float(np.mean([auc(labels[subjects], np.array(row)[subjects]) for row in scores]))
+def _wins(labels: Sequence[int], scores: Sequence[Sequence[float]]) -> np.ndarray:
+    """How often each positive subject scores above each negative one, a tie being half; their mean is the AUC."""
+    positive = np.array(labels) == 1
+    above = [np.sign(np.subtract.outer(row[positive], row[~positive])) for row in np.array(scores)]
+    return np.mean(above, axis=0) / 2 + 0.5
 
 
-def _estimate(value: float, drawn: Sequence[float]) -> Estimate:
+def _resampled(generator: np.random.Generator, wins_PN: np.ndarray) -> np.ndarray:
+    """Return the mean [D] with subjects drawn with replacement, the positive and the negative ones apart."""
+    times_DP, times_DN = (generator.multinomial(n, np.full(n, 1 / n), DRAWS) for n in wins_PN.shape)
+    return np.asarray(((times_DP @ wins_PN) * times_DN).sum(1) / wins_PN.size)
+
+
+def _estimate(value: float, drawn: np.ndarray) -> Estimate:
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(value), float(low), float(high)

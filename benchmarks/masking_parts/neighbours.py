@@ -22,21 +22,19 @@ Normal = tuple[np.ndarray, np.ndarray, float]
 """Sums over hidden voxels: of products of the two regressors [2, 2], of regressors and value [2], of squared values."""
 
 
-def foretell(shards: Path) -> Cell:
-    """Fit on training clips and measure on every held-out clip and mask, as `reconstruction.reconstruct` does."""
+def foretell(shards: Path, masks: int = MASKS_PER_CLIP, limit: int = 10_000) -> Cell:
+    """Fit on training clips and measure on held-out clips and masks, as `reconstruction.reconstruct` does."""
     manifest = load_manifest(shards)
     config = load_config(ModelConfig, RECIPE["model"])
-    model = build_model(config, manifest.brain_mask(), manifest.grid.voxel_size)
+    model = build_model(config, manifest.brain_mask(), manifest.grid.voxel_size, manifest.grid.affine)
     parts = split_segments(manifest, Holdout.model_validate(HOLDOUT))
     found: Cell = {"error": {}, "coefficients": {}}
     for name, sampler in samplers(manifest, model).items():
         sums: list[list[list[Normal]]] = []
         for segments in parts:
             each = [
-                HeldoutClips(
-                    [ShardReader(manifest)], [segments], Numbered(sampler, number), config.frames, limit=10_000
-                )
-                for number in range(MASKS_PER_CLIP)
+                HeldoutClips([ShardReader(manifest)], [segments], Numbered(sampler, number), config.frames, limit)
+                for number in range(masks)
             ]
             sums.append(
                 [[_sums(clips, place, model.token_grid) for clips in each] for place in range(len(each[0].clips))]

@@ -53,7 +53,8 @@ def untrained(shards: Path, seed: int) -> Pretrained:
     """Return the network that pretraining starts from with this seed."""
     manifest = load_manifest(shards)
     torch.manual_seed(seed)
-    model = build_model(load_config(ModelConfig, RECIPE["model"]), manifest.brain_mask(), manifest.grid.voxel_size)
+    grid, config = manifest.grid, load_config(ModelConfig, RECIPE["model"])
+    model = build_model(config, manifest.brain_mask(), grid.voxel_size, grid.affine)
     return Pretrained(model.eval(), {"data": manifest.recipe.model_dump(mode="json")}, "")
 
 

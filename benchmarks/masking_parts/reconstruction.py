@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from boldforge.data_shards import Holdout, Manifest, ShardReader, load_atlas, load_groups, load_manifest, split_segments
+from boldforge.data_shards import (
+    Holdout,
+    Manifest,
+    Segments,
+    ShardReader,
+    load_atlas,
+    load_groups,
+    load_manifest,
+    split_segments,
+)
 from boldforge.pretrain import HeldoutClips, MaskConfig, MaskSampler, gather_patches, load_pretrained, region_tokens
 from boldforge.pretrain.loss import squared_error
 from boldforge.pretrain.model import NeuroStorm
@@ -19,6 +28,8 @@ from masking_parts.cells import STRATEGIES, Cell
 
 MASKS_PER_CLIP = 2
 HOLDOUT = {"by": "frames", "fraction": 0.25, "seed": 0}
+CHOICE = {"by": "frames", "fraction": 0.5, "seed": 0}
+"""Left out of training while the recipe is chosen, on those of these frames that `HOLDOUT` does not hold."""
 
 
 class Numbered:
@@ -42,9 +53,36 @@ def samplers(manifest: Manifest, model: NeuroStorm) -> dict[str, MaskSampler]:
     }
 
 
+def held_frames(manifest: Manifest) -> Segments:
+    """Return the frames that are reported: the last quarter of every run."""
+    return split_segments(manifest, Holdout.model_validate(HOLDOUT))[1]
+
+
+def choice_frames(manifest: Manifest) -> Segments:
+    """Return the frames that the recipe is chosen on: the third quarter of every run."""
+    starts, stops = (split_segments(manifest, Holdout.model_validate(part))[0].table for part in (CHOICE, HOLDOUT))
+    return Segments(np.column_stack([starts[:, 0], starts[:, 2], stops[:, 2]]))
+
+
 @torch.no_grad()
-def reconstruct(shards: Path, export: Path) -> Cell:
-    """Measure a pretrained model on every held-out clip.
+def reconstruct(
+    shards: Path,
+    export: Path,
+    held: Segments,
+    tested: Sequence[str] = STRATEGIES,
+    masks: int = MASKS_PER_CLIP,
+    limit: int = 10_000,
+) -> Cell:
+    """Measure a pretrained model on held-out clips.
+
+    Parameters
+    ----------
+    held
+        What is cut into clips.
+    tested
+        Strategies of the masks.
+    masks, limit
+        Masks per clip; clips at most.
 
     Returns
     -------
@@ -53,13 +91,13 @@ def reconstruct(shards: Path, export: Path) -> Cell:
         of every clip over its hidden voxels and masks: of the model, and of the mean frame.
     """
     manifest, model = load_manifest(shards), load_pretrained(export).model
-    _, held = split_segments(manifest, Holdout.model_validate(HOLDOUT))
     reader, patch_voxels = ShardReader(manifest), model.patch_voxels
     found: Cell = {"error": {}, "baseline": {}}
-    for name, sampler in samplers(manifest, model).items():
+    every = samplers(manifest, model)
+    for name in tested:
         sums = []
-        for number in range(MASKS_PER_CLIP):
-            clips = HeldoutClips([reader], [held], Numbered(sampler, number), model.config.frames, limit=10_000)
+        for number in range(masks):
+            clips = HeldoutClips([reader], [held], Numbered(every[name], number), model.config.frames, limit)
             rows = []
             for place in range(len(clips.clips)):
                 clip = clips.read(place)

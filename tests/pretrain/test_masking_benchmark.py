@@ -1,10 +1,20 @@
 """benchmarks/masking.py: cells are kept, and figures are those of a case that can be done by hand."""
 
+import json
+import math
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from boldforge.configs import load_config
+from boldforge.data_shards import Segments
+from boldforge.finetune.metrics import auc
+from boldforge.pretrain import MaskConfig, MaskSampler, ModelConfig, build_model, gather_patches
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -60,3 +70,65 @@ def test_aucs_are_the_mean_over_seeds_with_subjects_paired() -> None:
     assert aucs([perfect, blind], "mean")[0] == pytest.approx(0.75)
     assert aucs([perfect, blind], "mean", [perfect, perfect])[0] == pytest.approx(-0.25)
     assert aucs([perfect], "mean", [perfect]) == (0, 0, 0)
+    drawn = np.random.default_rng(0).integers(0, 4, (3, 11)).astype(float)  # with ties
+    marks = [0, 1, 1, 0, 1, 0, 0, 1, 0, 0, 1]
+    value, low, high = aucs([{"labels": marks, "scores": {"mean": drawn.tolist()}}], "mean")
+    assert value == pytest.approx(np.mean([auc(np.array(marks), row) for row in drawn]))
+    assert low < value < high
+
+
+def test_every_token_of_a_hidden_window_hears_from_visible_ones_beside_it() -> None:
+    """With a scan in one direction alone it does not, and training on windows learned the mean frame and no more."""
+    from masking_parts.cells import RECIPE
+
+    reached = {}
+    for bidirectional in (False, True):
+        config = load_config(ModelConfig, {**RECIPE["model"], "bidirectional": bidirectional})
+        torch.manual_seed(0)
+        model = build_model(config, np.ones((24, 24, 24), bool), 4.0, np.diag([4.0, 4, 4, 1]))
+        grid, frames = model.token_grid, config.frames
+        mask_BL = MaskSampler(grid, MaskConfig(strategy="window", ratio=0.5), None, config.window).sample([(0,)])
+        values_BTV = torch.randn(1, frames, grid.n_voxels, requires_grad=True)
+        rebuilt_BLP = model(values_BTV, mask_BL)
+        place_L3 = torch.from_numpy(grid.stages[0].coordinates).repeat_interleave(frames, 0)
+        shares = []
+        for token in mask_BL[0].nonzero()[::40, 0]:
+            (slope_BTV,) = torch.autograd.grad(rebuilt_BLP[0, token].sum(), values_BTV, retain_graph=True)
+            heard_L = gather_patches(slope_BTV, model.patch_voxels)[0].abs().sum(1) > 0
+            assert not heard_L[mask_BL[0]].any()
+            distance_L = (place_L3 - place_L3[token]).abs().amax(1)
+            nearest_L = ~mask_BL[0] & (distance_L == distance_L[~mask_BL[0]].min())
+            shares.append(float(heard_L[nearest_L].float().mean()))
+        reached[bidirectional] = min(shares)
+    assert reached == {False: 0, True: 1}
+
+
+def test_the_recipe_is_chosen_on_frames_that_are_neither_trained_on_nor_reported(monkeypatch) -> None:
+    from masking_parts import reconstruction
+
+    parts = {0.25: ([[0, 0, 48], [1, 0, 67]], [[0, 48, 64], [1, 67, 90]]), 0.5: ([[0, 0, 32], [1, 0, 45]], [])}
+    monkeypatch.setattr(
+        reconstruction,
+        "split_segments",
+        lambda _, holdout: tuple(Segments(np.array(p)) for p in parts[holdout.fraction]),
+    )
+    chosen, reported = reconstruction.choice_frames(None), reconstruction.held_frames(None)  # type: ignore[arg-type]
+    assert chosen.table.tolist() == [[0, 32, 48], [1, 45, 67]]
+    assert reported.table.tolist() == [[0, 48, 64], [1, 67, 90]]
+
+
+@pytest.mark.slow
+def test_quick_fills_every_cell(tmp_path: Path) -> None:
+    root = FOLDER.parent
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, "benchmarks/masking.py", "--quick", "--out", str(tmp_path), "--json", str(figures)]
+    subprocess.run(command, cwd=root, check=True, timeout=300)
+    rows = {row["figure"]: row for row in json.loads(figures.read_text())["rows"]}
+    strategies = ("random", "window", "region", "group")
+    wanted = {f"error: trained {a}, tested {b}" for a in strategies for b in strategies}
+    wanted |= {f"SIMULATED AUC: {a}, {pool}" for a in ("untrained", *strategies) for pool in ("mean", "multiscale")}
+    assert wanted <= set(rows)
+    assert all(math.isfinite(x) for row in rows.values() for x in (row["value"], *row["interval"]))
+    assert all(
+        row["interval"][0] <= row["value"] <= row["interval"][1] for row in rows.values() if "error" in row["figure"]
+    )
