@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from boldforge.kernels import ScanIndex, expand_prompts, reverse_index, shifted_conv, shifted_scan, strip_prompts
+from boldforge.pretrain.draws import Draws
 from boldforge.pretrain.neurostorm_dropout import RedundancyDropout, WindowTable
 from boldforge.pretrain.visible import VisibleTokens
 
@@ -171,30 +172,35 @@ class Block(nn.Module):
         index: ScanIndex,
         windows: WindowTable | None = None,
         visible: VisibleTokens | None = None,
+        draws: Draws | None = None,
     ) -> Tensor:
         """Apply the block along a scan index, which has the block's prompts; [B, L, C] to [B, L, C].
 
-        `windows` is for the redundancy dropout; `visible` says whose tokens these are where clips share [1, N, C].
+        `windows` is for the redundancy dropout; `visible` says whose tokens these are where clips share [1, N, C];
+        `draws` decide what is dropped, and None drops nothing.
         """
-        x_BLC = x_BLC + self._drop(self._mix(self.norm1(x_BLC), index, windows), visible)
-        return x_BLC + self._drop(self.mlp(self.norm2(x_BLC)), visible)
+        mixed_BLC = self._mix(self.norm1(x_BLC), index)
+        if self.redundancy is not None and draws is not None:
+            assert windows is not None and draws.tokens_BL is not None, "the model lays the windows out, and draws"
+            mixed_BLC = self.redundancy(mixed_BLC, windows, _of_tokens(draws.tokens_BL, visible))
+        x_BLC = x_BLC + self._drop(mixed_BLC, draws, 0, visible)
+        return x_BLC + self._drop(self.mlp(self.norm2(x_BLC)), draws, 1, visible)
 
-    def _mix(self, x_BLC: Tensor, index: ScanIndex, windows: WindowTable | None) -> Tensor:
+    def _mix(self, x_BLC: Tensor, index: ScanIndex) -> Tensor:
         if self.prompt is None:
-            x_BLC = self.mamba(x_BLC, index)
-        else:
-            x_BLC = strip_prompts(self.mamba(expand_prompts(x_BLC, self.prompt, index), index), index)
-        if self.redundancy is not None and self.training:
-            assert windows is not None, "the model lays the windows out when it trains with redundancy dropout"
-            x_BLC = self.redundancy(x_BLC, windows)
-        return x_BLC
+            return self.mamba(x_BLC, index)
+        return strip_prompts(self.mamba(expand_prompts(x_BLC, self.prompt, index), index), index)
 
-    def _drop(self, branch_BLC: Tensor, visible: VisibleTokens | None) -> Tensor:
-        if not self.training or self.drop_path == 0:
+    def _drop(self, branch_BLC: Tensor, draws: Draws | None, branch: int, visible: VisibleTokens | None) -> Tensor:
+        if draws is None or self.drop_path == 0:
             return branch_BLC
         keep = 1 - self.drop_path
-        clips = len(branch_BLC) if visible is None else visible.n_clips
-        alive_B11 = torch.rand(clips, 1, 1, device=branch_BLC.device) < keep
+        alive_B1 = draws.branches_B2[:, branch, None] < keep
         # A clip's branch is dropped whole.
-        alive = alive_B11 if visible is None else alive_B11[visible.clip_N].transpose(0, 1)
-        return branch_BLC * (alive.to(branch_BLC.dtype) / keep)
+        alive_BL = alive_B1 if visible is None else alive_B1[visible.clip_N].T
+        return branch_BLC * (alive_BL.unsqueeze(-1).to(branch_BLC.dtype) / keep)
+
+
+def _of_tokens(numbers_BL: Tensor, visible: VisibleTokens | None) -> Tensor:
+    """Take the visible tokens' numbers, [1, N] where clips share it."""
+    return numbers_BL if visible is None else visible.pick(numbers_BL.unsqueeze(-1)).squeeze(-1)

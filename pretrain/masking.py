@@ -194,7 +194,7 @@ class MaskSampler:
 
 
 def sample_keys(seed: int, first: int, count: int) -> list[tuple[int, ...]]:
-    """Return the keys of the masks of `count` training samples from `first` on.
+    """Return what names `count` training samples from `first` on: their masks and drops are drawn from it.
 
     A sample's number is its place in the stream, which depends neither on ranks, workers nor micro-batches.
     """

@@ -8,7 +8,7 @@ Shape suffixes: B clips · T frames · V brain voxels · S spatial tokens · L =
 patch.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from boldforge.pretrain.draws import ClipKey, Draws, draw
 from boldforge.pretrain.embeddings import PositionInMillimetres, TimeInSeconds, seconds_per_frame
 from boldforge.pretrain.mamba import Block, ShiftedMamba
 from boldforge.pretrain.merging import PatchExpanding, PatchMerging, frames_at
@@ -159,7 +160,13 @@ class NeuroStorm(nn.Module):
         """C of the last encoder stage."""
         return self.config.embed_dim * 2 ** (self.config.n_stages - 1)
 
-    def encode(self, values_BTV: Tensor, mask_BL: Tensor | None = None, tr: float | Tensor | None = None) -> Tensor:
+    def encode(
+        self,
+        values_BTV: Tensor,
+        mask_BL: Tensor | None = None,
+        tr: float | Tensor | None = None,
+        keys: Sequence[ClipKey] | None = None,
+    ) -> Tensor:
         """Encode clips.
 
         Parameters
@@ -171,6 +178,9 @@ class NeuroStorm(nn.Module):
             not computed at all. None hides nothing.
         tr
             Seconds per frame, one number or [B]; only a model with ``time: seconds`` looks at it, and needs it.
+        keys
+            What names each clip, so that while training stochastic depth and redundancy dropout drop the same of it
+            in whatever batch it is. None: they draw from torch's global generator.
 
         Returns
         -------
@@ -184,13 +194,15 @@ class NeuroStorm(nn.Module):
             If the clips are of another shape than the model reads, or `tr` is missing where it is needed.
         """
         if mask_BL is not None and self.config.encoder_sees == "visible":
-            return self._encode_visible(values_BTV, mask_BL, tr)
+            return self._encode_visible(values_BTV, mask_BL, tr, keys)
         x_BLC = self.embed_patches(values_BTV, mask_BL)
         for stage in range(self.config.n_stages):
-            x_BLC = self.encode_stage(x_BLC, stage, tr)
+            x_BLC = self.encode_stage(x_BLC, stage, tr, keys=keys)
         return x_BLC
 
-    def _encode_visible(self, values_BTV: Tensor, mask_BL: Tensor, tr: float | Tensor | None) -> Tensor:
+    def _encode_visible(
+        self, values_BTV: Tensor, mask_BL: Tensor, tr: float | Tensor | None, keys: Sequence[ClipKey] | None
+    ) -> Tensor:
         self._check(values_BTV)
         # Kept until the next batch: the backward pass asks for the paths again, and makes anew those that are gone.
         stages = visible_tokens(mask_BL, self.token_grid, values_BTV.device, self.config.frames_joined)
@@ -199,7 +211,7 @@ class NeuroStorm(nn.Module):
             raise ValueError(f"the mask {list(mask_BL.shape)} has other frames than the clips {list(values_BTV.shape)}")
         x_BLC = self.patch_embed(stages[0].pick(self._patches(values_BTV)))
         for i, visible in enumerate(stages):
-            x_BLC = self.encode_stage(x_BLC, i, tr, visible)
+            x_BLC = self.encode_stage(x_BLC, i, tr, visible, keys)
         last = len(stages) - 1
         T = frames_at(last, values_BTV.shape[1], self.config.frames_joined)
         hidden_BLC = self._mask_token(T) + self._embedding(last, T, len(values_BTV), tr).flatten(1, 2)
@@ -220,18 +232,23 @@ class NeuroStorm(nn.Module):
         return patches_BLP if self.lattice is None else self.lattice.read(patches_BLP)
 
     def encode_stage(
-        self, x_BLC: Tensor, i: int, tr: float | Tensor | None = None, visible: VisibleTokens | None = None
+        self,
+        x_BLC: Tensor,
+        i: int,
+        tr: float | Tensor | None = None,
+        visible: VisibleTokens | None = None,
+        keys: Sequence[ClipKey] | None = None,
     ) -> Tensor:
         """Run stage i: its embeddings, its blocks, and (but for the last) the merging into the next stage's tokens.
 
-        With `visible`, tokens are those alone, [1, N, C].
+        With `visible`, tokens are those alone, [1, N, C]; for `keys` see `encode`.
         """
         clips, n_tokens = x_BLC.shape[:2] if visible is None else visible.visible_BL.shape
         T = n_tokens // self.token_grid.stages[i].n_tokens
         embedding_BLC = self._embedding(i, T, clips, tr).flatten(1, 2)
         x_BLC = x_BLC + (embedding_BLC if visible is None else visible.pick(embedding_BLC))
         blocks = cast(EncoderStage, self.stages[i]).blocks
-        x_BLC = self._run_blocks(x_BLC, blocks, i, T, self._encoder_window(i), visible)
+        x_BLC = self._run_blocks(x_BLC, blocks, i, T, self._encoder_window(i), visible, keys)
         if i == len(self.merging):
             return x_BLC
         merging = cast(PatchMerging, self.merging[i])
@@ -271,9 +288,15 @@ class NeuroStorm(nn.Module):
         patches_BLQ = self.decoder_pred(self.norm_up(x_BLC))
         return patches_BLQ if self.lattice is None else self.lattice.write(patches_BLQ)
 
-    def forward(self, values_BTV: Tensor, mask_BL: Tensor | None = None, tr: float | Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        values_BTV: Tensor,
+        mask_BL: Tensor | None = None,
+        tr: float | Tensor | None = None,
+        keys: Sequence[ClipKey] | None = None,
+    ) -> Tensor:
         """Reconstruct clips from their visible tokens: [B, T, V] and bool [B, L] to patches [B, L, P]; see `encode`."""
-        return self.decode(self.encode(values_BTV, mask_BL, tr), values_BTV.shape[1])
+        return self.decode(self.encode(values_BTV, mask_BL, tr, keys), values_BTV.shape[1])
 
     def _mask_token(self, frames: int | None = None) -> Tensor:
         """Return what replaces hidden tokens: [C], or [L, C] where it depends on the place in the window."""
@@ -311,11 +334,16 @@ class NeuroStorm(nn.Module):
         frames: int,
         window: Window,
         visible: VisibleTokens | None = None,
+        keys: Sequence[ClipKey] | None = None,
     ) -> Tensor:
+        clips, n_tokens = x_BLC.shape[:2] if visible is None else visible.visible_BL.shape
         fixed = stage == self.config.n_stages - 1 and not self.config.last_shifted
         for number, block in enumerate(blocks):
             place = self._paths.place(stage, frames, window, shifted=number % 2 == 1 and not fixed)
             redundancy = self.training and cast(Block, block).redundancy is not None
+            draws: Draws | None = None
+            if redundancy or (self.training and cast(Block, block).drop_path):
+                draws = draw(clips, n_tokens if redundancy else 0, x_BLC.device, (stage, number), keys)
             prompts = self.config.prompts if cast(Block, block).prompt is not None else 0
             table = self._paths.table(place, x_BLC.device) if redundancy else None
             if visible is None:
@@ -324,10 +352,10 @@ class NeuroStorm(nn.Module):
                 index = visible.index(self._paths.index(place, torch.device("cpu")), prompts)
                 table = table and visible.windows(table)
             if self.checkpoint_activations and torch.is_grad_enabled():
-                # The generator's state is kept too, so that the same branches and tokens are dropped again.
-                x_BLC = checkpoint(block, x_BLC, index, table, visible, use_reentrant=False)
+                # What is dropped is drawn outside, so that it is dropped again.
+                x_BLC = checkpoint(block, x_BLC, index, table, visible, draws, use_reentrant=False)
             else:
-                x_BLC = block(x_BLC, index, table, visible)
+                x_BLC = block(x_BLC, index, table, visible, draws)
         return x_BLC
 
     def _check(self, values_BTV: Tensor) -> None:

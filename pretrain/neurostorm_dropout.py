@@ -119,7 +119,7 @@ def drop_probability(h_WNC: Tensor, spatial_WNN: Tensor, temporal_WNN: Tensor, e
 
 
 class RedundancyDropout(nn.Module):
-    """Zero redundant tokens of a Mamba branch while training; in evaluation nothing happens.
+    """Zero redundant tokens of a Mamba branch.
 
     Parameters
     ----------
@@ -131,10 +131,10 @@ class RedundancyDropout(nn.Module):
         super().__init__()
         self.reach = reach
 
-    def forward(self, h_BLC: Tensor, table: WindowTable) -> Tensor:
-        """[B, L, C] to [B, L, C]; draws from torch's global generator."""
-        probability_BL = self.probability(h_BLC, table)
-        return h_BLC * (1 - torch.bernoulli(probability_BL)).unsqueeze(-1).to(h_BLC.dtype)
+    def forward(self, h_BLC: Tensor, table: WindowTable, numbers_BL: Tensor) -> Tensor:
+        """Drop the tokens whose number, uniform in [0, 1), is below their probability; [B, L, C] to [B, L, C]."""
+        kept_BL = numbers_BL >= self.probability(h_BLC, table)
+        return h_BLC * kept_BL.unsqueeze(-1).to(h_BLC.dtype)
 
     @torch.no_grad()
     def probability(self, h_BLC: Tensor, table: WindowTable) -> Tensor:

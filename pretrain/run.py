@@ -1,7 +1,7 @@
 """Set a pretraining run up: check the recipe against the data, build the model and the DeepSpeed engine."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,7 @@ from boldforge.pretrain.checkpoint import Checkpoint, find_checkpoint, newest_ch
 from boldforge.pretrain.checks import check_batch, check_checkpoint
 from boldforge.pretrain.config import PretrainConfig
 from boldforge.pretrain.datasets import check_lengths, identity, open_datasets, split_record
+from boldforge.pretrain.draws import ClipKey
 from boldforge.pretrain.evaluate import HeldoutClips, HeldoutError
 from boldforge.pretrain.loss import Objective
 from boldforge.pretrain.masking import MaskSampler
@@ -64,9 +65,9 @@ class Run:
     patch_voxels: Tensor
     resumed: Checkpoint | None
 
-    def predict(self, values_BTV: Tensor, mask_BL: Tensor) -> Tensor:
+    def predict(self, values_BTV: Tensor, mask_BL: Tensor, keys: Sequence[ClipKey] | None = None) -> Tensor:
         """Reconstruct clips of these shards, patches [B, L, P]; see `NeuroStorm.forward`."""
-        return cast(Tensor, self.engine(values_BTV, mask_BL, self.manifest.recipe.tr))
+        return cast(Tensor, self.engine(values_BTV, mask_BL, self.manifest.recipe.tr, keys))
 
     @property
     def manifest(self) -> Manifest:

@@ -109,16 +109,15 @@ def training_step(run: Run, batch: ClipBatch, step: int) -> dict[str, float]:
     rate = learning_rate(config.optimizer, step, config.steps)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
+    keys = clip_keys(run, batch, step)
     values_BTV, signal_BV, mask_BL, counted_BLP = hide(run, batch, step)
     size = config.micro_batch_size or len(values_BTV)
     parts = [slice(start, start + size) for start in range(0, len(values_BTV), size)]
     counted = run.total(torch.stack([run.objective.counts(counted_BLP[part]) for part in parts]).sum(0))
     losses = []
-    for number, part in enumerate(parts):
-        # Stochastic depth draws from the global generator; seeding it by place makes a resumed run the same run.
-        torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + number * run.world_size + run.rank)
+    for part in parts:
         target_BLP = make_targets(values_BTV[part], signal_BV[part], run.patch_voxels, config.loss.targets)
-        predicted_BLP = run.predict(values_BTV[part], mask_BL[part])
+        predicted_BLP = run.predict(values_BTV[part], mask_BL[part], keys[part])
         terms = run.objective(predicted_BLP, target_BLP, counted_BLP[part], counted)
         # DeepSpeed takes the mean over micro-batches and ranks where the sum is wanted.
         engine.backward(terms["loss"] * (len(parts) * run.world_size))
@@ -146,6 +145,12 @@ def lost(run: Run, batch: ClipBatch, step: int) -> BoldForgeError:
     )
 
 
+def clip_keys(run: Run, batch: ClipBatch, step: int) -> list[tuple[int, ...]]:
+    """Name this rank's clips by their places in the stream; what is hidden and dropped of them follows."""
+    clips = len(batch.run)
+    return sample_keys(run.config.seed, step * run.config.batch_size + run.rank * clips, clips)
+
+
 def hide(run: Run, batch: ClipBatch, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bring this rank's clips to the device.
 
@@ -154,9 +159,7 @@ def hide(run: Run, batch: ClipBatch, step: int) -> tuple[torch.Tensor, torch.Ten
     values_BTV float32, signal_BV bool, hidden tokens mask_BL and counted voxels_BLP, both bool. The mask stays on the
     CPU, where the tables of visible tokens are built.
     """
-    clips = len(batch.run)
-    first = step * run.config.batch_size + run.rank * clips
-    mask_BL = run.sampler.sample(sample_keys(run.config.seed, first, clips))
+    mask_BL = run.sampler.sample(clip_keys(run, batch, step))
     signal_BV = batch.signal().to(run.device) | run.config.loss.background
     counted_BLP = counted_voxels(mask_BL.to(run.device), signal_BV, run.patch_voxels)
     return batch.dequantise(run.device, torch.float32), signal_BV, mask_BL, counted_BLP

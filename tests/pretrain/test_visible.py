@@ -171,7 +171,7 @@ def test_a_dropped_branch_is_dropped_for_one_clip_and_not_for_its_neighbour(
     block.register_forward_hook(lambda _, arguments, result: seen.append((arguments, result)))
     torch.manual_seed(2)
     model.encode(clips_of(model, 6), hidden_BL)
-    ((x_1NC, _, _, visible), y_1NC) = seen[0]
+    ((x_1NC, _, _, visible, _), y_1NC) = seen[0]
     same_N = (x_1NC == y_1NC)[0].all(dim=1)
     by_clip = [same_N[visible.clip_N == clip] for clip in range(6)]
     assert all(same.all() or not same.any() for same in by_clip)
