@@ -2,9 +2,12 @@
 
 A patch's weights stand on a lattice of Q = points³ equal cells. Voxels of another size are averaged over each cell in
 the share that they fill of it, and cells over each voxel, so a weight is a function of the place in the patch in mm.
+What a network writes to a cell outside the brain of its training no loss ever saw, so only the others are averaged.
 
 Shape suffixes: B clips · S spatial tokens · L = S·T tokens · P voxels in a patch · Q points of the lattice.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 # A cell is brain where half of it is, as a voxel of a coarser grid is (`boldforge.data_shards.brain_mask`).
 _BRAIN_SHARE = 0.5 - 1e-6
+_NOTHING = 1e-6
 
 
 def overlap(cells: int, parts: int) -> np.ndarray:
@@ -43,11 +47,18 @@ class PatchLattice(nn.Module):
         V.
     points
         Lattice points along the edge of a patch.
+
+    Attributes
+    ----------
+    trained_SQ : bool
+        The cells that a loss has seen: at first those that hold some of this brain. Part of the state, because a model
+        that was moved here was trained elsewhere.
     """
 
     to_lattice_QP: Tensor
     to_voxels_PQ: Tensor
     scale_SQ: Tensor
+    trained_SQ: Tensor
 
     def __init__(self, patch_voxels: np.ndarray, n_voxels: int, points: int) -> None:
         super().__init__()
@@ -59,6 +70,8 @@ class PatchLattice(nn.Module):
         tables = {"to_lattice_QP": to_lattice_QP, "to_voxels_PQ": cube(overlap(edge, points)), "scale_SQ": scale_SQ}
         for name, table in tables.items():
             self.register_buffer(name, torch.from_numpy(table).float(), persistent=False)
+        self.register_buffer("trained_SQ", torch.from_numpy(share_SQ > _NOTHING))
+        self.register_load_state_dict_pre_hook(_take_own_cells)
 
     def read(self, patches_BLP: Tensor) -> Tensor:
         """Average voxels, zero where there is no brain, over the cells' brain: [B, L, P] to [B, L, Q]."""
@@ -68,5 +81,15 @@ class PatchLattice(nn.Module):
         ).flatten(1, 2)
 
     def write(self, cells_BLQ: Tensor) -> Tensor:
-        """Average cells over the voxels: [B, L, Q] to [B, L, P]."""
-        return cells_BLQ @ self.to_voxels_PQ.T.to(cells_BLQ.dtype)
+        """Average trained cells over the voxels: [B, L, Q] to [B, L, P]; 0 where a voxel meets none."""
+        trained_SQ, to_voxels_QP = self.trained_SQ, self.to_voxels_PQ.T.to(cells_BLQ.dtype)
+        share_SP = trained_SQ.to(self.to_voxels_PQ.dtype) @ self.to_voxels_PQ.T
+        scale_SP = torch.where(share_SP > _NOTHING, 1 / share_SP.clamp(min=_NOTHING), 0).to(cells_BLQ.dtype)
+        # Not multiplied by 0: whatever an untrained cell holds, NaN too, must not count.
+        kept_BSTQ = cells_BLQ.unflatten(1, (len(trained_SQ), -1)).masked_fill(~trained_SQ.unsqueeze(1), 0)
+        return ((kept_BSTQ @ to_voxels_QP) * scale_SP.unsqueeze(1)).flatten(1, 2)
+
+
+def _take_own_cells(lattice: PatchLattice, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a state that does not say which cells were trained (exports before they did) stand for this brain's."""
+    state.setdefault(f"{prefix}trained_SQ", lattice.trained_SQ)

@@ -152,3 +152,79 @@ def test_what_cannot_be_moved_says_why(pretrained: Pretrained, tmp_path: Path) -
         move_to_grid(pretrained, odd, np.ones(odd.shape, dtype=bool))
     with pytest.raises(ConfigError, match="not to the right, to the front and up"):
         move_to_grid(pretrained, get_grid("neurostorm"))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), edge=st.integers(1, 5), points=st.integers(1, 5))
+def test_a_voxel_is_the_mean_of_the_trained_cells_it_meets_whatever_the_others_hold(
+    seed: int, edge: int, points: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    mask = rng.random((2 * edge, edge, edge)) < 0.6
+    mask[0, 0, 0] = mask[-1, 0, 0] = True
+    token_grid = TokenGrid(mask, (edge, edge, edge), 3, 1)
+    lattice = PatchLattice(token_grid.patch_voxels, token_grid.n_voxels, points)
+    trained = rng.random((2, points**3)) < 0.4
+    lattice.trained_SQ.copy_(torch.from_numpy(trained))
+    cells = rng.standard_normal((1, 2, 3, points**3)).astype(np.float32)
+    poisoned = np.where(trained[:, None], cells, rng.choice([np.nan, np.inf, 1e38], cells.shape)).astype(np.float32)
+    found = lattice.write(torch.from_numpy(poisoned).flatten(1, 2)).unflatten(1, (2, 3))[0].numpy()
+    share = overlap(edge, points)
+    for s, (voxel, (x, y, z)) in product(range(2), enumerate(product(range(edge), repeat=3))):
+        weights = np.einsum("i,j,k->ijk", share[x], share[y], share[z]).reshape(-1) * trained[s]
+        total = weights.sum()
+        wanted = (cells[0, s] * weights).sum(axis=1) / total if total > 1e-6 else np.zeros(3)
+        np.testing.assert_allclose(found[s, :, voxel], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(("own", "other"), [("mni4mm", "mni2mm"), ("mni2mm", "mni4mm")])
+def test_what_no_loss_has_seen_does_not_reach_a_moved_models_picture(own: str, other: str, tmp_path: Path) -> None:
+    here = exported(tmp_path / "own", name=own)
+    moved = move_to_grid(here, get_grid(other))
+    written = write_export(moved.model.state_dict(), {key: moved.config[key] for key in ("model", "data")}, tmp_path)
+    there = {token: tuple(row) for token, row in enumerate(moved.model.token_grid.stages[0].coordinates.tolist())}
+    edge = here.model.config.patch_size(get_grid(own).voxel_size)[0]
+    brain = brain_mask(get_grid(own))  # both grids cover one cube, so the tokens of one box are the other's
+    seen = np.stack(
+        [brain[tuple(slice(edge * n, edge * (n + 1)) for n in place)].reshape(-1) for place in there.values()]
+    )
+    assert 0.1 < (~seen).mean() < 0.9
+    untrained_LQ = torch.from_numpy(~seen).repeat_interleave(2, dim=0)
+    values = torch.randn(1, 2, moved.model.token_grid.n_voxels, generator=torch.Generator().manual_seed(0))
+    hidden = torch.zeros(1, len(untrained_LQ), dtype=torch.bool)
+    pictures = []
+    for network in (moved.model, load_pretrained(written).model):
+        for poison in (0.0, float("nan"), 3e38):
+            handle = network.decoder_pred.register_forward_hook(
+                lambda _, __, cells, poison=poison: cells.masked_fill(untrained_LQ, poison)
+            )
+            with torch.no_grad():
+                pictures.append(network(values, hidden, tr=2.0))
+            handle.remove()
+    assert pictures[0].isfinite().all() and pictures[0].any()
+    assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+    own_again = move_to_grid(moved, get_grid(own)).model
+    assert own_again.lattice is None, "on its own grid a model writes its voxels themselves"
+
+
+def test_a_second_move_knows_what_the_first_training_saw(pretrained: Pretrained) -> None:
+    there = move_to_grid(pretrained, get_grid("mni2mm"))
+    affine = np.array(get_grid("mni2mm").affine)
+    affine[:3, 3] += 12.0 * np.array([1, 2, 0])
+    cut = Grid("cut", (84, 72, 96), affine)
+    mask = brain_mask(get_grid("mni2mm"))[6:-6, 12:-12]
+    direct, detour = (move_to_grid(one, cut, mask).model for one in (pretrained, there))
+    assert torch.equal(direct.lattice.trained_SQ, detour.lattice.trained_SQ)
+    numbers = there.model.token_grid.stages[0].numbers
+    rows = [numbers[x + 1, y + 2, z] for x, y, z in direct.token_grid.stages[0].coordinates]
+    assert torch.equal(direct.lattice.trained_SQ, there.model.lattice.trained_SQ[rows])
+
+
+def test_an_export_that_does_not_say_what_was_trained_can_be_read(pretrained: Pretrained, tmp_path: Path) -> None:
+    moved = move_to_grid(pretrained, get_grid("mni2mm"))
+    state = moved.model.state_dict()
+    del state["lattice.trained_SQ"]
+    again = load_pretrained(write_export(state, {key: moved.config[key] for key in ("model", "data")}, tmp_path))
+    values = torch.zeros(1, 2, moved.model.token_grid.n_voxels)
+    with torch.no_grad():
+        assert again.model(values, tr=2.0).isfinite().all()
