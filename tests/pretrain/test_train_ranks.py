@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from boldforge.pretrain import read_metrics
+from boldforge.pretrain import load_pretrained, read_metrics
 from tests.pretrain.test_train import launch
 
 SAME = ["model.drop_path=0", "precision=fp32", "checkpoint_every=1", "keep_checkpoints=9"]
@@ -57,3 +57,36 @@ def test_a_checkpoint_of_deepspeeds_own_files_is_refused(real_shards: Path, tmp_
     done = launch(real_shards, tmp_path, "steps=1", ranks=1)
     assert done.returncode == 2
     assert "written by an older version of boldforge" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_both_directions_learn_the_same_under_zero_3(real_shards: Path, tmp_path: Path) -> None:
+    """The backward direction is a module of its own inside the mixer, whose weights ZeRO-3 fetches when it is called."""
+    same = [
+        "model.bidirectional=true",
+        "model.drop_path=0.3",
+        "model.encoder_sees=visible",
+        "precision=fp32",
+        "steps=4",
+    ]
+    ways = {
+        "whole": (1, ["zero_stage=0"]),
+        "sharded": (2, ["zero_stage=3"]),
+        "sharded, computed again": (2, ["zero_stage=3", "checkpoint_activations=true"]),
+    }
+    losses, weights = {}, {}
+    for name, (ranks, changes) in ways.items():
+        done = launch(real_shards, tmp_path / name, *same, *changes, ranks=ranks)
+        assert done.returncode == 0, f"{name}: {done.stderr[-3000:]}"
+        rows = read_metrics(tmp_path / name)
+        losses[name] = [row["loss"] for row in rows] + [rows[-1]["heldout_error"]]
+        weights[name] = load_pretrained(tmp_path / name / "export").model.state_dict()
+    assert losses["sharded"] == losses["sharded, computed again"]
+    assert losses["sharded"] == pytest.approx(losses["whole"], rel=1e-4)
+    backwards = [name for name in weights["whole"] if ".backwards." in name]
+    assert len(backwards) == 7 * 4
+    for name in backwards:
+        assert (weights["sharded"][name] - weights["whole"][name]).abs().mean() < 1e-5, name
+        if name.endswith(".D"):
+            assert (weights["sharded"][name] != 1).all(), f"{name} has not learned"
