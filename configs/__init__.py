@@ -3,12 +3,14 @@
 from boldforge.configs.errors import BoldForgeError, ConfigError
 from boldforge.configs.loading import StrictModel, load_config, recipe_names, recipe_path
 from boldforge.configs.locking import FolderInUseError, folder_lock
+from boldforge.configs.products import check_out
 
 __all__ = [
     "BoldForgeError",
     "ConfigError",
     "FolderInUseError",
     "StrictModel",
+    "check_out",
     "folder_lock",
     "load_config",
     "recipe_names",

@@ -15,7 +15,7 @@ from boldforge.finetune.cohort import ClipSet, OnProgress
 from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.evaluation import best_threshold
 from boldforge.finetune.fit import fit, predict_subjects
-from boldforge.finetune.fold_models import clear_folds, keep_fold
+from boldforge.finetune.fold_models import clear_folds, keep_fold, read_results
 from boldforge.finetune.folds import Fold
 from boldforge.finetune.harmonise import check_installed
 from boldforge.finetune.metrics import roc_points
@@ -25,6 +25,8 @@ from boldforge.finetune.summary import Blocks, Scores, summarise
 from boldforge.finetune.tasks import describe_labels
 
 logger = logging.getLogger(__name__)
+# Where things lie changes nothing; what lies there is told by its hash.
+_NOT_COMPARED = {"shards", "shard_cache", "backbone", "out"}
 _PLAIN = {name: baseline for name, baseline in BASELINES.items() if not baseline.harmonised}
 _BASELINES_SAY = "; ".join(f"{name}: {baseline.says('binary')}" for name, baseline in _PLAIN.items())
 
@@ -84,9 +86,13 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
     Raises
     ------
     BoldForgeError
-        If shards, backbone and task do not fit together, or there are too few subjects.
+        If shards, backbone and task do not fit together, there are too few subjects, or the folder holds something
+        else or results of another recipe.
     """
     study = open_study(config)
+    if (results := _finished(study)) is not None:
+        logger.info("%s: this fine-tuning is finished; its results are those in the folder.", config.out)
+        return results
     subjects = study.cohort.subjects
     _check_harmonised(config)
     names = _plain_models(study) if config.baselines is None else config.baselines
@@ -125,6 +131,29 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
             bar.add(len(clips))
         bar.finish()
         return _write(study, dealt[0], model, others, per_fold, final, epochs)
+
+
+def _finished(study: Study) -> dict[str, Any] | None:
+    """Return the results that the folder holds, if they are this study's.
+
+    Raises
+    ------
+    FinetuneError
+        If they are those of another one.
+    """
+    out = study.config.out
+    if not (out / "metrics.json").is_file():
+        return None
+    results = read_results(out)
+    now = study.config.model_dump(mode="json", exclude=_NOT_COMPARED) | study.made_from()
+    before = {k: v for k, v in results["settings"].items() if k not in _NOT_COMPARED} | results.get("made_from", {})
+    differing = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+    if differing:
+        raise FinetuneError(
+            f"{out}: holds a fine-tuning with other settings ({', '.join(differing)}); remove the folder to fine-tune "
+            "anew, or choose another out."
+        )
+    return results
 
 
 def _check_harmonised(config: FinetuneConfig) -> None:
@@ -241,6 +270,7 @@ def _write(
         "epochs_of_adapter": epochs,
         "threshold_of_adapter": threshold,
         "settings": config.model_dump(mode="json"),
+        "made_from": study.made_from(),
     }
     kept = (
         "rows",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -50,6 +50,8 @@ _IMMATERIAL = {
 
 class SweepConfig(StudyConfig):
     """A sweep: one split of the subjects, one trial per point, the ones that fall behind at a rung are stopped."""
+
+    product: ClassVar[str] = "a sweep"
 
     ranks: tuple[int, ...] = Field((2, 4, 8), min_length=1, description="LoRA ranks to try; 0 is the head alone.")
     space: SpaceConfig = Field(default_factory=SpaceConfig, description="What else is searched: alpha, dropout, …")
@@ -325,7 +327,7 @@ def _open_journal(study: Study, config: SweepConfig) -> Journal:
     Raises
     ------
     SweepError
-        If it is that of another sweep, which is unfinished.
+        If it is that of another sweep.
     """
     assert isinstance(config.backbone, Path)
     identity = {
@@ -339,14 +341,17 @@ def _open_journal(study: Study, config: SweepConfig) -> Journal:
     journal = Journal(config.out / _JOURNAL)
     found = journal.records[0]["sweep"] if journal.records else None
     finished = any("finished" in record for record in journal.records)
-    if found is not None and found != identity and not finished:
+    # What is finished stays what it is under another torch or on another device.
+    names = ((found or {}).keys() | identity.keys()) - ({"device", "torch"} if finished else set())
+    differing = sorted(name for name in names if identity.get(name) != (found or {}).get(name))
+    if found is not None and differing:
         journal.close()
-        differing = sorted(name for name in identity.keys() | found.keys() if identity.get(name) != found.get(name))
+        held, mend = ("a", "") if finished else ("an unfinished", "run the command that started it to go on, ")
         raise SweepError(
-            f"{config.out}: holds an unfinished sweep with other settings ({', '.join(differing)}); run the command "
-            "that started it to go on, remove the folder, or choose another out."
+            f"{config.out}: holds {held} sweep with other settings ({', '.join(differing)}); {mend}remove the folder, "
+            "or choose another out."
         )
-    if finished and (found != identity or not (config.out / "sweep.json").is_file()):
+    if finished and not (config.out / "sweep.json").is_file():
         journal.clear()
     if not journal.records:
         _clear_work(config.out)

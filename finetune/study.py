@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy.typing as npt
 import torch
 from pydantic import Field, model_validator
 
-from boldforge.configs import StrictModel, folder_lock
+from boldforge.configs import StrictModel, check_out, folder_lock
 from boldforge.data_shards import CacheConfig, Manifest, ShardReader, ShardsPlace, open_dataset
 from boldforge.finetune.adapters import AdapterConfig, resolve_adapter
 from boldforge.finetune.backbone import POOL_CHOICES, Backbone, Pool
@@ -39,6 +39,8 @@ Protocol = Literal["folds", "leave-one-site-out", "leave-one-run-out"]
 
 class StudyConfig(StrictModel):
     """Data, encoder and protocol."""
+
+    product: ClassVar[str] = "a fine-tuning"
 
     shards: ShardsPlace | None = Field(
         None,
@@ -114,6 +116,10 @@ class Study:
     def folds(self) -> list[Fold]:
         """The folds of the study's own seed."""
         return self.deal(self.config.seed)
+
+    def made_from(self) -> dict[str, str]:
+        """Return the content hashes of the data and of the weights that the study starts from."""
+        return {"data": self.source.content_hash, "backbone": self._backbone(self.config.seed).weights_hash}
 
     @contextmanager
     def claim_out(self, doing: str) -> Iterator[Path]:
@@ -206,6 +212,7 @@ def open_study(config: StudyConfig) -> Study:
     BoldForgeError
         If they do not fit, or there are too few subjects.
     """
+    check_out(config.out, config.product)
     source = (
         ImageTable(config.images)
         if config.images is not None

@@ -28,6 +28,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, e.g. steps=500 optimizer.lr=1e-4"),
 ]
+StudyOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, e.g. training.epochs=20 training.lr=1e-4"),
+]
 Recipe = Annotated[str, typer.Option("--config", help="Recipe (YAML): your own file, or one that comes with BoldForge")]
 LayoutOption = Annotated[
     Literal["auto", "bids", "adhd200", "hcp", "openfmri", "table"],
@@ -41,6 +45,8 @@ TrOption = Annotated[float | None, typer.Option(help=_TR_HELP)]
 # --tr was the first name of it here; messages and `boldforge shard` say --source-tr.
 InspectTrOption = Annotated[float | None, typer.Option("--source-tr", "--tr", help=_TR_HELP)]
 
+# What Ctrl-C ends with, as shells have it.
+_INTERRUPTED = 130
 _MENDS = {
     errno.ENOENT: "check the name",
     errno.EACCES: "check the permissions",
@@ -61,6 +67,10 @@ def main() -> None:
     except BoldForgeError as error:
         print(error, file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            print("Stopped. What is whole stays; the same command goes on, or starts anew.", file=sys.stderr)
+        raise
     except OSError as error:
         if error.errno not in _MENDS:
             raise
@@ -254,7 +264,7 @@ def finetune(
         Path | None,
         typer.Option(help="Folder of scans, which is sharded beside out as the encoder reads it; or shards"),
     ] = None,
-    overrides: Overrides = None,
+    overrides: StudyOverrides = None,
 ) -> None:
     """Adapt a pretrained model to a question about people, and test it on subjects it has not seen."""
     from boldforge.launch.finetuning import Asked, finetune_and_print
@@ -270,7 +280,7 @@ def sweep(
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to work on, e.g. auto or 10.0.0.1:6379; by default this machine")
     ] = None,
-    overrides: Overrides = None,
+    overrides: StudyOverrides = None,
 ) -> None:
     """Search over LoRA adapters with Ray Tune; the best by validation AUC is tested once.
 
@@ -288,7 +298,9 @@ def attribute(
     model: Annotated[
         Path, typer.Argument(help="Folder of a fine-tuning; or of an adapter, with shards=, backbone=, out=")
     ],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, e.g. clips=2 steps=16")
+    ] = None,
 ) -> None:
     """Show which brain regions a fine-tuned model reads, on subjects it has not seen: tables, maps and a figure."""
     from boldforge.launch.attributing import attribute_and_print

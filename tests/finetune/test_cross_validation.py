@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from boldforge.configs import BoldForgeError, folder_lock, load_config
+from boldforge.configs import BoldForgeError, ConfigError, folder_lock, load_config
 from boldforge.data_shards import ShardReader, brain_mask, get_grid, load_manifest
 from boldforge.finetune import (
     AdapterConfig,
@@ -48,6 +48,26 @@ def test_a_planted_effect_is_found_and_every_subject_is_tested_once(finished, co
     assert results["n_unlabelled"] == 2
     assert sum(fold["n_test"] for fold in results["folds"]) == 22
     assert json.loads((out / "metrics.json").read_text()) == results
+
+
+def test_results_are_given_again_and_never_replaced_by_others(finished, cohort, encoder, tmp_path):
+    out, results, _ = finished
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    moved = shutil.copytree(encoder, tmp_path / "moved")
+    assert finetune(_config(cohort, moved, out), lambda done, total: pytest.fail("nothing is to be done")) == results
+    with pytest.raises(FinetuneError, match=r"holds a fine-tuning with other settings \(clips, seed\); remove the"):
+        finetune(_config(cohort, encoder, out, clips=2, seed=1))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.parametrize(
+    ("name", "holds"), [("metrics.csv", "a pretraining run"), ("journal.jsonl", "a sweep"), ("manifest.json", "shards")]
+)
+def test_a_folder_of_something_else_is_refused(cohort, encoder, tmp_path, name, holds):
+    (tmp_path / name).write_text("of another")
+    with pytest.raises(ConfigError, match=f"holds {holds} .*, so a fine-tuning is not written there; choose another"):
+        finetune(_config(cohort, encoder, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_the_result_stands_beside_plain_models_with_intervals_and_a_verdict(finished):

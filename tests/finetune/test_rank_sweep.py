@@ -187,6 +187,9 @@ def test_the_same_command_on_a_finished_sweep_gives_what_is_there(planted, shard
     before = (out / "sweep.json").stat().st_mtime_ns
     assert sweep(_config(shards, encoder, out, driver="serial")) == results
     assert (out / "sweep.json").stat().st_mtime_ns == before
+    with pytest.raises(SweepError, match=r"holds a sweep with other settings \(clips\); remove the folder, or choose"):
+        sweep(_config(shards, encoder, out, clips=1))
+    assert (out / "sweep.json").stat().st_mtime_ns == before
 
 
 def test_a_tie_goes_to_the_lower_rank():

@@ -341,3 +341,10 @@ def test_names_with_brackets_are_printed_as_they_are(tmp_path):
         assert result.exit_code == 0, result.exception
         assert "[/" in result.output
         assert arguments != ["inspect", folder] or re.search(r"\[/A\] .*\[bold\]x", result.output)
+
+
+def test_an_interruption_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "app", lambda: sys.exit(130))
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "Stopped. What is whole stays" in capsys.readouterr().err
