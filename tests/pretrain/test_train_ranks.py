@@ -62,7 +62,7 @@ def test_a_checkpoint_of_deepspeeds_own_files_is_refused(real_shards: Path, tmp_
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_both_directions_learn_the_same_under_zero_3(real_shards: Path, tmp_path: Path) -> None:
-    """The backward direction is a module of its own inside the mixer, whose weights ZeRO-3 fetches when it is called."""
+    """The backward direction is a module of its own of the mixer, whose weights ZeRO-3 fetches when it is called."""
     same = [
         "model.bidirectional=true",
         "model.drop_path=0.3",
