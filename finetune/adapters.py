@@ -1,5 +1,6 @@
 """What of a backbone learns: LoRA through peft, prompts, some of its weights, all of them, or none."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -172,9 +173,10 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 0) -> 
         lora_dropout=config.dropout,
         use_rslora=config.rank_stabilised,
         use_dora=config.dora,
-        target_modules=list(ranks),
+        # peft takes a list's names for endings, and one layer's whole name may be how another's ends.
+        target_modules="|".join(re.escape(name) for name in ranks),
     )
-    other = {name: rank for name, rank in ranks.items() if rank != config.rank}
+    other = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config.rank}
     lora.rank_pattern = other
     if config.alpha is None:
         lora.alpha_pattern = {name: 2 * rank for name, rank in other.items()}
@@ -182,6 +184,8 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 0) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(lora, network)
+    adapted = {name: layer.r["default"] for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+    assert adapted == ranks, "peft has adapted other layers, or at other ranks, than it was asked to"
     trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     return AdapterInfo(trainable, _count(network), tuple(ranks))
 

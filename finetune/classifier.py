@@ -36,8 +36,9 @@ _TUNED = "tuned.safetensors"
 _WEIGHTS = {"lora": "adapter_model.safetensors", "prompts": "prompts.safetensors", "partial": _TUNED, "full": _TUNED}
 _KEPT = "candidates.safetensors"
 ADAPTER_FILES = ("task.json", "head.safetensors", _KEPT, *dict.fromkeys(_WEIGHTS.values()), "adapter_config.json")
-# What an encoder reads; the precision of the shards is not part of it.
+# What an encoder reads: clips, of which the precision of the shards is not part, or cubes.
 _INPUT = ("clip_length", "mask_sha256", *(name for name in DataRecipe.model_fields if name != "dtype"))
+_CUBE = ("input", "size", "order", "orientation", "cube")
 
 
 class Head(nn.Module):
@@ -280,10 +281,10 @@ def _check_base(folder: Path, content: Mapping[str, Any], backbone: Backbone, fo
     differing = []
     if content["base_weights_hash"] != backbone.weights_hash:
         differing.append(f"weights hash {backbone.weights_hash} instead of {content['base_weights_hash']}")
-    for name in ("atlas_sha256", *_INPUT):
-        found, expected = backbone.data.get(name), recorded.get(name)
-        if name in recorded and found != expected:
-            differing.append(f"{name} {found} instead of {expected}")
+    found, expected = _flat(backbone.data), _flat(recorded)
+    for name in expected:
+        if name.split(".")[0] in ("atlas_sha256", *_INPUT, *_CUBE) and found.get(name) != expected[name]:
+            differing.append(f"{name} {found.get(name)} instead of {expected[name]}")
     if not differing:
         return
     said = f"{folder}: the encoder given is not the one this adapter was trained on ({', '.join(differing)})"
@@ -293,6 +294,12 @@ def _check_base(folder: Path, content: Mapping[str, Any], backbone: Backbone, fo
             "on, or finetune again (--force-base, or force=True, takes it all the same)."
         )
     logger.warning("%s; taken all the same, as asked: its figures do not hold here.", said)
+
+
+def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a recipe says, the keys of a section in it as ``section.key``."""
+    cube = data.get("cube") or {}
+    return {name: value for name, value in data.items() if name != "cube"} | {f"cube.{k}": v for k, v in cube.items()}
 
 
 def load_classifier(backbone_folder: str | Path | None, adapter_folder: str | Path, force: bool = False) -> Classifier:

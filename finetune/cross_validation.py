@@ -257,7 +257,7 @@ def _write(
         **summarise(
             model, baselines, labels, [subject.site for subject in cohort.subjects], config.seed, _blocks(study)
         ),
-        "people": _per_person(study, scores),
+        "people": _per_person(study, model),
         "roc": roc_points(labels, scores) if binary else None,
         "folds": per_fold,
         "subjects": describe_labels(study.task, labels),
@@ -302,7 +302,7 @@ def _blocks(study: Study) -> Blocks | None:
     return Blocks(study.clusters(), [str(row.runs) for row in study.cohort.subjects])
 
 
-def _per_person(study: Study, scores: np.ndarray) -> list[dict[str, Any]] | None:
+def _per_person(study: Study, model: Scores) -> list[dict[str, Any]] | None:
     """Return the figures of every person's rows, under the predictions' pseudonyms; None where rows are people."""
     if study.task.rows == "subjects":
         return None
@@ -310,6 +310,6 @@ def _per_person(study: Study, scores: np.ndarray) -> list[dict[str, Any]] | None
     labels = np.array([row.label for row in rows])
     found = []
     for person, name in pseudonyms([row.person for row in rows], study.config.seed).items():
-        mine = np.array([row.person == person for row in rows])
-        found.append({"subject": name, **study.task.metrics(labels[mine], scores[mine])})
+        mine = np.flatnonzero([row.person == person for row in rows])
+        found.append({"subject": name, **model.figures_of(labels[mine], mine)})
     return found

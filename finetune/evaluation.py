@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 from boldforge.finetune.metrics import auc
 
 DRAWS = 2000
-Figures = Callable[[npt.ArrayLike, npt.ArrayLike], Mapping[str, Any]]
+Figures = Callable[[Any, Any], Mapping[str, Any]]
 Headline = Callable[[npt.ArrayLike, npt.ArrayLike], float]
 
 

@@ -49,15 +49,16 @@ class Scores:
     def figures(self, labels: npt.ArrayLike) -> dict[str, Any]:
         """Return the task's figures of all subjects, the mean over repetitions."""
         truth = np.asarray(labels)
-        return self._of(truth, np.arange(len(truth)))
+        return self.figures_of(truth, np.arange(len(truth)))
 
     def intervals(
         self, labels: npt.ArrayLike, seed: int, clusters: Sequence[str] | None = None
     ) -> dict[str, list[float]]:
         """Return the figures' 95 % intervals over resampled subjects."""
-        return bootstrap_intervals(labels, np.arange(len(np.asarray(labels))), self._of, seed, clusters=clusters)
+        return bootstrap_intervals(labels, np.arange(len(np.asarray(labels))), self.figures_of, seed, clusters=clusters)
 
-    def _of(self, truth: npt.NDArray[Any], subjects: npt.NDArray[np.int64]) -> dict[str, Any]:
+    def figures_of(self, truth: npt.NDArray[Any], subjects: npt.NDArray[np.int64]) -> dict[str, Any]:
+        """Return the figures of some subjects, given by position and with their labels, as `figures` does of all."""
         per_repeat = [
             self.task.metrics(truth, score[subjects], line[subjects])
             for score, line in zip(self.score, self.threshold_RN, strict=True)
@@ -120,7 +121,7 @@ def summarise(
         "intervals": model.intervals(truth, seed, clusters),
         "permutation": permuted if blocks is None else {"p": permuted["p_within_sites"]},
         "calibration": calibration(truth, score) if task.kind == "binary" else None,
-        "sites": per_site(truth, score, sites, task.metrics),
+        "sites": per_site(truth, np.arange(len(truth)), sites, model.figures_of),
         "baselines": {},
     }
     for name, other in baselines.items():

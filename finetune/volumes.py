@@ -19,6 +19,8 @@ Volume = npt.NDArray[np.float32]
 
 _AIR_HU, _SPAN_HU = -1024, 3072
 _WATER_MD = 3e-3  # mm²/s, free water at body temperature: the most a brain voxel holds
+# What the 99th percentile reaches in any brain; below it the map is empty, of another unit or of another kind.
+_LEAST = {"fa": 0.05, "md": 1e-4}
 
 
 class CubeRecipe(StrictModel):
@@ -104,9 +106,10 @@ def _load(path: Path) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
     except (OSError, EOFError, ValueError) as error:
         raise FinetuneError(f"{path}: its voxels cannot be read ({error}); copy the file again.") from None
     values = values.reshape(shape[:3])
-    if not np.isfinite(values).any():
+    finite = np.isfinite(values)
+    if not finite.any():
         raise FinetuneError(f"{path}: holds no finite value; leave it out of the table.")
-    return np.nan_to_num(values, nan=np.nanmin(values), posinf=0.0, neginf=0.0), affine
+    return np.where(finite, values, values[finite].min()), affine
 
 
 def _standardise(path: Path, values: npt.NDArray[np.float64], kind: Kind) -> npt.NDArray[np.float64]:
@@ -129,5 +132,12 @@ def _standardise(path: Path, values: npt.NDArray[np.float64], kind: Kind) -> npt
         raise FinetuneError(
             f"{path}: values reach from {low:g} to {high:g}, expected {kind.upper()} {unit}; rescale it or correct "
             "kind."
+        )
+    inside = values[values != 0]
+    top = float(np.percentile(inside, 99)) if inside.size else 0.0
+    if top < _LEAST[kind]:
+        raise FinetuneError(
+            f"{path}: 99 % of its voxels that are not zero lie below {top:.2g}, expected {kind.upper()} {unit}, that "
+            f"reaches {_LEAST[kind]:g}; rescale it, correct kind, or leave it out of the table."
         )
     return np.clip(values, 0, 1) if kind == "fa" else np.clip(values / _WATER_MD, 0, 1)

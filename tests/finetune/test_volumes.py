@@ -86,12 +86,31 @@ def test_mri_does_not_depend_on_the_scanner_s_units_and_a_coarse_cube_does_not_a
         ("fa", [0, 700], "from 0 to 700, expected FA between 0 and 1"),
         ("md", [0, 0.9], r"from 0 to 0.9, expected MD mm²/s"),
         ("mri", [3, 3], "all of its voxels hold one value"),
+        ("fa", [0, 0.003], r"below 0\.003, expected FA between 0 and 1, that reaches 0\.05"),
+        ("fa", [0, 0], r"below 0, expected FA"),
+        ("md", [0, 3e-9], r"below 3e-09, expected MD mm²/s.* reaches 0\.0001; rescale it"),
     ],
 )
 def test_values_of_another_kind_are_refused(tmp_path, kind, values, message):
     path = _write(tmp_path / "x.nii", np.resize(values, (4, 4, 4)), np.eye(4))
     with pytest.raises(FinetuneError, match=message):
         read_cube(path, CubeRecipe(kind=kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "shift"), [("ct", 2000, -1000), ("mri", 800, 50), ("fa", 0.9, 0), ("md", 3e-3, 0)]
+)
+def test_values_that_are_not_finite_leave_the_others_as_they_are(tmp_path, kind, scale, shift):
+    values = scale * np.random.default_rng(3).uniform(0.01, 1, (20, 20, 20)) + shift
+    values[7, 7, 7] = values.min() - 0.001 * scale
+    recipe = CubeRecipe(kind=kind, size=20)
+    whole = read_cube(_write(tmp_path / "whole.nii", values, np.eye(4)), recipe)
+    holes = values.copy()
+    holes[0, 0, 0], holes[1, 1, 1], holes[2, 2, 2] = -np.inf, np.nan, np.inf
+    cube = read_cube(_write(tmp_path / "holes.nii", holes, np.eye(4)), recipe)
+    assert np.isfinite(cube).all()
+    differing = np.abs(cube - whole) > 5e-3
+    assert {tuple(place) for place in np.argwhere(differing)} <= {(i, 19 - i, 19 - i) for i in range(3)}
 
 
 def test_files_that_are_no_volume_are_named(tmp_path):
