@@ -38,7 +38,8 @@ class Memory:
     passing
         Gradients on their way to the rank whose share they are, and at stage 3 weights that are whole for a while.
     activations
-        What one micro-batch keeps from its forward until its backward pass, the loss and the clips included.
+        What one micro-batch keeps from its forward until its backward pass, the loss included, and the clips of the
+        rank's whole share.
     """
 
     parameters: int
@@ -117,6 +118,7 @@ def plan_training(config: PretrainConfig, prepared: Prepared, world_size: int) -
     share = config.batch_size // world_size
     micro_batch = config.micro_batch_size or share
     activations = micro_batch * clip_bytes(config, patch, tokens, seen, token_grid.n_voxels)
+    activations += (share - micro_batch) * waiting_bytes(config, patch, tokens, token_grid.n_voxels)
     return TrainingPlan(
         shapes=shapes,
         parameters=parameters,
@@ -160,8 +162,8 @@ def clip_bytes(
 ) -> int:
     """Return what a clip keeps until its backward pass: the clip, the network's activations, and the loss's.
 
-    The loss keeps the target, the prediction's difference from it and which voxels count; its terms by region keep
-    sums that are small beside these.
+    The loss keeps the target and the prediction's difference from it, its term of changes these too and where they
+    count; its terms by region keep sums that are small beside these.
     """
     model, bf16 = config.model, config.precision == "bf16"
     visible = [round(count) for count in seen] if model.encoder_sees == "visible" else None
@@ -170,8 +172,15 @@ def clip_bytes(
         dims = [model.embed_dim * 2**i for i in range(model.n_stages)]
         # One block at a time is computed again; the decoder's see every token.
         kept += max(block_bytes(model, dim, bf16) * count for dim, count in zip(dims, tokens, strict=True))
-    loss = tokens[0] * patch_voxels * (2 * _SINGLE + 2)
-    return kept + loss + model.frames * n_voxels * _SINGLE
+    loss = tokens[0] * patch_voxels * (2 * _SINGLE + 1)
+    if config.loss.gradient:
+        loss += tokens[0] * patch_voxels * (_SINGLE + 1) * (model.frames - 1) // model.frames
+    return kept + loss + waiting_bytes(config, patch_voxels, tokens, n_voxels)
+
+
+def waiting_bytes(config: PretrainConfig, patch_voxels: int, tokens: Sequence[int], n_voxels: int) -> int:
+    """Return what a clip holds before its turn: its values, which voxels have signal and which of them count."""
+    return (_SINGLE * config.model.frames + 1) * n_voxels + tokens[0] * patch_voxels
 
 
 def estimate_seconds_per_frame(

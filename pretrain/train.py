@@ -117,8 +117,10 @@ def training_step(run: Run, batch: ClipBatch, step: int) -> dict[str, float]:
     losses = []
     for part in parts:
         target_BLP = make_targets(values_BTV[part], signal_BV[part], run.patch_voxels, config.loss.targets)
-        predicted_BLP = run.predict(values_BTV[part], mask_BL[part], keys[part])
-        terms = run.objective(predicted_BLP, target_BLP, counted_BLP[part], counted)
+        # The prediction has no name here: it would outlive its backward pass by a forward pass.
+        terms = run.objective(
+            run.predict(values_BTV[part], mask_BL[part], keys[part]), target_BLP, counted_BLP[part], counted
+        )
         # DeepSpeed takes the mean over micro-batches and ranks where the sum is wanted.
         engine.backward(terms["loss"] * (len(parts) * run.world_size))
         engine.step()
