@@ -14,7 +14,7 @@ from boldforge.pretrain.checks import Prepared
 from boldforge.pretrain.config import BUCKET_ELEMENTS, LIVE_PARAMETERS, PretrainConfig
 from boldforge.pretrain.flops import Flops, clip_flops
 from boldforge.pretrain.merging import frames_at
-from boldforge.pretrain.model import NeuroStorm
+from boldforge.pretrain.model import MASK_TOKEN_NAMES, NeuroStorm
 from boldforge.pretrain.model_config import ModelConfig
 from boldforge.pretrain.speed_estimate import seconds_per_frame
 from boldforge.pretrain.tokens import TokenGrid
@@ -23,7 +23,7 @@ from boldforge.pretrain.visible import visible_tokens
 _SINGLE = 4
 _MASKS = 8
 """Masks drawn to learn how many tokens an encoder of visible tokens computes."""
-_DECODER = ("expanding", "decoder", "norm_up", "decoder_pred")
+_DECODER = ("expanding", "decoder", "norm_up", "decoder_pred", *MASK_TOKEN_NAMES.values())
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TrainingPlan:
     shapes
         Of every parameter, by name.
     parameters, encoder_parameters
-        Of the network, and of it without its decoder.
+        Of the network, and of it without its decoder and its mask tokens.
     tokens, seen
         Tokens of a clip at every stage, and those that the encoder computes (their mean over a few masks).
     hidden

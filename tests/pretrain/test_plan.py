@@ -244,3 +244,5 @@ def test_every_recipe_can_be_planned() -> None:
             config = load_config(PretrainConfig, f"configs/{name}")
             plan, _ = planned(config, "neurostorm" if "neurostorm" in name else "mni4mm", 2)
             assert plan.flops.step > 0 and plan.memory[2].parameters == 4 * plan.parameters
+            if name == "pretrain/neurostorm.yaml":
+                assert (plan.parameters, plan.encoder_parameters) == (7_712_964, 5_173_020), "as published"
