@@ -20,7 +20,7 @@ from torch import Tensor
 from boldforge.configs import BoldForgeError, load_config
 from boldforge.data_shards import DataRecipe, brain_mask, get_grid, mask_hash
 from boldforge.pretrain.import_checkpoint import ImportCheckpointError, LightningCheckpoint, read_lightning
-from boldforge.pretrain.model import NeuroStorm
+from boldforge.pretrain.model import MASK_TOKEN_NAMES, NeuroStorm
 from boldforge.pretrain.model_config import ModelConfig
 from boldforge.pretrain.tokens import TokenGrid
 
@@ -229,9 +229,10 @@ def _check_padding(tokens: list[int], frames: int, depths: list[int], first: lis
 
 def _mask_tokens(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[str]:
     """Old autoencoders have a token per place in the window under the name that new ones give to the shared token."""
-    if f"{_PREFIX}mask_token" not in weights:
+    has = {name for name in MASK_TOKEN_NAMES.values() if f"{_PREFIX}{name}" in weights}
+    if not has and f"{_PREFIX}decoder_pred.weight" not in weights:
         return []
-    if f"{_PREFIX}window_mask_token" not in weights:
+    if has == {"mask_token"}:
         return ["window"]
     first = {"window": "window", "atlas": "atlas"}.get(str(settings["spatial_mask"]), "random")
     return sorted(("random", "window", "atlas"), key=lambda name: name != first)

@@ -166,6 +166,15 @@ def test_a_checkpoint_of_another_shape_is_refused_in_a_sentence(name: str, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("key", ["mask_token", "window_mask_token", "atlas_mask_token", "layers.1.blocks.0.mamba.D"])
+def test_a_key_that_is_missing_is_named(key: str, tmp_path: Path) -> None:
+    content = lightning(Transcription(TINY), hyper_parameters(TINY))
+    del content["state_dict"][f"model.{key}"]
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(ImportCheckpointError, match=rf"keys are missing .*model\.{key}\b"):
+        import_neurostorm(tmp_path / "a.ckpt")
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("exploded",)
