@@ -114,3 +114,50 @@ def test_the_figures_follow_from_the_table(benchmark: ModuleType, step: ModuleTy
     )
     assert all(row["frames_per_second"] == pytest.approx(row["frames"] / row["seconds"]) for row in rows[:6])
     assert all(len(benchmark.line_of(row)) > 80 for row in rows)
+
+
+@pytest.mark.parametrize("side", [*OURS, "loop", "parallel in parts"])
+def test_nothing_of_a_side_stays_behind_on_the_cpu(
+    step: ModuleType, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the device without data an operation refuses what lies on the CPU, as it would on a GPU."""
+    # The counts of a step are needed as numbers.
+    monkeypatch.setattr(step.Objective, "counts", lambda *_: torch.ones(3, dtype=torch.float64))
+    job = step.Job(side, SMALL.image[3], 1, "meta", SMALL)
+    made = step.our_setup(job) if job.ours else step.peer_setup(job)
+    loss = made.loss()
+    loss.backward()
+    assert loss.device.type == "meta"
+    assert all(tensor.device.type == "meta" for tensor in (*made.network.parameters(), *made.network.buffers()))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_what_is_measured_holds_what_the_figures_need(
+    benchmark: ModuleType, quick: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "available_backends", lambda: {"mamba_ssm": None})
+    jobs = benchmark.plan(quick, device)
+    first = jobs[0][1]
+    assert (first == 20) is not quick
+    here = {side for side, frames, _ in jobs if frames == first}
+    assert set(OURS) < here and "loop" in here
+    assert ("mamba-ssm" in here and set(PEERS) < here) is (device == "cuda")
+    assert {frames for side, frames, _ in jobs if side == OURS[-1]} == ({4, 8} if quick else {20, 40, 80})
+    # Stand-ins: what is left out does not fit, and the figures are of the rest.
+    shared = {"peak_bytes": 1, "parameters": 1, "matmul_flops": 1, "scan_flops": 1, "tokens": [1]}
+    rows = [
+        {"side": side, "frames": frames, "seconds": 2.0, "frames_per_second": frames / 2, **shared}
+        for side, frames, _ in jobs
+        if side != "loop in parts"
+    ]
+    found = {row["figure"]: row["value"] for row in benchmark.figures(rows)}
+    assert found["step_vs_neurostorm"] == 1 and found[f"cost_per_frame_{rows[-1]['frames']}_over_{first}_frames"] < 1
+
+
+def test_a_gpu_is_waited_for_before_and_after_a_step(step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("waited"))
+    monkeypatch.setattr(step.time, "perf_counter", lambda: (done.append("clock"), float(len(done)))[1])
+    assert step._seconds(lambda: done.append("step"), cuda=True) == 3
+    assert done == ["waited", "clock", "step", "waited", "clock"]
