@@ -1,21 +1,21 @@
 """What a sweep and an adapter cost, and what a sweep survives.
 
-    python benchmarks/finetune.py [--quick] [--part cache|lora|kills|kills_serial] [--kills N] [--json FILE]
+    python benchmarks/finetune.py [--quick] [--part cache|lora|kills|kills_serial] [--kills N] [--log FILE]
+        [--json FILE]
 
 Cohorts are noise with a planted difference, encoders are untrained: only time, memory and identity are measured here.
 """
 
 import argparse
-import random
 import tempfile
 import time
-from collections import Counter
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from common.figures import Row, line_of, machine, row, write
-from finetune_parts import adapters, heads, kills, made
+from finetune_parts import adapters, heads, kills, survival
 
 PARTS = ("cache", "lora", "kills", "kills_serial")
 
@@ -60,51 +60,23 @@ def lora(scratch: Path, quick: bool, n_kills: int, seed: int) -> list[Row]:
     return rows
 
 
-def killed(scratch: Path, quick: bool, n_kills: int, seed: int) -> list[Row]:
+def killed(scratch: Path, quick: bool, n_kills: int, seed: int, log: Path | None = None) -> list[Row]:
     """Sweeps on Ray killed at random moments, and whether they end as one that nobody disturbed.
 
     Killed are the driver, a worker, Ray's own processes, or all at once. A kill counts as survived if the sweep it fell
     into ended with the same files, had trained the same epochs, and began no more of them again than one per kill and
     trial that can be training at a time.
     """
-    return _kill("ray", scratch, kills.KINDS, n_kills, seed)
+    return _kill("ray", scratch, kills.KINDS, n_kills, seed, log)
 
 
-def killed_serially(scratch: Path, quick: bool, n_kills: int, seed: int) -> list[Row]:
+def killed_serially(scratch: Path, quick: bool, n_kills: int, seed: int, log: Path | None = None) -> list[Row]:
     """Measure the same of the driver that trains one trial after the other, without Ray."""
-    return _kill("serial", scratch, ("driver",), n_kills, seed)
+    return _kill("serial", scratch, ("driver",), n_kills, seed, log)
 
 
-def _kill(driver: str, scratch: Path, kinds: tuple[str, ...], n_kills: int, seed: int) -> list[Row]:
-    recipe = {
-        "shards": made.write_cohort(scratch / "cohort", 24, 12),
-        "backbone": made.write_encoder(scratch / "encoder"),
-        "clips": 2,
-        "folds": 3,
-        "ranks": [0, 1, 2, 4],
-        "space": {"lr": [1e-3, 1e-2]},
-        "grace": 2,
-        "adapter": {"first_stage": 1, "dropout": 0.1},
-        "training": {"epochs": 8},
-        "concurrency": 2,
-        "driver": driver,
-        "out": scratch / "out",
-    }
-    wanted = kills.undisturbed(recipe, scratch / "undisturbed")
-    survived, redone, counts, number = 0, 0, Counter[str](), 0
-    while (left := n_kills - counts.total()) > 0:
-        # Its settings name the folder and are compared, so every sweep has the same.
-        kills.emptied(scratch / "out")
-        chance = random.Random(f"{driver}{number}{seed}")
-        outcome = kills.sweep_under_fire(recipe, scratch / f"fire{number}", wanted, kinds, min(10, left), chance)
-        for complaint in outcome.complaints:
-            print(f"  {driver} sweep {number}: {complaint}", flush=True)
-        again = f"{outcome.redone} epochs again, same: {outcome.same}"
-        print(f"  {driver} sweep {number}: {dict(outcome.kills)}, {again}", flush=True)
-        counts += outcome.kills
-        survived += outcome.kills.total() if outcome.same else 0
-        redone += outcome.redone
-        number += 1
+def _kill(driver: str, scratch: Path, kinds: tuple[str, ...], n_kills: int, seed: int, log: Path | None) -> list[Row]:
+    survived, redone, counts = survival.count(driver, scratch, kinds, n_kills, seed, log)
     suffix = "" if driver == "ray" else "_serial"
     rows = [row(f"sweep_kills_survived{suffix}", survived, f"of {counts.total()}", counts.total())]
     rows.append(row(f"sweep_epochs_redone{suffix}", redone / counts.total(), "per kill", None, "lower"))
@@ -118,11 +90,13 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be repeated")
     parser.add_argument("--kills", type=int, help="kills per driver; by default 50")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills, to count in pieces")
+    parser.add_argument("--log", type=Path, help="file of the sweeps counted; the same command goes on from it")
     parser.add_argument("--json", type=Path, help="write machine and rows to this file")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     n_kills = chosen.kills or (1 if chosen.quick else 50)
-    measures = {"cache": cache, "lora": lora, "kills": killed, "kills_serial": killed_serially}
+    measures = {"cache": cache, "lora": lora, "kills": partial(killed, log=chosen.log)}
+    measures["kills_serial"] = partial(killed_serially, log=chosen.log)
     rows: list[Row] = []
     print(machine())
     for part in chosen.part or PARTS:

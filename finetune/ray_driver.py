@@ -1,5 +1,6 @@
 """Run a sweep's trials under Ray Tune, on a Ray of this machine or on a cluster, and leave nothing running."""
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from boldforge.data_shards.ray_session import ray_session
+from boldforge.finetune.ray_processes import RayProcesses
 from boldforge.finetune.sweep_journal import SweepError
 from boldforge.finetune.sweep_rungs import Segment, Trial, failed, one_line
 from boldforge.finetune.trial import TrialSpec, read_curve
 
+logger = logging.getLogger(__name__)
 # No files are written that nobody reads, and Ctrl-C ends the sweep like any program.
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -41,7 +44,7 @@ def run_on_ray(
     config: RayConfig,
     scratch: Path,
 ) -> None:
-    """Do all rounds of work. A trial whose process dies goes on in another one.
+    """Do all rounds of work. A trial whose process dies goes on in another one; if Ray dies, a new one is started.
 
     Parameters
     ----------
@@ -66,10 +69,21 @@ def run_on_ray(
     first = next(rounds, None)
     if first is None:
         return
-    cpus = config.concurrency * config.cpus
-    with ray_session(config.address, cpus, SweepError, "a sweep", _ENVIRONMENT, _QUIET_LOGGERS, folder / _SESSION):
-        _check_resources(config)
-        _fit(spec, _Course(first, rounds, folder), folder, on_epoch, config, scratch)
+    course = _Course(first, rounds, folder)
+    cpus, started = config.concurrency * config.cpus, 0
+    while not course.finished:
+        started += 1
+        with ray_session(config.address, cpus, SweepError, "a sweep", _ENVIRONMENT, _QUIET_LOGGERS, folder / _SESSION):
+            _check_resources(config)
+            course.watch()
+            _fit(spec, course, folder, on_epoch, config, scratch / str(started))
+            course.put_back()
+    if course.error is not None:
+        raise course.error
+
+
+class _RayEndedError(BaseException):
+    """Out of Tune by the shortest way: what it does about an Exception would wait for the Ray that has ended."""
 
 
 class _Course:
@@ -80,10 +94,36 @@ class _Course:
         self._waiting, self._rounds, self._folder = deque(first), rounds, folder
         self._running: dict[str, Segment] = {}
         self._deaths: Counter[tuple[int, int]] = Counter()
+        self._ray, self._ended_at = RayProcesses(), Counter[int]()
 
     @property
     def finished(self) -> bool:
         return self.error is not None or not (self._waiting or self._running)
+
+    @property
+    def ray_ended(self) -> bool:
+        """Whether a process of Ray's own died since `watch`: what Tune then says about trials does not count."""
+        return self._ray.ended
+
+    def watch(self) -> None:
+        """Look from now on whether the Ray that was just started is alive."""
+        self._ray = RayProcesses()
+
+    def put_back(self) -> None:
+        """Put back what a Ray that died was doing; where it dies again and again before an epoch is done, give up."""
+        if not self.ray_ended or self.finished:
+            return
+        self._waiting.extendleft(reversed(self._running.values()))
+        self._running.clear()
+        epochs = sum(len(read_curve(path)) for path in self._folder.glob("*") if path.is_dir())
+        self._ended_at[epochs] += 1
+        if self._ended_at[epochs] >= _ATTEMPTS:
+            self.error = SweepError(
+                f"Ray's own processes died {_ATTEMPTS} times in the same epoch, most likely for lack of memory; set "
+                "concurrency=1 or driver=serial, and run the command again."
+            )
+        else:
+            logger.warning("Ray's own processes died; another Ray is started and the sweep goes on.")
 
     def take(self, tune_id: str) -> Segment | None:
         """Return the next segment to start; None while others must end first."""
@@ -94,6 +134,8 @@ class _Course:
 
     def done(self, tune_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
         """Take note that a segment ended: done, failed with a message, or its process died."""
+        if self.ray_ended:
+            return
         segment = self._running.pop(tune_id)
         trial = segment.trial
         if error:
@@ -133,7 +175,7 @@ def _fit(
 
     class Follow(Searcher):
         def suggest(self, trial_id: str) -> Any:
-            if course.finished:
+            if course.finished or course.ray_ended:
                 return Searcher.FINISHED
             segment = course.take(trial_id)
             if segment is None:
@@ -174,12 +216,14 @@ def _fit(
             return False
 
         def stop_all(self) -> bool:
+            if course.ray_ended:
+                raise _RayEndedError
             return course.error is not None
 
         def __reduce__(self) -> tuple[Any, tuple[()]]:
             return tune.stopper.NoopStopper, ()
 
-    tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(partial(_ray_trial, spec, folder), {"cpu": config.cpus, "gpu": config.gpus}),
         tune_config=tune.TuneConfig(
             num_samples=-1,
@@ -194,9 +238,15 @@ def _fit(
             verbose=0,
             callbacks=[Collect()],
         ),
-    ).fit()
-    if course.error is not None:
-        raise course.error
+    )
+    try:
+        tuner.fit()
+    except _RayEndedError:
+        return
+    except Exception:
+        # Of a Ray that is not there any more, Tune may fail in many ways.
+        if not course.ray_ended:
+            raise
 
 
 def _ray_trial(spec: TrialSpec, folder: Path, parameters: Mapping[str, Any]) -> None:

@@ -24,10 +24,12 @@ FILES = (
 )
 # Every second kill is of a worker, after which the driver goes on.
 KINDS = ("driver", "worker", "ray", "worker", "all", "worker")
+# Of Ray's own processes; the agents take the raylet along.
+_OF_RAY = ("gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 _FORK = multiprocessing.get_context("fork")
 # Every process of a sweep carries this in its environment, whoever its parent is by now.
 _MARK = "BOLDFORGE_KILLED_SWEEP"
-_PATIENCE_S = 180.0
+_PATIENCE_S, _LINGERING_S = 180.0, 120.0
 
 
 @dataclass
@@ -44,6 +46,8 @@ class Outcome:
         As many as may be: one per kill and trial that can be training at a time.
     same
         Whether its files are those of a sweep that nobody disturbed, and the epochs it trained too.
+    left
+        Processes that were still there two minutes after the end. Ray's agents look for their node that long.
     complaints
         What went wrong, in words.
     """
@@ -52,6 +56,7 @@ class Outcome:
     redone: int = 0
     allowed: int = 0
     same: bool = False
+    left: int = 0
     complaints: list[str] = field(default_factory=list)
 
 
@@ -73,6 +78,7 @@ class KilledSweep:
         self._recipe.write_text(json.dumps({name: _plain(value) for name, value in recipe.items()}))
         self.log.touch()
         self._process: Any = None
+        self._sessions: set[str] = set()
 
     def start(self) -> None:
         """Give the command that begins it, or goes on; in a fork, which has all imports behind it."""
@@ -94,8 +100,8 @@ class KilledSweep:
         processes = self.processes()
         wanted = {
             "driver": lambda pid, name: pid == self._process.pid,
-            "worker": lambda pid, name: name.startswith("ray::") and "IDLE" not in name,
-            "ray": lambda pid, name: any(part in name.split(" ")[0] for part in ("gcs_server", "raylet")),
+            "worker": lambda pid, name: name.startswith("ray::ImplicitFunc"),
+            "ray": lambda pid, name: any(part in name.split(" ")[0] for part in _OF_RAY),
             "all": lambda pid, name: True,
         }[kind]
         found = [pid for pid, name in processes.items() if wanted(pid, name)]
@@ -109,10 +115,14 @@ class KilledSweep:
     def processes(self) -> dict[int, str]:
         """Return the command lines of all processes that belong to the sweep, by their numbers."""
         mark = f"{_MARK}={self.scratch}".encode()
+        record = self.out / "trials" / ".ray-session"
+        if record.is_file():
+            self._sessions.add(record.read_text())
         found = {self._process.pid: "driver"} if self.running else {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                # Ray's agents write their title over their environment; their logs tell whose they are.
+                if mark in (folder / "environ").read_bytes().split(b"\0") or self._logs_here(folder):
                     command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                     if command:
                         found[int(folder.name)] = command
@@ -120,16 +130,21 @@ class KilledSweep:
                 continue
         return found
 
+    def _logs_here(self, process: Path) -> bool:
+        """Whether a process has a file open in the folder of one of the sweep's Ray sessions."""
+        opened = [str(link.readlink()) for link in (process / "fd").iterdir()]
+        return any(path.startswith(f"{session}/") for session in self._sessions if session for path in opened)
+
     def epochs(self) -> Counter[str]:
         """Return how often every epoch of every trial was begun."""
         return Counter(self.log.read_text().split("\n")[:-1])
 
     def files(self) -> dict[str, bytes]:
-        """Return what the sweep wrote; its own folder's name reads OUT."""
+        """Return everything the sweep wrote; its own folder's name reads OUT."""
         return {
-            name: (self.out / name).read_bytes().replace(str(self.out).encode(), b"OUT")
-            for name in FILES
-            if (self.out / name).is_file()
+            str(path.relative_to(self.out)): path.read_bytes().replace(str(self.out).encode(), b"OUT")
+            for path in sorted(self.out.rglob("*"))
+            if path.is_file()
         }
 
 
@@ -158,6 +173,7 @@ def sweep_under_fire(
     """
     files, epochs, seconds = wanted
     swept, outcome = KilledSweep(recipe, scratch), Outcome()
+    kind = "nothing"
     width = recipe.get("concurrency", 2) if recipe.get("driver") != "serial" else 1
     while True:
         if not swept.running:
@@ -168,7 +184,8 @@ def sweep_under_fire(
             if swept.kill(kind, chance):
                 outcome.kills[kind] += 1
                 outcome.allowed += 1 if kind == "worker" else width
-            if kind != "worker" and swept.wait() is None:
+            # Of a worker or a process of Ray's the driver itself makes good the loss.
+            if kind in ("driver", "all") and swept.wait() is None:
                 outcome.complaints.append(f"hangs after a kill of {kind}")
                 swept.kill("all", chance)
                 swept.wait()
@@ -176,13 +193,24 @@ def sweep_under_fire(
         status = swept.wait(600)
         if status == 0:
             break
-        outcome.complaints.append(f"ended with {status}: {swept.printed.read_text()[-1500:]}")
+        ended = "hangs" if status is None else f"ended with {status}"
+        outcome.complaints.append(f"{ended} after a kill of {kind}: {swept.printed.read_text()[-1500:]}")
+        if status is None:
+            swept.kill("all", chance)
+            swept.wait()
         if len(outcome.complaints) > 3:
             swept.kill("all", chance)
             return outcome
+    deadline = time.monotonic() + _LINGERING_S
+    while (left := swept.processes()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    outcome.left = len(left)
+    if left:
+        outcome.complaints.append(f"left {', '.join(left.values())}")
     begun = swept.epochs()
     outcome.redone = sum(begun.values()) - len(begun)
-    differing = [name for name in FILES if swept.files().get(name) != files.get(name)]
+    found = swept.files()
+    differing = [name for name in sorted(files.keys() | found.keys()) if found.get(name) != files.get(name)]
     if differing:
         outcome.complaints.append(f"differs in {', '.join(differing)}")
     if begun.keys() != epochs.keys():

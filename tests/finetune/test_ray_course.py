@@ -1,5 +1,7 @@
 """What Ray's trials are given to do and what becomes of those that die: the course of a sweep, without Ray."""
 
+import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -7,8 +9,9 @@ import pytest
 
 from boldforge.configs import load_config
 from boldforge.data_shards.ray_session import session_folder
-from boldforge.finetune import SweepConfig
+from boldforge.finetune import SweepConfig, ray_driver
 from boldforge.finetune.ray_driver import _Course
+from boldforge.finetune.ray_processes import RayProcesses
 from boldforge.finetune.sweep_journal import Journal, SweepError
 from boldforge.finetune.sweep_rungs import Segment, Trial
 from boldforge.launch import cli, training
@@ -64,6 +67,76 @@ def test_a_trial_that_fails_ends_the_course_with_its_message(tmp_path):
     assert course.finished and str(course.error) == "The trial at rank 0 failed: no such file"
     course.done("b", {}, error=False)
     assert course.take("c") is None
+
+
+class _Watched:
+    """Stands for `RayProcesses`: says that Ray has ended when told to."""
+
+    ended = False
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    made = []
+
+    def watch():
+        made.append(_Watched())
+        return made[-1]
+
+    monkeypatch.setattr(ray_driver, "RayProcesses", watch)
+    return made
+
+
+def test_when_ray_itself_dies_its_work_is_put_back_and_what_tune_then_says_is_not_believed(tmp_path, watched):
+    course = _course(tmp_path, _segments(0, 1, 2), _segments(2, until=2))
+    course.watch()
+    course.take("a"), course.take("b")
+    watched[-1].ended = True
+    # Tune calls the one done and the other failed; neither is.
+    course.done("a", {}, error=False)
+    course.done("b", None, error=True)
+    course.put_back()
+    course.watch()
+    assert not course.finished and course.error is None
+    assert [course.take(name).trial.number for name in "cde"] == [0, 1, 2]
+    for name in "cde":
+        course.done(name, {}, error=False)
+    assert course.take("f").until == 2
+    course.put_back()
+    assert course.take("g") is None, "Ray is alive, nothing is put back"
+
+
+def test_a_ray_that_dies_again_and_again_in_the_same_epoch_ends_the_course(tmp_path, watched):
+    course = _course(tmp_path, _segments(0, until=9))
+    journal = Journal(tmp_path / "0000" / "epochs.jsonl")
+    for epoch in range(3):
+        for _ in range(2):
+            course.watch()
+            course.take("a")
+            watched[-1].ended = True
+            course.put_back()
+        journal.append({"epoch": epoch + 1})
+    for _ in range(3):
+        assert not course.finished
+        course.watch()
+        course.take("a")
+        watched[-1].ended = True
+        course.put_back()
+    journal.close()
+    assert "Ray's own processes died 3 times in the same epoch" in str(course.error) and course.finished
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are read from /proc")
+def test_ray_has_ended_when_a_child_of_that_name_is_gone_or_waits_to_be_reaped(tmp_path):
+    raylet = tmp_path / "raylet"
+    raylet.symlink_to("/bin/sleep")
+    with subprocess.Popen([raylet, "60"]) as process:
+        watch = RayProcesses()
+        assert not watch.ended and not RayProcesses().ended
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert watch.ended, "dead, and not reaped yet"
+    assert watch.ended and not RayProcesses().ended
 
 
 def test_a_damaged_journal_met_between_rounds_ends_the_course(tmp_path):

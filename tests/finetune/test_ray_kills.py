@@ -47,7 +47,7 @@ def test_one_cpu_two_cpus_and_no_ray_give_the_same_table(kills, undisturbed, tmp
     recipe, (files, epochs, _) = undisturbed
     found, begun, _ = kills.undisturbed(recipe | driver | {"out": tmp_path / "out"}, tmp_path / "scratch")
     assert begun == epochs and set(begun.values()) == {1}
-    assert found.keys() == files.keys() == set(kills.FILES)
+    assert found.keys() == files.keys() >= set(kills.FILES)
     # sweep.json also records the settings, the driver among them.
     assert {name for name in files if found[name] != files[name]} == {"sweep.json"}
 
@@ -66,6 +66,9 @@ def test_killed_it_ends_with_the_same_files_and_leaves_nothing(kills, undisturbe
             2,
             random.Random(kind),
         )
-        assert outcome.same and outcome.complaints == [] and outcome.kills == {kind: 2}
+        assert outcome.same and outcome.complaints == []
+        # The second moment may be one at which the sweep has ended.
+        assert set(outcome.kills) == {kind} and outcome.kills[kind] in (1, 2)
+        assert outcome.left == 0
         assert list(Path(short).iterdir()) == []
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"sweep.json", "trials.tsv", "best", "journal.jsonl"}
