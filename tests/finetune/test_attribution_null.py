@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from boldforge.finetune.attribution_null import associate, contrast, slope_intervals
+from boldforge.finetune.attribution_results import _LEVEL_OF_FOLDS
 
 FOLDS = np.repeat([1, 2, 3], 10)
 LABELS = np.tile([0.0, 1.0], 15)
@@ -76,3 +77,28 @@ def test_without_an_effect_some_region_is_below_005_in_about_one_cohort_of_twent
     # 200 cohorts at 5 %: 10 expected, standard deviation 3.1.
     assert 2 <= wrong <= 20
     assert naive > 100, "a test against zero calls noise an effect: every model has weights"
+
+
+def _lowest_p(n, folds, regions, seed):
+    """Of one cohort without an effect, whose regions have much in common: ridge models, each fold's about its own."""
+    rng = np.random.default_rng([11, seed])
+    common, loading = rng.standard_normal((n, 8)), rng.standard_normal((8, regions))
+    scans = 1 + 0.15 * (common @ loading / np.sqrt(8) + rng.standard_normal((n, regions)))
+    label = rng.permutation(np.tile([0.0, 1.0], n // 2))
+    fold = np.empty(n, dtype=int)
+    for value in (0, 1):
+        fold[label == value] = np.arange((label == value).sum()) % folds
+    attributed = np.empty_like(scans)
+    for number in range(folds):
+        train = fold != number
+        x, y = scans[train] - scans[train].mean(axis=0), label[train] - label[train].mean()
+        weights = x.T @ np.linalg.solve(x @ x.T + 0.2 * np.eye(len(x)), y)
+        attributed[fold == number] = scans[fold == number] * weights
+    return associate(attributed, label, fold, 499, seed).p.min()
+
+
+def test_folds_that_trained_on_each_other_need_the_stricter_level():
+    """Every pair of folds is used twice, as training and as test subjects of each other: p is too small."""
+    lowest = np.array([_lowest_p(24, 4, 60, seed) for seed in range(200)])
+    assert (lowest <= 0.05).mean() > 0.07, "if p were right by itself, the stricter level could go"
+    assert (lowest <= _LEVEL_OF_FOLDS).mean() < 0.05
