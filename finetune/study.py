@@ -242,6 +242,11 @@ def open_study(config: StudyConfig) -> Study:
             "The encoder was pretrained on these same shards, so it has seen the test subjects' scans, though no "
             "label; for figures on people new to it, give shards of other subjects."
         )
+    if task.kind == "regression" and len({subject.label for subject in cohort.subjects}) < 2:
+        raise FinetuneError(
+            f"all {len(cohort.subjects)} usable subjects have the same value {cohort.subjects[0].label:g} in column "
+            f"{task.column} ({cohort.n_unlabelled} have none); there is nothing to foretell, name another column."
+        )
     study = Study(config, task, source, cohort, length, pretrained_on_these_shards)
     study.deal(
         config.seed, getattr(config, "protocol", "folds")

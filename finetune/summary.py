@@ -152,7 +152,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
     of = f"{figures['n']} {summary['rows']}" + ("" if chance in (0.0, 0.5) else f"; chance is {chance:.3g}")
     found = f"{called} {figures[key]:.2f} (95 % interval {low:.2f} to {high:.2f}, {of})"
     if permuted["p"] >= 0.05 or low <= chance:
-        return f"{found}: not told apart from chance."
+        return f"{found}: not shown to be better than chance."
     site = summary["baselines"].get("site")
     if permuted.get("p_within_sites", 0.0) >= 0.05:
         beside = f"site alone reaches {called} {site['figures'][key]:.2f}" if site else "labels differ between sites"

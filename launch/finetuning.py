@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import boldforge
-from boldforge.configs import ConfigError, load_config, recipe_names, recipe_path
+from boldforge.configs import ConfigError, check_out, load_config, recipe_names, recipe_path
 from boldforge.data_shards import DataRecipe, RunList, find_runs
 from boldforge.launch.model_card import FIGURES
 from boldforge.launch.progress import progress
@@ -42,6 +42,7 @@ def finetune_and_print(asked: Asked, console: Console) -> Path:
     from boldforge.finetune import FinetuneConfig, finetune
 
     config = load_config(FinetuneConfig, *_settings(asked))
+    check_out(config.out, config.product)  # before hours of sharding
     if asked.data is not None and config.images is None and not is_dataset(asked.data):
         shards = _shard(asked.data, config.backbone, config.out, console)
         folder = config.events.folder or asked.data
@@ -60,12 +61,12 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
     parts = results["trainable_by_part"]
     share = results["trainable_parameters"] / results["total_parameters"]
     trained = ", ".join(f"{name} {_count(count)}" for name, count in parts.items())
-    _say(f"Trainable parameters: {trained}; {100 * share:.2g} % of {_count(results['total_parameters'])}.", console)
+    _say(f"Trainable parameters: {trained}; {_percent(share)} % of {_count(results['total_parameters'])}.", console)
     figures, intervals = results["figures"], results["intervals"]
     people = len(results["people"] or ())
     of = results["rows"] + (f" of {people} {'person' if people == 1 else 'people'}" if people else "")
     simulated = "simulated " if results["simulated"] else ""
-    _say(f"Test on {figures['n']} {simulated}{of}, {results['measured_by']}:", console)
+    _say(f"Test on {figures['n']} {simulated}{of}, {results['measured_by']}{_left_out(results)}:", console)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("figure", "value", "95 % interval"):
         table.add_column(title, justify="left" if title == "figure" else "right")
@@ -76,6 +77,21 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
     if results["baselines"]:
         _print_beside(results, console)
     _say(results["verdict"], console)
+
+
+def _percent(share: float) -> str:
+    return "100" if share == 1 else f"{100 * share:.2g}" if share < 0.095 else f"{100 * share:.0f}"
+
+
+def _left_out(results: Mapping[str, Any]) -> str:
+    """Say how many were left out and why; nothing where nobody was."""
+    reasons = {
+        "n_unlabelled": "without a label",
+        "n_too_short": "with runs shorter than a clip",
+        "n_duplicates": "with a scan that is also another's",
+    }
+    found = [f"{results[key]} {reason}" for key, reason in reasons.items() if results.get(key)]
+    return f" (left out: {', '.join(found)})" if found else ""
 
 
 def _print_beside(results: Mapping[str, Any], console: Console) -> None:

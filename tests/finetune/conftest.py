@@ -85,7 +85,13 @@ def build_cohort(tmp_path_factory):
             path = folder / f"{number}.nii"
             nib.save(image, path)
             site = ("KKI", "NYU")[number // 2 % 2]
-            phenotype = {"diagnosis": label, "age": 9.0 + 4 * strength, "group": f"g{number % 3}", "same": "one"}
+            phenotype = {
+                "diagnosis": label,
+                "age": 9.0 + 4 * strength,
+                "group": f"g{number % 3}",
+                "same": "one",
+                "constant": 12.0,
+            }
             runs.append(Run(f"person{number:02d}", "1", site, 2.0, path, phenotype=phenotype, simulated=True))
         recipe = DataRecipe(grid=GRID, tr=2.0, normalisation="residual-z", dtype="int16")
         build_shards(runs, folder / "shards", recipe)

@@ -86,7 +86,7 @@ def test_labels_that_mean_nothing_give_chance_within_its_interval(build, encoder
         results = _measure(shards, encoder, tmp_path / str(seed), seed=seed, baselines=[])
         low, high = results["intervals"]["auc"]
         found.append(results["figures"]["auc"])
-        assert low < 0.5 < high and results["verdict"].endswith("not told apart from chance.")
+        assert low < 0.5 < high and results["verdict"].endswith("not shown to be better than chance.")
     assert 0.3 < np.mean(found) < 0.7
 
 

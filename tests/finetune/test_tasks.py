@@ -108,7 +108,7 @@ def test_a_number_is_predicted_in_its_own_unit(cohort, encoder, tmp_path):
 def test_several_classes_that_mean_nothing_are_at_chance(cohort, encoder, tmp_path):
     results = _run(cohort, encoder, tmp_path, "classify:group", baselines=["site", "connectivity-svm"])
     low, high = results["intervals"]["auc"]
-    assert low < 0.5 < high and results["verdict"].endswith("not told apart from chance.")
+    assert low < 0.5 < high and results["verdict"].endswith("not shown to be better than chance.")
     assert np.array(results["figures"]["confusion"]).sum() == results["figures"]["n"] == 24
     with (tmp_path / "predictions.tsv").open() as stream:
         row = next(csv.DictReader(stream, delimiter="\t"))
@@ -119,3 +119,5 @@ def test_several_classes_that_mean_nothing_are_at_chance(cohort, encoder, tmp_pa
 def test_one_class_is_no_question(cohort, encoder, tmp_path):
     with pytest.raises(FinetuneError, match="'same' holds 1 different values"):
         _run(cohort, encoder, tmp_path, "classify:same")
+    with pytest.raises(FinetuneError, match=r"have the same value 12 in column constant \(0 have none\)"):
+        _run(cohort, encoder, tmp_path, "regress:constant")

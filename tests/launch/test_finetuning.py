@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from boldforge.data_shards import SimulationConfig, simulate_cohort
-from boldforge.launch import cli
+from boldforge.launch import cli, finetuning
 from boldforge.launch.cli import app
 
 QUICK = ["clips=2", "folds=2", "adapter.rank=1", "adapter.first_stage=1", "training.epochs=2"]
@@ -43,8 +43,8 @@ def test_a_folder_of_scans_becomes_a_tested_adapter_in_one_command(athena, pretr
     (shards,) = tmp_path.glob("athena-shards-*")
     written = (shards / "manifest.json").stat().st_mtime_ns
 
-    again = _run(*arguments, "baselines=[]")
-    assert f"{shards}: kept from before" in again.output
+    again = _run(*arguments)
+    assert f"{shards}: kept from before" in again.output and results["verdict"] in again.output
     assert (shards / "manifest.json").stat().st_mtime_ns == written
 
     given = _run(
@@ -52,6 +52,13 @@ def test_a_folder_of_scans_becomes_a_tested_adapter_in_one_command(athena, pretr
     )
     assert "athena-shards" not in given.output.split("Trainable")[0], "shards are taken as they are"
     assert json.loads((tmp_path / "two" / "metrics.json").read_text())["figures"] == results["figures"]
+
+
+def test_who_was_left_out_is_said_and_all_of_it_is_100_percent():
+    kept = {"n_unlabelled": 3, "n_too_short": 0, "n_duplicates": 2}
+    assert finetuning._left_out(kept) == " (left out: 3 without a label, 2 with a scan that is also another's)"
+    assert finetuning._left_out({"n_unlabelled": 0}) == ""
+    assert [finetuning._percent(share) for share in (1, 0.995, 0.5, 0.0213)] == ["100", "100", "50", "2.1"]
 
 
 def test_another_phenotype_makes_other_shards(athena, pretraining, tmp_path):
