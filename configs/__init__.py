@@ -2,7 +2,7 @@
 
 from boldforge.configs.errors import BoldForgeError, ConfigError
 from boldforge.configs.loading import StrictModel, load_config, recipe_names, recipe_path
-from boldforge.configs.locking import FolderInUseError, folder_lock
+from boldforge.configs.locking import FolderInUseError, check_free, folder_lock
 from boldforge.configs.products import check_out
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "ConfigError",
     "FolderInUseError",
     "StrictModel",
+    "check_free",
     "check_out",
     "folder_lock",
     "load_config",

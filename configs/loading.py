@@ -18,9 +18,9 @@ _SECRET = re.compile(r"://.*[@?#].*", re.DOTALL)
 
 
 class StrictModel(BaseModel):
-    """A frozen config section that refuses unknown keys."""
+    """A frozen config section that refuses unknown keys; its errors repeat no value, which may be a password."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -151,8 +151,8 @@ def _sentences(error: ValidationError, model: type[BaseModel], name: str) -> Ite
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             valid = _valid_keys(model, problem["loc"][:-1])
-            nearest = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys are {', '.join(valid)}."
+            nearest = _nearest(str(problem["loc"][-1]), valid)
+            hint = f"did you mean {nearest!r}?" if nearest else f"valid keys are {', '.join(valid)}."
             yield f"{name}: unknown key {key!r}; {hint}"
         elif problem["type"] == "missing":
             yield f"{name}: key {key!r} is missing; set it in the file or on the command line as {key}=VALUE."
@@ -168,12 +168,26 @@ def _shown(value: Any) -> str:
     return repr(_SECRET.sub("://…", value)) if isinstance(value, str) else _SECRET.sub("://…", repr(value))
 
 
-def _valid_keys(model: type[BaseModel], sections: Sequence[Any]) -> list[str]:
-    for section in sections:
-        field = model.model_fields.get(str(section))
-        candidates = (field.annotation, *get_args(field.annotation)) if field else ()
-        below = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not below:
-            return []
-        model = below[0]
+def _nearest(name: str, names: Sequence[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)
+
+
+def _valid_keys(model: type[BaseModel], place: Sequence[Any]) -> list[str]:
+    """Return the keys of the section at a place such as ``("shards", 0)``, whose parts are keys and places in lists."""
+    for part in place:
+        # A number is a place in a list, whose entries' class the key before it has led to already; so is the name that
+        # pydantic gives to one of several kinds that a value may be of.
+        if (field := model.model_fields.get(str(part))) is not None:
+            below = next(_sections(field.annotation), None)
+            if below is None:
+                return []
+            model = below
     return list(model.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Find the sections in an annotation, also inside lists and alternatives."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections(part)

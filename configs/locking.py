@@ -56,6 +56,28 @@ def folder_lock(folder: str | Path, doing: str) -> Iterator[None]:
         file.close()
 
 
+def check_free(folder: str | Path) -> None:
+    """Refuse a folder that `folder_lock` would refuse now; nothing is written.
+
+    Raises
+    ------
+    FolderInUseError
+        If another process holds it.
+    """
+    path = Path(folder) / _LOCK_FILE
+    try:
+        file = path.open("rb")
+    except OSError:  # there is none, or it is another user's
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(path, file) from None
+        except OSError:  # no locks here
+            return
+
+
 def _locked(path: Path) -> BinaryIO:
     while True:
         file = path.open("a+b")
@@ -64,12 +86,9 @@ def _locked(path: Path) -> BinaryIO:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         except BlockingIOError:
-            file.seek(0)
-            doing = file.read().decode(errors="replace") or "at work"
+            error = _in_use(path, file)
             file.close()
-            raise FolderInUseError(
-                f"{path.parent}: another process is {doing} in it; wait until that has ended, or choose another folder."
-            ) from None
+            raise error from None
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -80,3 +99,11 @@ def _locked(path: Path) -> BinaryIO:
             raise
         # The holder removed the file between our opening and our locking it.
         file.close()
+
+
+def _in_use(path: Path, file: BinaryIO) -> FolderInUseError:
+    file.seek(0)
+    doing = file.read().decode(errors="replace") or "at work"
+    return FolderInUseError(
+        f"{path.parent}: another process is {doing} in it; wait until that has ended, or choose another folder."
+    )

@@ -189,7 +189,21 @@ def read_volume(path: Path) -> tuple[npt.NDArray[Any], Affine]:
         affine = _check_affine(path, image)
         return np.asarray(image.dataobj).reshape(shape, order="F"), affine
     except _NOT_READABLE as error:
+        if not _begins_as_nifti(path):
+            raise HeaderError(f"{path}: is not a NIfTI file; expected a 3D volume in a .nii or .nii.gz file.") from None
         raise HeaderError(f"{path}: cannot be read as a NIfTI volume ({_one_line(error)}); copy it again.") from None
+
+
+def _begins_as_nifti(path: Path) -> bool:
+    """Look whether a file begins as NIfTI does, gzipped or not: with its header's size, 348 or 540."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+        if start.startswith(b"\x1f\x8b"):
+            start = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16).decompress(start, 4)
+    except (OSError, zlib.error):
+        return True  # damaged rather than something else
+    return any(int.from_bytes(start[:4], order) in (348, 540) for order in ("little", "big"))
 
 
 def _load(path: Path) -> Any:

@@ -163,11 +163,15 @@ def _one_sided(manifest: Manifest, holdout: Holdout, drawn: npt.NDArray[np.float
             "instead (holdout.by=frames)."
         )
     # A fraction between two subjects' numbers parts them; of the nearest pair to what was asked for, the middle.
-    middles = (drawn[1:] + drawn[:-1]) / 2
-    fraction = float(middles[0] if holdout.fraction < middles[0] else middles[-1])
+    pair = slice(0, 2) if holdout.fraction < drawn[1] else slice(-2, None)
+    low, high = drawn[pair].tolist()
+    fraction = next(
+        rounded for places in range(1, 17) if low < (rounded := round((low + high) / 2, places)) < high or places == 16
+    )
     n_held = int((drawn < fraction).sum())
     return ShardError(
         f"{manifest.place}: holdout.by=subject with holdout.fraction={holdout.fraction:g} and "
         f"holdout.seed={holdout.seed} draws {'none' if holdout.fraction < fraction else 'all'} of its {len(drawn)} "
-        f"subjects; set holdout.fraction={fraction:.6g}, which holds out {n_held} of them, or another seed."
+        f"subjects; set holdout.fraction={fraction:g}, which holds out {n_held} of them, or hold out frames instead "
+        "(holdout.by=frames)."
     )

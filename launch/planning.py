@@ -1,5 +1,6 @@
 """``boldforge pretrain --dry-run``: check a recipe and print what it will need; nothing is trained or written."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -8,16 +9,12 @@ from rich.table import Table
 
 from boldforge.configs import load_config
 from boldforge.data_shards import Manifest, get_grid
-from boldforge.launch.ranks import rank_environment
+from boldforge.launch.ranks import rank_environment, usable_cores
+from boldforge.launch.training import finished_sentence
 from boldforge.pretrain import PretrainConfig
-from boldforge.pretrain.checks import (
-    check_backend,
-    check_batch,
-    check_checkpoint,
-    check_data,
-    prepare_masks,
-)
-from boldforge.pretrain.plan import TrainingPlan, estimate_seconds_per_frame, plan_training
+from boldforge.pretrain.checks import Prepared, Standing, check_backend, check_batch, check_run, prepare_masks
+from boldforge.pretrain.plan import TrainingPlan, estimate_speed, plan_training
+from boldforge.pretrain.speed_estimate import ROUNDS, Speed
 
 _GIB = 2**30
 
@@ -42,40 +39,74 @@ def print_plan(recipe: str, overrides: Sequence[str], ranks: int, grid_name: str
         For everything that can be known to be wrong before the first step.
     """
     config = load_config(PretrainConfig, recipe, overrides)
-    check_batch(config, ranks)
-    check_backend(config)
-    manifests: list[Manifest] = []
+    manifests: Sequence[Manifest] = ()
+    frames, standing = 0, Standing(None, None)
+    prepared: Prepared
     if grid_name:
-        frames, prepared = 0, prepare_masks(config, get_grid(grid_name))
+        check_batch(config, ranks)
+        check_backend(config)
+        prepared = prepare_masks(config, get_grid(grid_name))
     else:
-        manifests, frames = check_data(config)
-        prepared = prepare_masks(config, manifests[0].grid, manifests[0])
+        checked, standing = check_run(config, ranks)
+        manifests, frames, prepared = checked.data.manifests, checked.data.frames, checked.prepared
     plan = plan_training(config, prepared, ranks)
-    goes_on = check_checkpoint(config, plan.shapes)
-    patch = prepared.token_grid.patch_voxels.shape[1]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(int(rank_environment(ranks, cuda=False)["OMP_NUM_THREADS"]))
-    seconds = estimate_seconds_per_frame(config, plan, patch, ranks, device)
+    speed = estimate_speed(config, plan, prepared.token_grid.patch_voxels.shape[1], ranks, device)
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    source = _source(manifests, prepared.grid.name)
-    say(f"{recipe}: {source}; {ranks} {device.upper()} ranks. Nothing was written.")
-    if goes_on is not None:
-        say(f"{config.out}: would go on from {goes_on.name}.")
+    source, kind = _source(manifests, prepared.grid.name), "GPU" if device == "cuda" else "CPU"
+    say(f"{recipe}: {source}; {_counted(ranks, f'{kind} rank')}. Nothing was written.")
+    if standing.finished:
+        say(finished_sentence(config.out, standing.finished))
+    elif standing.checkpoint:
+        say(f"{config.out}: would go on from its checkpoint of step {standing.checkpoint.step}.")
     for name, text in _facts(config, plan, frames).items():
         say(f"{name:<18}{text}")
-    say(f"Memory of one rank in GiB, a micro-batch of {plan.micro_batch} clips, by ZeRO stage:")
+    say(f"Memory of one rank in GiB, a micro-batch of {_counted(plan.micro_batch, 'clip')}, by ZeRO stage:")
     console.print(_memory(config, plan))
-    rate = 1 / seconds
-    hours = config.steps * config.batch_size * plan.frames * seconds / ranks / 3600
-    say(
-        f"About {rate:.3g} frames/s a rank on this {'GPU' if device == 'cuda' else 'CPU'}, {rate * ranks:.3g} in all, "
-        f"{hours:,.1f} hours for {config.steps} steps: an estimate from blocks that ran for a moment, without reading "
-        "and communication."
+    left = 0 if standing.finished else config.steps - (standing.checkpoint.step if standing.checkpoint else 0)
+    say(_speed(speed, ranks, device, left, left * config.batch_size * plan.frames))
+
+
+def _speed(speed: Speed, ranks: int, device: str, steps: int, frames: int) -> str:
+    """Say how fast all ranks are together on what this machine has, and how long the steps take."""
+    on_gpu = device == "cuda"
+    units, threads = (torch.cuda.device_count(), 1) if on_gpu else (usable_cores(), torch.get_num_threads())
+    # A rank beyond the GPUs or cores that there are makes the others slower and adds nothing.
+    at_once = min(ranks, max(1, units // threads))
+    rate, low, high = (two_digits(at_once / seconds) for seconds in (speed.median, speed.longest, speed.shortest))
+    owners = _counted(ranks, "rank") + ("" if on_gpu else f" of {_counted(threads, 'thread')}")
+    share = f"{owners} {'share' if ranks > 1 else 'uses'} {_counted(units, 'GPU' if on_gpu else 'core')}"
+    lasts = f", {duration(frames * speed.median / at_once)} for {steps:,} steps" if steps else ""
+    return (
+        f"About {rate} frames/s on this machine, where {share} ({low} to {high} in "
+        f"{ROUNDS} measurements){lasts}: an estimate from single blocks, without reading and communication."
     )
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def two_digits(number: float) -> str:
+    """Write a positive number with two significant digits and no exponent: 0.0012, 1.1, 130, 8,000."""
+    places = 1 - math.floor(math.log10(number))
+    rounded = round(number, places)
+    places = 1 - math.floor(math.log10(rounded))  # 0.996 has become 1.0
+    return f"{rounded:,.{max(0, places)}f}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time with two significant digits, in the unit that suits it."""
+    for limit, length, unit in ((90, 1, "seconds"), (5400, 60, "minutes"), (172_800, 3600, "hours")):
+        if seconds < limit:
+            return f"{two_digits(seconds / length)} {unit}"
+    days = seconds / 86_400
+    return f"{two_digits(days)} days" if days < 730 else f"{two_digits(days / 365.25)} years"
 
 
 def _source(manifests: Sequence[Manifest], grid_name: str) -> str:

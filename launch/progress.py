@@ -24,7 +24,7 @@ class _RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress(title: str, unit: str, console: Console | None = None) -> Iterator[OnProgress]:
+def progress(title: str, unit: str, console: Console | None = None, before: int = 0) -> Iterator[OnProgress]:
     """Show how far a piece of work is.
 
     Parameters
@@ -35,6 +35,8 @@ def progress(title: str, unit: str, console: Console | None = None) -> Iterator[
         Plural name of what is counted, e.g. ``"runs"``.
     console
         Where to write; the default is standard error, so that standard output stays clean for results.
+    before
+        How much of it was done before, by a run that was stopped: shown as done, counted in no rate.
 
     Yields
     ------
@@ -45,7 +47,7 @@ def progress(title: str, unit: str, console: Console | None = None) -> Iterator[
         with _bar(title, unit, console) as on_progress:
             yield on_progress
     else:
-        with _lines(title, unit, console) as on_progress:
+        with _lines(title, unit, console, before) as on_progress:
             yield on_progress
 
 
@@ -60,11 +62,20 @@ def _bar(title: str, unit: str, console: Console) -> Iterator[OnProgress]:
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        known = False
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal known
+            if not known:  # what the first report brings may have been done before a resume: the rate counts from there
+                bar.reset(task, completed=done, total=total)
+                known = True
+            bar.update(task, completed=done, total=total)
+
+        yield on_progress
 
 
 @contextmanager
-def _lines(title: str, unit: str, console: Console) -> Iterator[OnProgress]:
+def _lines(title: str, unit: str, console: Console, before: int) -> Iterator[OnProgress]:
     began = time.monotonic()
     last_tenth, last_done = 0, 0
     # What the first report brings may have been done before a resume, so the rate counts from there.
@@ -73,7 +84,7 @@ def _lines(title: str, unit: str, console: Console) -> Iterator[OnProgress]:
     def on_progress(done: int, total: int) -> None:
         nonlocal last_tenth, last_done, first
         now = time.monotonic()
-        since, before = first = first or (now, done)
+        since, begun = first = first or (now, done)
         last_done = done
         tenth = 10 * done // max(total, 1)
         if tenth <= last_tenth:
@@ -81,12 +92,12 @@ def _lines(title: str, unit: str, console: Console) -> Iterator[OnProgress]:
         last_tenth = tenth
         if done < total:
             speed = ""
-            if done > before:
-                rate = (done - before) / max(now - since, 1e-9)
+            if done > begun:
+                rate = (done - begun) / max(now - since, 1e-9)
                 speed = f", {rate:.3g} {unit}/s, {(total - done) / rate:.0f} s left"
             console.print(f"{title}: {100 * done // total} % ({done}/{total} {unit}{speed})", markup=False)
 
     console.print(f"{title}: started", markup=False)
     yield on_progress
-    count = f"{last_done} {unit} in " if last_done else ""
+    count = f"{last_done - before} {unit} in " if last_done > before else ""
     console.print(f"{title}: done, {count}{time.monotonic() - began:.1f} s", markup=False)

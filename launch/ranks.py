@@ -29,13 +29,17 @@ def launcher_command(module: str, arguments: Sequence[str], ranks: int, port: in
     return [*launcher, "--no_local_rank", "--module", module, *arguments]
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def rank_environment(ranks: int, cuda: bool) -> dict[str, str]:
     """Return the environment of the ranks: the CPU accelerator where there is no GPU, and the cores shared out."""
     environment = dict(os.environ)
     if not cuda:
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
     # The launcher lists scripts such as ninja by name: they lie beside the interpreter, which PATH may lack.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     return environment

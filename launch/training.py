@@ -25,37 +25,54 @@ def pretrain_on_ranks(recipe: str, overrides: Sequence[str], ranks: int, console
         For a recipe, shards or a run folder that cannot be used, before a rank is started where that can be told.
     """
     from boldforge.pretrain import PretrainConfig
-    from boldforge.pretrain.datasets import open_datasets
+    from boldforge.pretrain.checks import check_run
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
 
     config = load_config(PretrainConfig, recipe, overrides)
-    n_runs = sum(manifest.n_runs for manifest in open_datasets(config.shards, config.shard_cache))
     cuda = torch.cuda.is_available()
     if cuda and ranks > torch.cuda.device_count():
         raise ConfigError(
             f"--ranks is {ranks}, but this machine has {torch.cuda.device_count()} GPUs; use at most that."
         )
+    checked, standing = check_run(config, ranks)
+    if standing.finished:
+        say(finished_sentence(config.out, standing.finished))
+        return config.out
     log = config.out / "ranks.log"
-    before = steps_done(config.out)
-    if any((config.out / "checkpoints").glob("step-*")):
-        console.print(f"{config.out}: goes on from its last checkpoint.", highlight=False, soft_wrap=True)
-    elif before:
-        console.print(
-            f"{config.out}: stopped before its first checkpoint; starts anew.", highlight=False, soft_wrap=True
-        )
+    logged = steps_done(config.out)
+    before = standing.checkpoint.step if standing.checkpoint else 0
+    if standing.checkpoint:
+        say(f"{config.out}: goes on from its checkpoint of step {before}.")
+    elif logged:
+        say(f"{config.out}: stopped before its first checkpoint; starts anew.")
+    n_runs = sum(manifest.n_runs for manifest in checked.data.manifests)
     where = "GPU" if cuda else "CPU"
-    plan = f"{n_runs} runs, {config.steps} steps, {ranks} {where} ranks, ZeRO-{config.zero_stage}; log: {log}"
-    console.print(f"pretrain: {plan}", highlight=False, soft_wrap=True)
+    say(
+        f"pretrain: {n_runs} runs, {config.steps} steps, {ranks} {where} rank{'s' * (ranks > 1)}, "
+        f"ZeRO-{config.zero_stage}; log: {log}"
+    )
+    del checked  # its tables and open shards are of no use while the ranks run
     arguments = ["--config", str(recipe_path(recipe)), *overrides]
-    with progress("pretrain", "steps") as on_progress:
+    with progress("pretrain", "steps", before=before) as on_progress:
 
         def show_steps() -> None:
             # Until the first new step the ranks import, compile and read: that time says nothing about the rate.
-            if (done := steps_done(config.out)) != before:
+            if (done := steps_done(config.out)) != logged:
                 on_progress(done, config.steps)
 
         run_ranks("boldforge.pretrain.train", arguments, ranks, log, cuda, while_running=show_steps)
     _print_pretrained(config.out, console)
     return config.out
+
+
+def finished_sentence(folder: Path, summary: Mapping[str, Any]) -> str:
+    """Say of a run folder that nothing is left to do in it."""
+    return (
+        f"{folder}: finished after {summary['steps']} steps, nothing is left to do; {_figures(summary)}. Weights: "
+        f"{folder / 'export'}"
+    )
 
 
 def steps_done(folder: Path) -> int:
@@ -93,10 +110,13 @@ def sweep_and_print(recipe: str, overrides: Sequence[str], console: Console) -> 
 
 def _print_pretrained(folder: Path, console: Console) -> None:
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    error, baseline = summary["heldout_error"], summary["heldout_baseline"]
-    figures = f"held-out error {error:.4f}; predicting the mean frame gives {baseline:.4f}"
-    console.print(f"{folder}: {figures}.", highlight=False, soft_wrap=True)
+    console.print(f"{folder}: {_figures(summary)}.", highlight=False, soft_wrap=True)
     console.print(f"Weights: {folder / 'export'}", highlight=False, soft_wrap=True)
+
+
+def _figures(summary: Mapping[str, Any]) -> str:
+    error, baseline = summary["heldout_error"], summary["heldout_baseline"]
+    return f"held-out error {error:.4f}; predicting the mean frame gives {baseline:.4f}"
 
 
 def _print_figures(results: Mapping[str, Any], console: Console) -> None:

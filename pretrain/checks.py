@@ -1,23 +1,45 @@
-"""What can be known to be wrong with a recipe before its first step: shards, split, masks, atlas, ranks, run folder.
+"""Everything that a recipe can be refused for before its first step: shards, split, masks, atlas, ranks, run folder.
 
-``boldforge pretrain --dry-run`` asks all of it; a run asks as it starts.
+`check_run` asks all of it. ``boldforge pretrain`` does so before it starts a rank, ``--dry-run`` in place of a run; the
+ranks themselves go the same way, `check_recipe` all of them and `check_folder` the first.
 """
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
+import torch
+from safetensors import safe_open
 
-from boldforge.configs import ConfigError
-from boldforge.data_shards import Atlas, Grid, Manifest, brain_mask, load_atlas, load_groups, split_segments
+from boldforge.configs import ConfigError, check_free, check_out
+from boldforge.data_shards import (
+    Atlas,
+    ClipStream,
+    Grid,
+    Manifest,
+    Segments,
+    ShardReader,
+    Source,
+    brain_mask,
+    load_atlas,
+    load_groups,
+    split_segments,
+)
 from boldforge.kernels import available_backends
 from boldforge.pretrain.config import PretrainConfig
-from boldforge.pretrain.datasets import check_lengths, open_datasets
+from boldforge.pretrain.datasets import check_lengths, identity, open_datasets
+from boldforge.pretrain.evaluate import HeldoutClips
 from boldforge.pretrain.masking import MaskSampler
-from boldforge.pretrain.regions import RegionTokens, region_tokens
+from boldforge.pretrain.model import NeuroStorm
+from boldforge.pretrain.regions import RegionTokens, RegionVoxels, region_tokens, region_voxels
+from boldforge.pretrain.run_folder import Checkpoint, check_same_run, read_finished, read_newest
 from boldforge.pretrain.tokens import TokenGrid
+
+_RUNS_LOOKED_AT = 256
+"""Of a dataset with no more runs, the scales of all are read ahead; of a larger one that would take minutes."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +51,47 @@ class Prepared:
     atlas: Atlas
     regions: RegionTokens
     sampler: MaskSampler
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The datasets of a recipe, and of each the frames to train on and those held out."""
+
+    manifests: tuple[Manifest, ...]
+    train: tuple[Segments, ...]
+    held: tuple[Segments, ...]
+
+    @property
+    def frames(self) -> int:
+        """Frames to train on."""
+        return sum(segment.stop - segment.start for segments in self.train for segment in segments)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe's data, tokens, masks, stream and held-out clips, none of which was refused."""
+
+    data: RunData
+    prepared: Prepared
+    voxels: RegionVoxels
+    stream: ClipStream
+    heldout: HeldoutClips
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where the run in a folder stands.
+
+    Attributes
+    ----------
+    checkpoint
+        That it goes on from; None where there is none, or nothing left to do.
+    finished
+        Its summary, if it is finished.
+    """
+
+    checkpoint: Checkpoint | None
+    finished: dict[str, Any] | None
 
 
 def prepare_masks(config: PretrainConfig, grid: Grid, manifest: Manifest | None = None) -> Prepared:
@@ -46,11 +109,13 @@ def prepare_masks(config: PretrainConfig, grid: Grid, manifest: Manifest | None 
     Raises
     ------
     BoldForgeError
-        If a patch is no whole number of voxels, the ratio hides every token, or the atlas misses the brain.
+        If a patch is no whole number of voxels, the ratio hides every token, the atlas misses the brain, or background
+        is to be counted where there is none.
     """
     mask = brain_mask(grid) if manifest is None else manifest.brain_mask()
     patch_size = config.model.patch_size(grid.voxel_size)
     token_grid = TokenGrid(mask, patch_size, config.model.frames, config.model.n_stages, grid.affine)
+    check_background(config, token_grid)
     atlas = load_atlas(config.mask.atlas, config.mask.labels)
     groups = load_groups(atlas, config.mask.groups) if config.mask.strategy == "group" else None
     regions = region_tokens(atlas, grid, token_grid)
@@ -75,31 +140,6 @@ def check_batch(config: PretrainConfig, world_size: int) -> None:
         )
 
 
-def check_data(config: PretrainConfig) -> tuple[list[Manifest], int]:
-    """Refuse shards that hold no clip of the recipe's length to train on or to measure on.
-
-    Returns
-    -------
-    manifests, frames
-        The datasets, and how many frames there are to train on.
-
-    Raises
-    ------
-    BoldForgeError
-        Naming the lengths, or what is wrong with the datasets or the split.
-    """
-    manifests = open_datasets(config.shards, config.shard_cache)
-    train, held = zip(*(split_segments(each, config.holdout) for each in manifests), strict=True)
-    check_lengths(config.model.frames, manifests, held)
-    lengths = [segment.stop - segment.start for segments in train for segment in segments]
-    if max(lengths, default=0) < config.model.frames:
-        raise ConfigError(
-            f"the longest stretch to train on has {max(lengths, default=0)} frames, a clip needs model.frames = "
-            f"{config.model.frames}; lower model.frames, or holdout.fraction."
-        )
-    return list(manifests), sum(lengths)
-
-
 def check_backend(config: PretrainConfig) -> None:
     """Refuse a scan backend that does not exist or does not run here.
 
@@ -119,54 +159,169 @@ def check_backend(config: PretrainConfig) -> None:
     )
 
 
-def check_checkpoint(
-    config: PretrainConfig, shapes: Mapping[str, Sequence[int]], checkpoint: Path | None = None
-) -> Path | None:
-    """Refuse a run folder whose newest checkpoint holds weights of another shape; only headers are read.
+def check_background(config: PretrainConfig, token_grid: TokenGrid) -> None:
+    """Refuse to count background where the grid stores none: the loss would count a field of view's rim and no more.
+
+    Raises
+    ------
+    ConfigError
+        Naming what to set.
+    """
+    if config.loss.background and not token_grid.mask.all():
+        raise ConfigError(
+            "loss.background is true, but these shards store brain voxels only, so there is no background to count; "
+            "set loss.background to false, or make shards on the grid neurostorm, which stores every voxel."
+        )
+
+
+def open_data(config: PretrainConfig) -> RunData:
+    """Open the datasets and part them into frames to train on and frames held out.
+
+    Raises
+    ------
+    BoldForgeError
+        Naming what is wrong with the datasets or the split, or a dataset with no clip of the recipe's length to train
+        on or to measure on.
+    """
+    manifests = open_datasets(config.shards, config.shard_cache)
+    train, held = zip(*(split_segments(each, config.holdout) for each in manifests), strict=True)
+    check_lengths(config.model.frames, manifests, train, held)
+    return RunData(tuple(manifests), train, held)
+
+
+def check_recipe(config: PretrainConfig, world_size: int, rank: int = 0) -> Checked:
+    """Ask everything that recipe, data and machine can be refused for, and return what was made on the way.
 
     Parameters
     ----------
     config
         The recipe.
-    shapes
-        Of every parameter of the recipe's model, by name.
-    checkpoint
-        Which one to look at, in place of the newest.
-
-    Returns
-    -------
-    Path or None
-        The checkpoint that the run would go on from.
+    world_size, rank
+        Ranks of the run, and which of them the stream is for.
 
     Raises
     ------
-    ConfigError
-        Naming the first weight that does not fit.
+    BoldForgeError
+        In one sentence, with the mend.
     """
-    steps = [checkpoint] if checkpoint else sorted((config.out / "checkpoints").glob("step-*"))
-    if not steps:
-        return None
-    wanted = {name: list(shape) for name, shape in shapes.items()}
-    try:
-        found = _weight_shapes(steps[-1])
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return steps[-1]  # damaged: the run itself finds an older one, or says so
+    check_batch(config, world_size)
+    check_backend(config)
+    data = open_data(config)
+    stream = ClipStream(
+        [Source(*parts) for parts in zip(data.manifests, data.train, config.weights, strict=True)],
+        clip_length=config.model.frames,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        num_workers=config.num_workers,
+    )
+    first = data.manifests[0]
+    prepared = prepare_masks(config, first.grid, first)
+    voxels = region_voxels(prepared.atlas, first.grid, prepared.token_grid.mask)
+    readers = [ShardReader(each) for each in data.manifests]
+    frames, limit = config.model.frames, config.evaluation_clips
+    heldout = HeldoutClips(readers, data.held, prepared.sampler, frames, limit, config.loss)
+    _check_scales(readers, heldout)
+    return Checked(data, prepared, voxels, stream, heldout)
+
+
+def check_folder(config: PretrainConfig, checked: Checked) -> Standing:
+    """Ask everything that a run folder can be refused for; nothing is written.
+
+    Returns
+    -------
+    Standing
+        Where the run in the folder stands.
+
+    Raises
+    ------
+    BoldForgeError
+        If something else or another recipe's run is in the folder, its record or all its checkpoints are damaged, or
+        the newest whole one holds weights of another shape or a place in another stream.
+    """
+    check_out(config.out, "a pretraining run")
+    finished = read_finished(config.out)
+    checkpoint = None if finished else read_newest(config.out / "checkpoints")
+    if finished or checkpoint:
+        check_same_run(config, identity(config.shards, checked.data.manifests))
+    if checkpoint:
+        _check_shapes(checkpoint.folder, parameter_shapes(config, checked.prepared.token_grid))
+        checked.stream.load_state_dict(checkpoint.state["stream"])
+    return Standing(checkpoint, finished)
+
+
+def check_run(config: PretrainConfig, world_size: int) -> tuple[Checked, Standing]:
+    """Ask everything that can be refused before the first step, without a rank and without writing anything.
+
+    Raises
+    ------
+    BoldForgeError
+        In one sentence, with the mend.
+    """
+    _check_place(config.out)
+    check_free(config.out)
+    checked = check_recipe(config, world_size)
+    return checked, check_folder(config, checked)
+
+
+def parameter_shapes(config: PretrainConfig, token_grid: TokenGrid) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter by name; nothing of the network's size is allocated."""
+    with torch.device("meta"):
+        model = NeuroStorm(config.model, token_grid)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a run folder that cannot be made or written."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(f"out is {out}, but {there} is a file; choose another folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"out is {out}, but {there} cannot be written to; choose another folder.")
+
+
+def _check_scales(readers: Sequence[ShardReader], heldout: HeldoutClips) -> None:
+    """Refuse runs that hold NaN: those of the held-out clips, and all of a dataset that is small enough to look at.
+
+    Stored frames are whole numbers, so that NaN can only be in a run's means and scales. What lies at an address is
+    not fetched for it; the loop names such a run when it meets it.
+    """
+    measured = {(dataset, run) for dataset, run, _ in heldout.clips}
+    for dataset, reader in enumerate(readers):
+        manifest = reader.manifest
+        if manifest.remote is not None:
+            continue
+        runs = range(manifest.n_runs) if manifest.n_runs <= _RUNS_LOOKED_AT else ()
+        for run in sorted({run for each, run in measured if each == dataset} | set(runs)):
+            if not np.isfinite(reader.scales(run)).all():
+                raise ConfigError(holds_nan(manifest, run))
+
+
+def holds_nan(manifest: Manifest, run: int) -> str:
+    """Say of a run that it holds NaN, and the mend."""
+    return (
+        f"{manifest.place}: run {manifest.runs[run].key} holds NaN or infinity; mend the file that it was made from "
+        "and shard it again."
+    )
+
+
+def _check_shapes(checkpoint: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a checkpoint whose weights have other shapes; only headers are read."""
+    wanted, found = {name: list(shape) for name, shape in shapes.items()}, _weight_shapes(checkpoint)
     for name in (*wanted, *found):
-        if found and wanted.get(name) != found.get(name):
+        if wanted.get(name) != found.get(name):
             raise ConfigError(
-                f"{steps[-1]}: {name} is {found.get(name, 'missing')} there and {wanted.get(name, 'missing')} in this "
+                f"{checkpoint}: {name} is {found.get(name, 'missing')} there and {wanted.get(name, 'missing')} in this "
                 "recipe's model; use another out folder, or the recipe that the checkpoint was written with."
             )
-    return steps[-1]
 
 
 def _weight_shapes(checkpoint: Path) -> dict[str, list[int]]:
-    """Return the shapes of the weights in a checkpoint; none where its files are of another kind."""
+    """Return the shapes of the weights in a checkpoint."""
     shapes = {}
-    for name in json.loads((checkpoint / "checkpoint.json").read_text())["files"]:
-        if not name.endswith(".safetensors"):
-            continue
-        with safe_open(checkpoint / name, framework="pt") as stream:
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as stream:
             for key in stream.keys():  # noqa: SIM118  (it is no dict)
                 kind, parameter = key.split(":", 1)
                 if kind == "weight":

@@ -89,24 +89,34 @@ def split_record(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     return {key: value for key, value in content.items() if key not in _RECORDED}, recorded
 
 
-def check_lengths(frames: int, manifests: Sequence[Manifest], held: Sequence[Segments]) -> None:
-    """Refuse clips of so many frames where no run of a dataset, or no held-out stretch, is long enough for one.
+def check_lengths(
+    frames: int, manifests: Sequence[Manifest], train: Sequence[Segments], held: Sequence[Segments]
+) -> None:
+    """Refuse clips of so many frames where a dataset has no run, or no stretch on either side, that holds one.
 
     Raises
     ------
     ConfigError
         Naming both lengths.
     """
-    for manifest, segments in zip(manifests, held, strict=True):
+    for manifest, training, segments in zip(manifests, train, held, strict=True):
         whole = int(manifest.index["n_frames"].max(initial=0))
         if whole < frames:
             raise ConfigError(
                 f"{manifest.place}: the longest run has {whole} frames, a clip needs model.frames = {frames}; lower "
                 f"model.frames, or make shards of longer runs or of a shorter TR (now {manifest.recipe.tr:g} s)."
             )
-        longest = max((segment.stop - segment.start for segment in segments), default=0)
-        if longest < frames:
-            raise ConfigError(
-                f"{manifest.place}: the longest held-out stretch has {longest} frames, a clip needs model.frames = "
-                f"{frames}; raise holdout.fraction, or lower model.frames."
-            )
+        for side, mend, longest in (
+            ("stretch to train on", "lower", _longest(training)),
+            ("held-out stretch", "raise", _longest(segments)),
+        ):
+            if longest < frames:
+                raise ConfigError(
+                    f"{manifest.place}: the longest {side} has {longest} frames, a clip needs model.frames = {frames}; "
+                    f"{mend} holdout.fraction, or lower model.frames."
+                )
+
+
+def _longest(segments: Segments) -> int:
+    _, start, stop = segments.table.T
+    return int((stop - start).max(initial=0))

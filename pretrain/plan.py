@@ -10,13 +10,13 @@ from math import prod
 import torch
 
 from boldforge.pretrain.activations import activation_bytes, block_bytes
-from boldforge.pretrain.checks import Prepared
+from boldforge.pretrain.checks import Prepared, parameter_shapes
 from boldforge.pretrain.config import BUCKET_ELEMENTS, LIVE_PARAMETERS, PretrainConfig
 from boldforge.pretrain.flops import Flops, clip_flops
 from boldforge.pretrain.merging import frames_at
-from boldforge.pretrain.model import MASK_TOKEN_NAMES, NeuroStorm
+from boldforge.pretrain.model import MASK_TOKEN_NAMES
 from boldforge.pretrain.model_config import ModelConfig
-from boldforge.pretrain.speed_estimate import seconds_per_frame
+from boldforge.pretrain.speed_estimate import Speed, measure_speed
 from boldforge.pretrain.tokens import TokenGrid
 from boldforge.pretrain.visible import visible_tokens
 
@@ -60,8 +60,6 @@ class TrainingPlan:
 
     Attributes
     ----------
-    shapes
-        Of every parameter, by name.
     parameters, encoder_parameters
         Of the network, and of it without its decoder and its mask tokens.
     tokens, seen
@@ -78,7 +76,6 @@ class TrainingPlan:
         By ZeRO stage, 0 to 3.
     """
 
-    shapes: dict[str, tuple[int, ...]]
     parameters: int
     encoder_parameters: int
     tokens: tuple[int, ...]
@@ -103,9 +100,7 @@ def plan_training(config: PretrainConfig, prepared: Prepared, world_size: int) -
         Ranks.
     """
     token_grid = prepared.token_grid
-    with torch.device("meta"):
-        model = NeuroStorm(config.model, token_grid)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = parameter_shapes(config, token_grid)
     parameters = sum(map(prod, shapes.values()))
     in_decoder = sum(prod(shape) for name, shape in shapes.items() if name.split(".")[0] in _DECODER)
     masks_BL = prepared.sampler.sample([(9, config.seed, number) for number in range(_MASKS)])
@@ -120,7 +115,6 @@ def plan_training(config: PretrainConfig, prepared: Prepared, world_size: int) -
     activations = micro_batch * clip_bytes(config, patch, tokens, seen, token_grid.n_voxels)
     activations += (share - micro_batch) * waiting_bytes(config, patch, tokens, token_grid.n_voxels)
     return TrainingPlan(
-        shapes=shapes,
         parameters=parameters,
         encoder_parameters=parameters - in_decoder,
         tokens=tokens,
@@ -183,12 +177,12 @@ def waiting_bytes(config: PretrainConfig, patch_voxels: int, tokens: Sequence[in
     return (_SINGLE * config.model.frames + 1) * n_voxels + tokens[0] * patch_voxels
 
 
-def estimate_seconds_per_frame(
+def estimate_speed(
     config: PretrainConfig, plan: TrainingPlan, patch_voxels: int, world_size: int, device: str
-) -> float:
+) -> Speed:
     """Estimate what a rank takes for a frame on this machine; see `boldforge.pretrain.speed_estimate`."""
     share = 1 if config.zero_stage == 0 else world_size
-    return seconds_per_frame(
+    return measure_speed(
         config.model,
         patch_voxels,
         plan.tokens,

@@ -11,7 +11,6 @@ import yaml
 
 from boldforge.configs import load_config
 from boldforge.data_shards import Atlas, Manifest, atlas_on_grid, load_atlas
-from boldforge.pretrain.checkpoint import newest_checkpoint
 from boldforge.pretrain.config import PretrainConfig
 from boldforge.pretrain.datasets import identity, open_datasets, split_record
 from boldforge.pretrain.evaluate import HeldoutError
@@ -19,6 +18,7 @@ from boldforge.pretrain.export import write_export
 from boldforge.pretrain.region_errors import region_errors, write_map, write_table
 from boldforge.pretrain.regions import RegionTokens
 from boldforge.pretrain.run import Run
+from boldforge.pretrain.run_folder import newest_checkpoint
 from boldforge.pretrain.tokens import scatter_patches
 from boldforge.pretrain.training_state import read_weights
 
@@ -79,7 +79,7 @@ def export_checkpoint(run_dir: str | Path, out: str | Path, checkpoint: Path) ->
     out
         Folder to write.
     checkpoint
-        A folder that `boldforge.pretrain.checkpoint.newest_checkpoint` returned.
+        A folder that `boldforge.pretrain.run_folder.newest_checkpoint` returned.
     """
     content = yaml.safe_load((Path(run_dir) / "config.yaml").read_text())
     config = load_config(PretrainConfig, split_record(content)[0])

@@ -2,10 +2,13 @@
 
 A block of each stage's width runs forward and backward on few tokens, and an optimiser steps over some parameters; the
 rest follows from the numbers of tokens, operations and parameters. Reading clips and communication are left out.
+Everything is timed several times over, in turns, so that the spread shows how far the machine can be trusted.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,12 +19,25 @@ from boldforge.pretrain.model_config import ModelConfig
 
 WIDEST = 512
 """Wider blocks are not run: their time is that of this width, times the ratio of operations."""
+ROUNDS = 7
+_WARM_UPS = 2
+_SHORTEST_SAMPLE = 0.05
+"""Seconds; what is faster runs several times for one sample, or the clock and the scheduler would be what is timed."""
 _TOKENS = {"cpu": 1024, "cuda": 65536}
 _WINDOW = 256
 _PARAMETERS = 1 << 20
 
 
-def seconds_per_frame(
+@dataclass(frozen=True)
+class Speed:
+    """Seconds that one rank takes for a frame: the median of `ROUNDS` measurements, the shortest and the longest."""
+
+    median: float
+    shortest: float
+    longest: float
+
+
+def measure_speed(
     config: ModelConfig,
     patch_voxels: int,
     tokens: Sequence[float],
@@ -30,7 +46,7 @@ def seconds_per_frame(
     batch_size: int,
     bf16: bool,
     device: str,
-) -> float:
+) -> Speed:
     """Estimate the time that one rank takes for a frame: forward, backward, and its share of the optimiser's step.
 
     Parameters
@@ -53,21 +69,32 @@ def seconds_per_frame(
     visits = [depth * rows for depth, rows in zip(config.depths, seen, strict=True)]
     for i, depth in enumerate(config.decoder_depths[::-1] if config.decoder else ()):
         visits[i] += depth * tokens[i]
-    in_blocks = seconds = 0.0
-    for i, rows in enumerate(visits):
-        dim = config.embed_dim * 2**i
-        per_flop = _block_seconds_per_flop(config, min(dim, WIDEST), bf16, device)
-        operations = 3 * rows * sum(block_flops(config, dim))
-        seconds += operations * per_flop
-        in_blocks += operations
+    dims = [config.embed_dim * 2**i for i in range(config.n_stages)]
+    operations = [3 * rows * sum(block_flops(config, dim)) for rows, dim in zip(visits, dims, strict=True)]
     # Embedding, merging, expanding and the last layer are products like those in blocks.
-    seconds *= clip_flops(config, tokens, patch_voxels, seen).step / in_blocks
-    return seconds / config.frames + parameters * _update_seconds(device) / (batch_size * config.frames)
+    rest = clip_flops(config, tokens, patch_voxels, seen).step / sum(operations)
+    widths = [min(dim, WIDEST) for dim in dims]
+    probes = {width: _block(config, width, bf16, device) for width in widths}
+    of_block = {width: 3 * _block_tokens(width, device) * sum(block_flops(config, width)) for width in widths}
+    update = _update(device)
+    found = []
+    for round_ in _timed([*probes.values(), update], device):
+        seconds = dict(zip(probes, round_, strict=False))
+        clip = rest * sum(
+            count * seconds[width] / of_block[width] for count, width in zip(operations, widths, strict=True)
+        )
+        step = parameters * round_[-1] / _PARAMETERS
+        found.append((clip + step / batch_size) / config.frames)
+    return Speed(statistics.median(found), min(found), max(found))
 
 
-def _block_seconds_per_flop(config: ModelConfig, dim: int, bf16: bool, device: str) -> float:
-    """Time a block of this width forward and backward, per operation."""
-    tokens = max(_WINDOW, _TOKENS[device] * 64 // max(dim, 64) // _WINDOW * _WINDOW)
+def _block_tokens(dim: int, device: str) -> int:
+    return max(_WINDOW, _TOKENS[device] * 64 // max(dim, 64) // _WINDOW * _WINDOW)
+
+
+def _block(config: ModelConfig, dim: int, bf16: bool, device: str) -> Callable[[], object]:
+    """Return the forward and backward pass of a block of this width."""
+    tokens = _block_tokens(dim, device)
     mixer = ShiftedMamba(dim, config.d_state, config.d_conv, config.expand, config.backend, config.bidirectional)
     block = Block(dim, mixer, config.mlp_ratio, 0.0).to(device)
     x_BLC = torch.randn(1, tokens, dim, device=device, requires_grad=True)
@@ -78,23 +105,32 @@ def _block_seconds_per_flop(config: ModelConfig, dim: int, bf16: bool, device: s
             y_BLC = block(x_BLC, index)
         y_BLC.backward(torch.ones_like(y_BLC))
 
-    return _shortest(work, device) / (3 * tokens * sum(block_flops(config, dim)))
+    return work
 
 
-def _update_seconds(device: str) -> float:
-    """Time AdamW, per parameter."""
+def _update(device: str) -> Callable[[], object]:
+    """Return a step of AdamW."""
     weights = torch.zeros(_PARAMETERS, device=device, requires_grad=True)
     weights.grad = torch.ones_like(weights)
-    return _shortest(torch.optim.AdamW([weights]).step, device) / _PARAMETERS
+    return torch.optim.AdamW([weights]).step
 
 
-def _shortest(work: Callable[[], object], device: str, runs: int = 3) -> float:
-    """Return the wall time of the shortest of a few runs after one to warm up."""
-    times = []
-    for _ in range(runs + 1):
-        began = time.perf_counter()
+def _timed(works: Sequence[Callable[[], object]], device: str) -> list[list[float]]:
+    """Time every piece of work once in every round; the wall seconds of one run each, [ROUNDS][len(works)]."""
+    repeats = []
+    for work in works:
+        for _ in range(_WARM_UPS):
+            seconds = _seconds(work, 1, device)
+        repeats.append(max(1, round(_SHORTEST_SAMPLE / seconds)))
+    return [[_seconds(work, count, device) for work, count in zip(works, repeats, strict=True)] for _ in range(ROUNDS)]
+
+
+def _seconds(work: Callable[[], object], repeats: int, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(repeats):
         work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / repeats

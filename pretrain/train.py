@@ -30,7 +30,7 @@ accelerator_ready()
 
 from boldforge.pretrain.checkpoint import save_checkpoint  # noqa: E402  (imports deepspeed)
 from boldforge.pretrain.results import finish_run  # noqa: E402
-from boldforge.pretrain.run import Run, start_run  # noqa: E402
+from boldforge.pretrain.run import Run, diverged, not_finite, start_run  # noqa: E402
 from boldforge.pretrain.training_state import restore_moments  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,9 @@ def train(config: PretrainConfig) -> Path:
         if rank == 0:
             stack.enter_context(folder_lock(config.out, "pretraining"))
         run = start_run(config, rank, world_size)
+        if run is None:
+            logger.info("%s: finished; nothing is left to do. Weights: %s", config.out, config.out / "export")
+            return config.out
         first = go_on(run)
         batches = iter(run.stream)
         metrics = stack.enter_context(MetricsWriter(config.out, first)) if rank == 0 else None
@@ -135,16 +138,11 @@ def training_step(run: Run, batch: ClipBatch, step: int) -> dict[str, float]:
 
 def lost(run: Run, batch: ClipBatch, step: int) -> BoldForgeError:
     """Say why a step's loss is not a number; the checkpoints before it are whole."""
-    start = f"step {step + 1}: the loss is not a finite number"
+    figure = f"step {step + 1}: the loss"
     finite_B = batch.dequantise().isfinite().flatten(1).all(dim=1)
     if not finite_B.all():
-        manifest = run.manifests[int(batch.dataset[~finite_B][0])]
-        key = manifest.runs[int(batch.run[~finite_B][0])].key
-        return BoldForgeError(f"{start}, because run {key} holds NaN or infinity; mend the file and shard it again.")
-    return BoldForgeError(
-        f"{start}, though the data are; lower optimizer.lr (now {run.config.optimizer.lr:g}), set "
-        "optimizer.gradient_clipping, or use precision fp32, in a new out folder or from the last checkpoint."
-    )
+        return not_finite(figure, run.manifests[int(batch.dataset[~finite_B][0])], int(batch.run[~finite_B][0]))
+    return diverged(figure, run.config)
 
 
 def clip_keys(run: Run, batch: ClipBatch, step: int) -> list[tuple[int, ...]]:

@@ -96,3 +96,20 @@ def test_bad_atlases_are_explained(tmp_path):
     (tmp_path / "table.txt").write_text("one Precentral_L\n")
     with pytest.raises(AtlasError, match="line 1"):
         load_atlas("aal3", tmp_path / "table.txt")
+
+
+@pytest.mark.parametrize("name", ["labels.txt", "atlas.nii", "atlas.nii.gz"])
+def test_a_text_file_in_place_of_an_atlas_is_called_what_it_is(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("1 Precentral_L\n2 Precentral_R\n")
+    with pytest.raises(AtlasError, match=f"{name}: is not a NIfTI file; expected a 3D volume in a .nii or .nii.gz"):
+        load_atlas(path)
+
+
+def test_a_damaged_atlas_is_to_be_copied_again(tmp_path):
+    whole = np.random.default_rng(0).integers(0, 9, (12, 12, 12)).astype(np.int16)
+    path = tmp_path / "atlas.nii.gz"
+    nib.save(nib.Nifti1Image(whole, np.eye(4)), path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(AtlasError, match=r"cannot be read as a NIfTI volume .*; copy it again"):
+        load_atlas(path)

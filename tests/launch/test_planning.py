@@ -4,6 +4,9 @@ import re
 
 import pytest
 
+from boldforge.launch import planning
+from boldforge.pretrain.speed_estimate import Speed
+
 SMALL = [
     *("model.frames=4", "model.embed_dim=8", "model.depths=[1,2]", "model.decoder_depths=[1]", "model.d_state=4"),
     *("batch_size=4", "micro_batch_size=2", "holdout.fraction=0.2"),
@@ -33,7 +36,12 @@ def test_it_prints_memory_operations_and_speed_and_writes_nothing(dry_run, real_
         *parts, total = map(float, numbers.split())
         assert total == pytest.approx(sum(parts), abs=0.004)
     assert re.search(r"GFLOP a frame, forward and backward; \d+% of them in scans", done.stdout)
-    assert re.search(r"About [\d.]+ frames/s a rank on this CPU, .* an estimate", done.stdout)
+    speed = r"About ([\d.,]+) frames/s on this machine, where 2 ranks of \d+ threads? share \d+ cores? "
+    speed += r"\(([\d.,]+) to ([\d.,]+) in 7 measurements\), [\d.,]+ \w+ for 200 steps: an estimate"
+    found = re.search(speed, done.stdout)
+    assert found
+    rate, low, high = (float(number.replace(",", "")) for number in found.groups())
+    assert 0 < low <= rate <= high
     assert re.search(r"data +[\d,]+ frames to train on; 200 steps see each about [\d.]+ times", done.stdout)
 
 
@@ -41,6 +49,46 @@ def test_a_grid_does_for_shards(dry_run, tmp_path):
     done = dry_run("--grid", "mni4mm", f"shards={tmp_path / 'none'}")
     assert done.returncode == 0, done.stderr
     assert "grid mni4mm, no shards looked at" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cores", "rate", "lasts"),
+    [
+        (1, 4, "0.50", "3.3 hours"),
+        (4, 4, "2.0", "50 minutes"),
+        (64, 4, "2.0", "50 minutes"),
+        (3, 1, "0.50", "3.3 hours"),
+    ],
+)
+def test_ranks_that_the_machine_has_no_core_for_add_no_speed(monkeypatch, ranks, cores, rate, lasts):
+    monkeypatch.setattr(planning, "usable_cores", lambda: cores)
+    monkeypatch.setattr(planning.torch, "get_num_threads", lambda: 1)
+    said = planning._speed(Speed(median=2.0, shortest=1.0, longest=4.0), ranks, "cpu", 300, 6000)
+    assert said.startswith(f"About {rate} frames/s on this machine, where {ranks} rank")
+    assert f"{lasts} for 300 steps" in said
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0.00123, "0.0012"), (0.996, "1.0"), (1.14, "1.1"), (9.96, "10"), (99.7, "100"), (128, "130"), (7961, "8,000")],
+)
+def test_numbers_have_two_digits(number, text):
+    assert planning.two_digits(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.02, "0.020 seconds"),
+        (45, "45 seconds"),
+        (95, "1.6 minutes"),
+        (7200, "2.0 hours"),
+        (3e5, "3.5 days"),
+        (3e8, "9.5 years"),
+    ],
+)
+def test_a_time_has_the_unit_that_suits_it(seconds, text):
+    assert planning.duration(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,21 @@ def test_what_was_done_before_a_resume_does_not_count_as_speed(quiet, monkeypatc
     assert later == "pretrain: 90 % (90/100 steps, 2 steps/s, 5 s left)"
 
 
+def test_the_last_line_counts_the_steps_of_this_start_alone(quiet):
+    with progress("pretrain", "steps", quiet, before=80) as on_progress:
+        for done in range(81, 101):
+            on_progress(done, 100)
+    assert _lines(quiet)[-1].startswith("pretrain: done, 20 steps in ")
+
+
+def test_on_a_terminal_a_resumed_run_has_no_rate_before_its_first_new_step():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with progress("pretrain", "steps", console) as on_progress:
+        on_progress(5_000_000, 10_000_000)
+    assert "5000000/10000000" in console.file.getvalue()
+    assert "steps/s" not in console.file.getvalue()
+
+
 @pytest.mark.parametrize("calls", [[], [(0, 0)], [(3, 3), (3, 3)]])
 def test_no_work_repeated_calls_and_an_empty_total_are_fine(quiet, calls):
     with progress("x", "runs", quiet) as on_progress:

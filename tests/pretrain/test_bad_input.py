@@ -14,7 +14,7 @@ from boldforge.configs import ConfigError, load_config
 from boldforge.data_shards import DataRecipe, build_shards, find_runs, load_manifest
 from boldforge.pretrain import MaskConfig, MaskSampler, PretrainConfig, TokenGrid, region_tokens
 from boldforge.pretrain.region_errors import COLUMNS
-from boldforge.pretrain.run import changes
+from boldforge.pretrain.run_folder import changes
 
 DATA = Path(__file__).parents[1] / "data"
 TINY = [

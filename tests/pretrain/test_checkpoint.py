@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from boldforge.configs import ConfigError, load_config
 from boldforge.pretrain import PretrainConfig, checkpoint
-from boldforge.pretrain.run import _claim_folder
+from boldforge.pretrain.run_folder import check_same_run, newest_checkpoint, record
 
 
 @pytest.fixture
@@ -29,17 +30,16 @@ def test_one_just_written_outlives_a_damaged_later_one(save, tmp_path: Path):
     save(4, 3)
     (tmp_path / "step-00000004" / "state-0.bin").write_bytes(b"damaged")
     assert save(3, 1) == ["step-00000003"]
-    assert checkpoint.newest_checkpoint(tmp_path).name == "step-00000003"
+    assert newest_checkpoint(tmp_path).name == "step-00000003"
 
 
 @pytest.mark.parametrize("content", ["", "- a\n", "a: [", "\udcff"])
-def test_a_damaged_record_of_the_recipe_is_one_sentence(save, tmp_path: Path, monkeypatch, content: str):
-    config = load_config(PretrainConfig, "pretrain/tiny.yaml", ["shards=s", f"out={tmp_path / 'run'}"])
-    _claim_folder(config, {})
-    _claim_folder(config, {})
-    record = config.out / "config.yaml"
-    record.write_bytes(content.encode(errors="surrogateescape"))
-    monkeypatch.setattr("boldforge.pretrain.run.newest_checkpoint", lambda folder: folder)
+def test_a_damaged_record_of_the_recipe_is_one_sentence(tmp_path: Path, content: str):
+    config = load_config(PretrainConfig, "pretrain/tiny.yaml", ["shards=s", f"out={tmp_path}"])
+    path = tmp_path / "config.yaml"
+    check_same_run(config, {})
+    path.write_text(yaml.safe_dump(record(config, {})))
+    check_same_run(config, {})
+    path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=r"config.yaml: is damaged, .* put the recipe back there, or use another out"):
-        _claim_folder(config, {})
-    assert record.read_bytes() == content.encode(errors="surrogateescape")
+        check_same_run(config, {})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from boldforge.configs import ConfigError, load_config
 from boldforge.data_shards import (
@@ -77,7 +78,8 @@ def test_a_recipe_names_one_dataset_or_several(shards: object, paths: list[str],
     [
         ([], "shards"),
         ([{"path": "a", "weight": 0}], "weight"),
-        ([{"path": "a", "wieght": 1}], "wieght"),
+        ([{"path": "a", "wieght": 1}], r"unknown key 'shards\.0\.wieght'; did you mean 'weight'\?"),
+        (["b", {"path": "a", "zzz": 1}], r"unknown key 'shards\.1\.zzz'; valid keys are path, weight\."),
         ([{"path": "a", "weight": float("nan")}], "weight"),
         (7, "shards"),
         ("", "shards"),
@@ -104,6 +106,14 @@ def test_a_recipe_with_a_password_is_refused_without_repeating_it(url: str, tmp_
         assert "CRET" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"key 'shards.*is '[a-z]+://…', but: [a-z]+://h(ost)?: expected an address"):
         config(url)
+
+
+@pytest.mark.parametrize("recipe", [PretrainConfig, FinetuneConfig])
+def test_a_config_made_in_python_does_not_repeat_a_password_either(recipe: type) -> None:
+    with pytest.raises(ValidationError) as caught:
+        recipe(shards="https://alice:S3'CRET@host/x", backbone="b", out="o")
+    assert "expected an address without a user, a password" in str(caught.value)
+    assert "CRET" not in str(caught.value) + repr(caught.value)
 
 
 def test_a_folder_may_have_any_name() -> None:

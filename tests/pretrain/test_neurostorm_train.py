@@ -14,6 +14,7 @@ import yaml
 from boldforge.configs import ConfigError, load_config
 from boldforge.data_shards import ClipStream, DataRecipe, build_shards, find_runs, load_manifest, split_segments
 from boldforge.pretrain import PretrainConfig, load_pretrained, read_metrics
+from boldforge.pretrain.run_folder import check_same_run
 
 DATA = Path(__file__).parents[1] / "data"
 # Patches of 24 mm and 4 channels: every part of the recipe is there, in two steps of a few seconds.
@@ -84,14 +85,14 @@ def test_a_clip_longer_than_what_is_held_out_is_refused_before_the_first_step(sh
     from boldforge.pretrain.datasets import check_lengths
 
     manifest = load_manifest(shards)
-    _, held = split_segments(manifest, config(shards).holdout)
-    check_lengths(4, [manifest], [held])
+    train, held = split_segments(manifest, config(shards).holdout)
+    check_lengths(4, [manifest], [train], [held])
     with pytest.raises(
         ConfigError, match=r"the longest held-out stretch has .* a clip needs model\.frames = 12; raise"
     ):
-        check_lengths(12, [manifest], [held])
+        check_lengths(12, [manifest], [train], [held])
     with pytest.raises(ConfigError, match=r"the longest run has .* a clip needs model\.frames = 64; lower"):
-        check_lengths(64, [manifest], [held])
+        check_lengths(64, [manifest], [train], [held])
 
 
 def test_a_loss_that_is_no_number_names_the_run_that_holds_nan_or_the_learning_rate(shards: Path) -> None:
@@ -103,14 +104,11 @@ def test_a_loss_that_is_no_number_names_the_run_that_holds_nan_or_the_learning_r
     assert "though the data are; lower optimizer.lr (now 5e-05)" in str(lost(run, batch, 6))
     batch.scale[0, 5] = float("nan")
     sentence = str(lost(run, batch, 6))
-    assert sentence.startswith("step 7: the loss is not a finite number, because run sub-happy_task-rest holds NaN")
+    assert sentence.startswith("step 7: the loss is not a finite number, because run sub-happy_task-rest of ")
+    assert f"{shards} holds NaN or infinity; mend the file" in sentence
 
 
-def test_a_run_folder_from_before_these_options_is_still_the_same_run(
-    shards: Path, tmp_path: Path, monkeypatch
-) -> None:
-    from boldforge.pretrain import run
-
+def test_a_run_folder_from_before_these_options_is_still_the_same_run(shards: Path, tmp_path: Path) -> None:
     mine = load_config(PretrainConfig, "configs/pretrain/tiny.yaml", [f"shards={shards}", f"out={tmp_path}"])
     before = mine.model_dump(mode="json") | {"manifest_hash": "abc"}
     for section, keys in {"model": ("prompts", "mask_tokens", "decoder", "last_shifted"), "mask": ("time",)}.items():
@@ -118,7 +116,6 @@ def test_a_run_folder_from_before_these_options_is_still_the_same_run(
             del before[section][key]
     del before["loss"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
-    monkeypatch.setattr(run, "newest_checkpoint", lambda folder: folder)
-    run._claim_folder(mine, {"manifest_hash": "abc"})
+    check_same_run(mine, {"manifest_hash": "abc"})
     with pytest.raises(ConfigError, match="this run was started with manifest_hash = abc, now it is xyz"):
-        run._claim_folder(mine, {"manifest_hash": "xyz"})
+        check_same_run(mine, {"manifest_hash": "xyz"})

@@ -4,31 +4,23 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch.autograd.graph import saved_tensors_hooks
 
 from boldforge.configs import BoldForgeError, load_config, recipe_names
 from boldforge.data_shards import brain_mask, get_grid, load_atlas
-from boldforge.pretrain import NeuroStorm, Objective, PretrainConfig, make_targets
+from boldforge.pretrain import NeuroStorm, Objective, PretrainConfig, make_targets, speed_estimate
 from boldforge.pretrain.activations import block_bytes
-from boldforge.pretrain.checks import (
-    Prepared,
-    check_backend,
-    check_batch,
-    check_checkpoint,
-    check_data,
-    prepare_masks,
-)
+from boldforge.pretrain.checks import Prepared, check_run, prepare_masks
 from boldforge.pretrain.config import BUCKET_ELEMENTS
 from boldforge.pretrain.evaluate import counted_voxels
-from boldforge.pretrain.plan import TrainingPlan, clip_bytes, estimate_seconds_per_frame, plan_training, rank_memory
+from boldforge.pretrain.plan import TrainingPlan, clip_bytes, estimate_speed, plan_training, rank_memory
 from boldforge.pretrain.regions import RegionVoxels, region_voxels
 
 OWN = ("tiny", "base", "large")
@@ -183,10 +175,20 @@ def test_the_speed_is_estimated_from_what_was_measured() -> None:
     config = recipe("tiny", *SMALL, "precision=fp32")
     plan, prepared = planned(config)
     patch = prepared.token_grid.patch_voxels.shape[1]
-    seconds = estimate_seconds_per_frame(config, plan, patch, 1, "cpu")
+    narrow = estimate_speed(config, plan, patch, 1, "cpu")
     wide = recipe("tiny", *SMALL, "precision=fp32", "model.embed_dim=128")
-    more = estimate_seconds_per_frame(wide, planned(wide)[0], patch, 1, "cpu")
-    assert 0 < seconds < more
+    more = estimate_speed(wide, planned(wide)[0], patch, 1, "cpu")
+    assert 0 < narrow.shortest <= narrow.median <= narrow.longest
+    assert narrow.median < more.median
+
+
+def test_every_piece_of_work_runs_in_every_round_after_warming_up() -> None:
+    ran: list[str] = []
+    rounds = speed_estimate._timed([lambda: ran.append("a"), lambda: time.sleep(0.06) or ran.append("b")], "cpu")
+    assert len(rounds) == speed_estimate.ROUNDS and all(len(each) == 2 for each in rounds)
+    assert ran.count("b") == speed_estimate.ROUNDS + speed_estimate._WARM_UPS
+    assert ran.count("a") > 100 * speed_estimate.ROUNDS, "what is short runs often, or the clock is what is timed"
+    assert all(a < 1e-3 < 0.06 <= b for a, b in rounds)
 
 
 REFUSED = {
@@ -197,6 +199,9 @@ REFUSED = {
     "mask.atlas=elsewhere.nii.gz": "none of its 1 regions meets the brain of grid mni4mm",
     "model.patch_mm=7": "model.patch_mm is 7, no multiple of the grid's voxels",
     "model.backend=cuda": "model.backend is cuda, which cannot be used here",
+    "holdout.fraction=0.95": "the longest stretch to train on has .* frames, a clip needs model.frames = 8; lower",
+    "loss.background=true": "loss.background is true, but these shards store brain voxels only",
+    "out=elsewhere.nii.gz/run": "out is elsewhere.nii.gz/run, but .*elsewhere.nii.gz is a file",
 }
 
 
@@ -211,31 +216,7 @@ def test_what_can_be_known_before_the_first_step_is_refused(
     far[:3, 3] = 1000
     nib.Nifti1Image(np.ones((4, 4, 4), dtype=np.int16), far).to_filename("elsewhere.nii.gz")
     with pytest.raises(BoldForgeError, match=REFUSED[change]):
-        config = recipe("tiny", f"shards={real_shards}", "batch_size=4", change)
-        check_batch(config, 2)
-        check_backend(config)
-        manifests, _ = check_data(config)
-        prepare_masks(config, manifests[0].grid, manifests[0])
-
-
-def write_checkpoint(folder: Path, **weights: Any) -> None:
-    folder.mkdir(parents=True)
-    save_file({f"weight:{name}": torch.zeros(shape) for name, shape in weights.items()}, folder / "s.safetensors")
-    (folder / "checkpoint.json").write_text(json.dumps({"files": {"s.safetensors": [1, "x"]}}))
-
-
-def test_a_checkpoint_of_another_shape_is_named(tmp_path: Path) -> None:
-    config = recipe("tiny", f"out={tmp_path}")
-    assert check_checkpoint(config, {"a": (2, 3)}) is None
-    write_checkpoint(tmp_path / "checkpoints/step-00000002", a=(2, 3))
-    newest = check_checkpoint(config, {"a": (2, 3)})
-    assert newest is not None and newest.name == "step-00000002"
-    with pytest.raises(BoldForgeError, match=r"step-00000002: a is \[2, 3\] there and \[2, 4\] in this recipe's model"):
-        check_checkpoint(config, {"a": (2, 4)})
-    with pytest.raises(BoldForgeError, match=r"a is \[2, 3\] there and missing"):
-        check_checkpoint(config, {})
-    (tmp_path / "checkpoints/step-00000002/s.safetensors").write_bytes(b"torn")
-    assert check_checkpoint(config, {"a": (9,)}) == newest, "a damaged one is for the run to pass over"
+        check_run(recipe("tiny", f"shards={real_shards}", "batch_size=4", change), 2)
 
 
 def test_every_recipe_can_be_planned() -> None:

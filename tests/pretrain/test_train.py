@@ -165,7 +165,7 @@ def test_a_folder_that_another_run_writes_to_is_refused(real_shards: Path, tmp_p
 def test_a_damaged_checkpoint_is_passed_over(finished: Path, tmp_path: Path) -> None:
     import shutil
 
-    from boldforge.pretrain.checkpoint import newest_checkpoint
+    from boldforge.pretrain.run_folder import newest_checkpoint
 
     copy = tmp_path / "checkpoints"
     shutil.copytree(finished / "checkpoints", copy)
@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished: Path, tmp_path: Path) -> 
 
 def test_a_batch_the_ranks_cannot_share_is_refused() -> None:
     from boldforge.pretrain import PretrainConfig
-    from boldforge.pretrain.run import check_batch
+    from boldforge.pretrain.checks import check_batch
 
     config = PretrainConfig(shards=Path("shards"), out=Path("out"), batch_size=6, micro_batch_size=2)
     with pytest.raises(ConfigError, match="batch_size is 6, which 4 ranks cannot share"):
