@@ -277,14 +277,7 @@ def load_adapter(folder: str | Path, backbone: Backbone, force: bool = False) ->
 
 def _check_base(folder: Path, content: Mapping[str, Any], backbone: Backbone, force: bool) -> None:
     """Refuse a base with other weights, another atlas or another input than the adapter was trained on."""
-    recorded = content.get("data", {})
-    differing = []
-    if content["base_weights_hash"] != backbone.weights_hash:
-        differing.append(f"weights hash {backbone.weights_hash} instead of {content['base_weights_hash']}")
-    found, expected = _flat(backbone.data), _flat(recorded)
-    for name in expected:
-        if name.split(".")[0] in ("atlas_sha256", *_INPUT, *_CUBE) and found.get(name) != expected[name]:
-            differing.append(f"{name} {found.get(name)} instead of {expected[name]}")
+    differing = base_differences(content, backbone)
     if not differing:
         return
     said = f"{folder}: the encoder given is not the one this adapter was trained on ({', '.join(differing)})"
@@ -294,6 +287,18 @@ def _check_base(folder: Path, content: Mapping[str, Any], backbone: Backbone, fo
             "on, or finetune again (--force-base, or force=True, takes it all the same)."
         )
     logger.warning("%s; taken all the same, as asked: its figures do not hold here.", said)
+
+
+def base_differences(content: Mapping[str, Any], backbone: Backbone) -> list[str]:
+    """Say how weights, atlas and input differ from those that a ``task.json`` records; empty on the same base."""
+    differing = []
+    if content["base_weights_hash"] != backbone.weights_hash:
+        differing.append(f"weights hash {backbone.weights_hash} instead of {content['base_weights_hash']}")
+    found, expected = _flat(backbone.data), _flat(content.get("data", {}))
+    for name in expected:
+        if name.split(".")[0] in ("atlas_sha256", *_INPUT, *_CUBE) and found.get(name) != expected[name]:
+            differing.append(f"{name} {found.get(name)} instead of {expected[name]}")
+    return differing
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from boldforge.finetune.sweep_journal import Journal, SweepError
 from boldforge.finetune.sweep_results import Tested, TrialResult, best_epoch, choose, write_results
 from boldforge.finetune.sweep_rungs import Halving, Rounds, Segment
 from boldforge.finetune.sweep_space import OF_TRAINING, Sampler, SpaceConfig, Span, ask_tpe, draw, grid
+from boldforge.finetune.tasks import OF_PARTS
 from boldforge.finetune.trial import TrialSpec, has_diverged, read_best, read_curve
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,16 @@ class SweepConfig(StudyConfig):
         if not isinstance(backbone, Path):
             raise ValueError("a sweep over LoRA ranks adapts pretrained weights; give their folder")
         return backbone
+
+    @field_validator("task")
+    @classmethod
+    def _of_subjects(cls, task: str) -> str:
+        if task in OF_PARTS:
+            raise ValueError(
+                f"a sweep tests whole subjects, but the rows of task {task!r} are parts of them; use boldforge "
+                f"finetune --task {task}, once for each adapter.rank"
+            )
+        return task
 
     @field_validator("adapter")
     @classmethod

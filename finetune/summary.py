@@ -111,7 +111,7 @@ def summarise(
     clusters = None if blocks is None else blocks.clusters
     permuted = permutation_test(truth, score, sites if blocks is None else blocks.runs, seed, headline=_headline(task))
     if hasattr(task, "chance_test"):
-        permuted = {"p_within_sites": task.chance_test(model.score[0], seed)["p"]}
+        permuted = {"p_within_sites": task.chance_test(truth, model.score[0], seed)["p"]}
     figures = model.figures(truth)
     summary: dict[str, Any] = {
         "rows": task.rows,
@@ -125,10 +125,13 @@ def summarise(
         "baselines": {},
     }
     for name, other in baselines.items():
+        # A margin is no probability, so what measures probabilities says nothing of it.
+        undefined = {"brier"} if BASELINES[name].model == "svm" else set()
+        intervals = other.intervals(truth, seed, clusters)
         summary["baselines"][name] = {
             "says": BASELINES[name].says(task.kind),
-            "figures": other.figures(truth),
-            "intervals": other.intervals(truth, seed, clusters),
+            "figures": {key: None if key in undefined else value for key, value in other.figures(truth).items()},
+            "intervals": {key: ends for key, ends in intervals.items() if key not in undefined},
             "model_minus_baseline": compare(
                 truth, score, other.mean(), seed, headline=_headline(task), clusters=clusters
             ),

@@ -26,8 +26,9 @@ import boldforge
 from boldforge.configs import BoldForgeError
 from boldforge.finetune import ADAPTER_FILES, Classifier, NeuroStormBackbone, load_adapter, read_task
 from boldforge.finetune.backbone import Backbone, fit_to_data
+from boldforge.finetune.classifier import base_differences
 from boldforge.launch.model_card import render_card
-from boldforge.pretrain import load_pretrained
+from boldforge.pretrain import Pretrained, load_pretrained
 
 _PROBE_SEED = 0
 # Float32 on another processor, thread count or version of torch: a wrong file is off by far more.
@@ -159,7 +160,7 @@ def write_release(
     replace
         Replace a release that is already there.
     force_base
-        Release an adapter with weights it was not trained on; ``config.json`` and the card say so.
+        Release an adapter even with weights it was not trained on; ``config.json`` and the card then say so.
 
     Raises
     ------
@@ -181,7 +182,8 @@ def write_release(
             config["embedding"] = {"pool": read_task(adapter)["pool"]}
             _copy_adapter(adapter, staged / "adapter")
             config["adapter"] = {"files": {path.name: _sha256(path) for path in sorted((staged / "adapter").iterdir())}}
-            config["adapter"] |= {"forced_base": True} if force_base else {}
+            forced = force_base and _is_other_base(loaded, adapter)
+            config["adapter"] |= {"forced_base": True} if forced else {}
         _write_json(staged / "config.json", config)
         model = from_pretrained(staged)
         config["embedding"] = {"pool": model.backbone.pool, "dim": model.backbone.dim}
@@ -194,6 +196,13 @@ def write_release(
             shutil.rmtree(out)
         staged.rename(out)
     return out
+
+
+def _is_other_base(pretrained: Pretrained, adapter: Path) -> bool:
+    """Whether an adapter was trained on other weights, or on other input, than these."""
+    task = read_task(adapter)
+    fitted = fit_to_data(pretrained, task.get("data", {}))
+    return bool(base_differences(task, NeuroStormBackbone(fitted, task["pool"])))
 
 
 def probe(model: LoadedModel) -> dict[str, Any]:

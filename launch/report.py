@@ -253,7 +253,9 @@ def _read_sweep(folder: Path) -> Section:
 def _adapted(results: Mapping[str, Any]) -> dict[str, Any]:
     """Figures and ROC curve that a finetuning and a sweep share."""
     tested = results["figures"]
-    selects_by = results.get("compared_by") or next(name for name in ("auc", "r2") if name in tested)
+    selects_by = results.get("compared_by") or next((name for name in ("auc", "r2", "top1") if name in tested), None)
+    if selects_by is None:
+        raise ValueError("the figures hold none of auc, r2 and top1, by which models are compared")
     roc = results.get("roc")
     return {
         "figures": {name.replace("_", " "): tested[name] for name in FIGURES if name in tested},

@@ -26,6 +26,7 @@ _OPENED: Mapping[str, Callable[[Manifest, EventsConfig, int], tuple[Task, Cohort
     "retrieval": open_retrieval,
     "reidentify": open_reidentification,
 }
+OF_PARTS = tuple(_OPENED)
 # By a trained head's classes and tensors.
 _TRAINED: Mapping[str, Callable[[Sequence[str], Mapping[str, Tensor]], Task]] = {
     "states": lambda classes, tensors: TaskState(classes),
@@ -110,6 +111,7 @@ class _TwoTexts(TwoClasses):
 __all__ = [
     "AdhdDiagnosis",
     "Criterion",
+    "OF_PARTS",
     "TASK_CHOICES",
     "Task",
     "TaskState",

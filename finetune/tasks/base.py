@@ -16,7 +16,7 @@ class Task(Protocol):
     """One question asked of a subject, or of a part of one.
 
     It may also be `Matching`, `Comparing` or `Arranging`. ``every_class_trains`` is false where a label may be missing
-    among the training rows; ``chance_test(scores, seed)`` takes the place of permuted labels.
+    among the training rows; ``chance_test(labels, scores, seed)`` takes the place of permuted labels.
     """
 
     name: str

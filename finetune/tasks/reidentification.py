@@ -115,11 +115,16 @@ class Reidentification:
         """Return the share of recordings whose most similar one is of the same person."""
         return float((np.asarray(scores)[:, 0] == 1).mean())
 
-    def chance_test(self, scores: npt.NDArray[Any], seed: int) -> dict[str, float]:
-        """Say how often guessing among the candidates finds as many people."""
+    def chance_test(self, labels: npt.ArrayLike, scores: npt.NDArray[Any], seed: int) -> dict[str, float]:
+        """Say how often guessing among the candidates finds as many people.
+
+        Recordings of one person are often each other's best match, so a guess is right for all of them or for none.
+        """
         rank, candidates, matches = np.asarray(scores, dtype=np.float64).T
+        names, person = np.unique(np.asarray(labels), return_inverse=True)
         generator = np.random.default_rng([seed, len(rank), 4])
-        guessed = (generator.random((_DRAWS, len(rank))) < matches / candidates).sum(axis=1)
+        drawn = generator.random((_DRAWS, len(names)))[:, person]
+        guessed = (drawn < matches / candidates).sum(axis=1)
         return {"p": float((1 + (guessed >= (rank == 1).sum()).sum()) / (1 + _DRAWS))}
 
     def strata(self, labels: Sequence[float]) -> list[int]:

@@ -283,3 +283,9 @@ def test_a_key_that_a_sweep_does_not_read_is_refused_and_not_recorded(planted, s
 def test_ranks_that_make_no_sense_are_refused(ranks):
     with pytest.raises(ConfigError, match="ranks"):
         _config("shards", "encoder", "out", ranks=ranks)
+
+
+@pytest.mark.parametrize("task", ["states", "retrieval", "reidentify"])
+def test_tasks_whose_rows_are_parts_of_subjects_are_refused_where_the_recipe_is_read(task):
+    with pytest.raises(ConfigError, match=rf"task '{task}' are parts.*use boldforge finetune --task {task}"):
+        _config("shards", "encoder", "out", task=task)

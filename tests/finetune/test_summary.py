@@ -41,3 +41,17 @@ def test_no_score_reaches_a_half_and_every_site_still_has_its_ill_found():
     model.put(0, range(20), 0.2 + 0.1 * np.array(labels), 0.25)
     for row in summarise(model, {}, labels, ["KKI"] * 10 + ["NYU"] * 10, 0)["sites"]:
         assert (row["sensitivity"], row["specificity"], row["accuracy"]) == (1.0, 1.0, 1.0)
+
+
+def test_a_margin_has_no_brier_score(monkeypatch):
+    monkeypatch.setattr(summary, "compare", partial(summary.compare, draws=20))
+    labels = [0, 1] * 10
+    model = Scores.empty(AdhdDiagnosis(), 1, 20)
+    model.put(0, range(20), np.linspace(0, 1, 20), 0.5)
+    beside = summarise(model, {"connectivity": model, "connectivity-svm": model}, labels, ["KKI"] * 20, 0)["baselines"]
+    assert beside["connectivity"]["figures"]["brier"] > 0 and "brier" in beside["connectivity"]["intervals"]
+    assert (
+        beside["connectivity-svm"]["figures"]["brier"] is None
+        and "brier" not in beside["connectivity-svm"]["intervals"]
+    )
+    assert beside["connectivity-svm"]["figures"]["auc"] == beside["connectivity"]["figures"]["auc"]

@@ -45,6 +45,17 @@ def test_a_release_embeds_bit_for_bit_as_the_run_it_came_from(release, pretraini
     assert torch.equal(embedding, theirs.embed(clips))
 
 
+def test_only_a_base_that_had_to_be_forced_is_called_so(release, pretraining, adapter, tmp_path):
+    asked = write_release(pretraining, tmp_path / "asked", adapter, force_base=True)
+    assert (asked / "config.json").read_text() == (release / "config.json").read_text()
+    other = shutil.copytree(adapter, tmp_path / "other")
+    task = json.loads((other / "task.json").read_text())
+    (other / "task.json").write_text(json.dumps(task | {"base_weights_hash": "0" * 64}))
+    forced = write_release(pretraining, tmp_path / "forced", other, force_base=True)
+    assert json.loads((forced / "config.json").read_text())["adapter"]["forced_base"] is True
+    assert from_pretrained(forced).classifier is not None
+
+
 def test_the_recorded_probe_is_what_a_fresh_load_computes(release):
     recorded = json.loads((release / "config.json").read_text())["probe"]
     assert recorded == probe(from_pretrained(release))

@@ -223,3 +223,15 @@ def test_the_brains_left_is_on_the_pictures_left():
     left, right = picture[height // 2, int(width * 0.3)], picture[height // 2, int(width * 0.7)]
     assert left[0] > left[2], "the hidden left half is red (+2)"
     assert right[2] > right[0], "the right half is blue (−2)"
+
+
+def test_a_sweep_of_any_task_is_shown_or_refused_in_a_sentence(sweep, tmp_path):
+    folder = shutil.copytree(sweep, tmp_path / "sweep")
+    results = json.loads((folder / "sweep.json").read_text())
+    trials = [trial | {"validation_top1": 0.5} for trial in results["trials"]]
+    told = {"figures": {"top1": 0.4, "n": 10}, "intervals": {"top1": [0.2, 0.6]}, "roc": None, "best": trials[0]}
+    (folder / "sweep.json").write_text(json.dumps(results | told | {"trials": trials}))
+    assert "top1" in write_report([folder], tmp_path / "page.html").read_text()
+    (folder / "sweep.json").write_text(json.dumps(results | {"figures": {"n": 10}}))
+    with pytest.raises(ReportError, match=r"sweep: its files cannot be shown .*none of auc, r2 and top1"):
+        write_report([folder], tmp_path / "page.html")
