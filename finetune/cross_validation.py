@@ -23,6 +23,7 @@ from boldforge.finetune.results import Prediction, pseudonyms, write_json, write
 from boldforge.finetune.study import Protocol, Study, StudyConfig, open_study
 from boldforge.finetune.summary import Blocks, Scores, summarise
 from boldforge.finetune.tasks import describe_labels
+from boldforge.finetune.tasks.columns import SUBJECT_BASELINES
 
 logger = logging.getLogger(__name__)
 # Where things lie changes nothing; what lies there is told by its hash.
@@ -46,7 +47,7 @@ class FinetuneConfig(StudyConfig):
         None,
         description=f"Plain models measured in the same folds ({_BASELINES_SAY}); +combat after "
         "a name harmonises sites first. None takes the task's own: for "
-        "subjects site, demographics, connectivity and image, for blocks regions and image.",
+        f"subjects {', '.join(SUBJECT_BASELINES)}; for blocks regions and image.",
     )
     keep_folds: bool = Field(
         True, description="Keep each fold's model (of the first repetition), for boldforge attribute; each as adapter/."

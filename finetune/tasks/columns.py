@@ -13,7 +13,7 @@ from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.metrics import auc, binary_metrics, multiclass_auc, multiclass_metrics, r2, regression_metrics
 from boldforge.finetune.tasks.base import Criterion, Kind, Phenotype
 
-SUBJECT_BASELINES = ("site", "demographics", "connectivity", "image")
+SUBJECT_BASELINES = ("site", "demographics", "connectivity", "connectivity-svm", "mean-image", "image")
 
 
 class TwoClasses:

@@ -5,10 +5,11 @@ from nilearn.connectome import ConnectivityMeasure
 from nilearn.maskers import NiftiLabelsMasker
 
 from boldforge.data_shards import ShardReader, atlas_on_grid, load_atlas, load_manifest
+from boldforge.finetune import baselines
 from boldforge.finetune.baselines import BASELINES, baseline_scores, subject_features
 from boldforge.finetune.cohort import find_cohort
 from boldforge.finetune.metrics import auc
-from boldforge.finetune.tasks import AdhdDiagnosis
+from boldforge.finetune.tasks import AdhdDiagnosis, get_task
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,37 @@ def test_the_planted_effect_is_in_the_image_and_not_in_the_site(read):
     parts = np.arange(0, 11), np.arange(11, 16), np.arange(16, 22)
     _, image = baseline_scores("image", AdhdDiagnosis(), features["image"], labels, *parts)
     assert auc(labels[16:], image) == 1.0
+
+
+@pytest.mark.parametrize(("name", "features"), [("connectivity-svm", 301), ("mean-image", 602)])
+@pytest.mark.parametrize("task", ["adhd", "age", "classify:group"])
+def test_a_model_in_the_span_of_the_training_rows_is_the_model_of_all_features(name, features, task, monkeypatch):
+    task, generator = get_task(task, classes=("a", "b", "c")), np.random.default_rng(1)
+    rows = generator.standard_normal((41, features)) * generator.uniform(0.1, 9, features)
+    labels = np.arange(41) % (2 if task.kind == "binary" else 3)
+    rows[:, :7] += labels[:, None]
+    parts = np.arange(0, 23), np.arange(23, 30), np.arange(30, 41)
+    # The intercept's penalty in an SVM makes no difference to the comparison: both have it.
+    quick = baseline_scores(name, task, rows, labels, *parts)
+    monkeypatch.setattr(baselines, "_turned", tuple)
+    plain = baseline_scores(name, task, rows, labels, *parts)
+    for one, other in zip(quick, plain, strict=True):
+        np.testing.assert_allclose(one, other, atol=0.02 * max(1, np.abs(other).max()))
+
+
+def test_the_mean_image_is_read_voxel_by_voxel_and_nothing_else():
+    generator = np.random.default_rng(2)
+    labels = np.arange(40) % 2
+    mean, amplitude = generator.standard_normal((2, 40, 500))
+    mean[:, :60] += 2 * labels[:, None]
+    parts = np.arange(0, 20), np.arange(20, 30), np.arange(30, 40)
+    found = baseline_scores("mean-image", AdhdDiagnosis(), np.hstack([mean, amplitude]), labels, *parts)[1]
+    assert auc(labels[30:], found) == 1.0
+    other = baseline_scores("mean-image", AdhdDiagnosis(), np.hstack([mean, 99 + amplitude]), labels, *parts)[1]
+    np.testing.assert_array_equal(found, other)
+    flat = np.zeros_like(mean)
+    nothing = baseline_scores("mean-image", AdhdDiagnosis(), np.hstack([flat, mean]), labels, *parts)[1]
+    np.testing.assert_allclose(nothing, 0.5)
 
 
 def test_missing_ages_and_unseen_sites_are_no_obstacle():

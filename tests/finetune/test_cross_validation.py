@@ -24,6 +24,7 @@ from boldforge.finetune import (
 from boldforge.finetune.cohort import ClipSet, find_cohort, gather_clips
 from boldforge.finetune.fit import fit
 from boldforge.finetune.study import open_study
+from boldforge.finetune.tasks.columns import SUBJECT_BASELINES
 
 SMALL = {"clips": 3, "folds": 3, "training": {"epochs": 6}, "adapter": {"rank": 2, "first_stage": 1}}
 
@@ -74,7 +75,7 @@ def test_the_result_stands_beside_plain_models_with_intervals_and_a_verdict(fini
     _, results, _ = finished
     low, high = results["intervals"]["auc"]
     assert low <= results["figures"]["auc"] <= high
-    assert set(results["baselines"]) == {"site", "demographics", "connectivity", "image"}
+    assert set(results["baselines"]) == set(SUBJECT_BASELINES)
     site, image = results["baselines"]["site"], results["baselines"]["image"]
     assert abs(site["figures"]["auc"] - 0.5) < 0.25, "diagnosis was dealt evenly over the sites"
     assert image["figures"]["auc"] > 0.8, "the planted effect is one of amplitude"
