@@ -12,7 +12,8 @@ Every cell is kept in a file under --out, so the same command goes on from where
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -127,12 +128,14 @@ def real(out: Path, size: Size, data: Path) -> list[Row]:
 
 def simulated(out: Path, size: Size, data: Path) -> list[Row]:
     """Pretrain on SIMULATED cohorts without labels and probe the frozen encoder; `data` is not used."""
-    shards = []
-    for seed in range(size.seeds):
-        settings = SimulationConfig(n_subjects=size.subjects, n_frames=size.frames, effect=size.effect, seed=seed)
-        shards.append(probe.make_cohort(out / f"SIMULATED-{seed}", settings))
     about = {"recipe": RECIPE, **{key: value for key, value in asdict(size).items() if key in _SIMULATED}}
-    abouts = [{**about, "manifest": load_manifest(each).content_hash} for each in shards]
+    shards: list[Path] = []
+
+    def cohorts() -> Iterator[Cell]:
+        for seed in range(size.seeds):
+            settings = SimulationConfig(n_subjects=size.subjects, n_frames=size.frames, effect=size.effect, seed=seed)
+            shards.append(probe.make_cohort(out / f"SIMULATED-{seed}", settings))
+            yield {**about, "manifest": load_manifest(shards[seed]).content_hash}
 
     def make(strategy: str, seed: int, folder: Path) -> Cell:
         if strategy == "untrained":
@@ -145,7 +148,7 @@ def simulated(out: Path, size: Size, data: Path) -> list[Row]:
         remove(run)
         return {**found, "ratio": summary["heldout_error"] / summary["heldout_baseline"]}
 
-    cells = _cells(out, "simulated", ("baselines", "untrained", *STRATEGIES), abouts, make)
+    cells = _cells(out, "simulated", ("baselines", "untrained", *STRATEGIES), cohorts(), make)
     rows = []
     for name in STRATEGIES:
         # Whether pretraining learned anything at all: own masks, subjects held out of pretraining.
@@ -166,7 +169,7 @@ def simulated(out: Path, size: Size, data: Path) -> list[Row]:
 
 
 def _cells(
-    out: Path, part: str, names: Sequence[str], abouts: Sequence[Cell], make: Callable[[str, int, Path], Cell]
+    out: Path, part: str, names: Sequence[str], abouts: Iterable[Cell], make: Callable[[str, int, Path], Cell]
 ) -> dict[str, list[Cell]]:
     """Make or read every cell, seed after seed, so that what there is can be compared early."""
     (out / "cells").mkdir(parents=True, exist_ok=True)
@@ -191,6 +194,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the cells; default runs/masking")
     parser.add_argument("--json", type=Path, help="write machine and rows to this file")
     chosen = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # or training takes every core, which costs these small networks time
     torch.set_num_threads(1)
     size = QUICK if chosen.quick else Size()
     if chosen.seeds:

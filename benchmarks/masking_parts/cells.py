@@ -33,7 +33,7 @@ RECIPE: dict[str, Any] = {
         "mlp_ratio": 2.0,
     },
     "loss": {"voxel": 1.0, "targets": "values"},
-    "optimizer": {"lr": 2e-3, "warmup_steps": 10, "weight_decay": 0.01, "gradient_clipping": 1.0},
+    "optimizer": {"lr": 4e-3, "warmup_steps": 10, "weight_decay": 0.01, "gradient_clipping": 1.0},
     "batch_size": 2,
     "zero_stage": 0,
     "precision": "fp32",
