@@ -209,11 +209,8 @@ def _open(config: AttributionConfig) -> _Work:
     manifest = open_dataset(config.shards or settings["shards"])
     folder = config.model if single else config.model / "folds" / "1"
     folds = [] if single else read_folds(config.model, manifest.content_hash)
-    if single and read_task(folder)["figures"].get("shards_hash") == manifest.content_hash:
-        raise FinetuneError(
-            f"{config.model}: was trained on these very subjects; give shards of others, or the "
-            "fine-tuning's folder, whose fold models have subjects they did not see."
-        )
+    if single:
+        _check_unseen(folder, manifest)
     classifier = load_classifier(backbone, folder)
     task = classifier.task
     if task.kind not in ("binary", "multiclass", "regression") or task.rows != "subjects":
@@ -248,6 +245,21 @@ def _open(config: AttributionConfig) -> _Work:
     return _Work(
         config, out, manifest, task, cohort, folds, backbone, asked, parts, mask, target, label_N, fold_N, weight_N
     )
+
+
+def _check_unseen(adapter: Path, manifest: Manifest) -> None:
+    """Make sure that an adapter was not trained on these shards."""
+    trained_on = read_task(adapter)["figures"].get("shards_hash")
+    if trained_on is None:
+        raise FinetuneError(
+            f"{adapter / 'task.json'}: does not say which shards it was trained on, so whether it has seen these "
+            "subjects cannot be told; finetune or sweep again with this boldforge."
+        )
+    if trained_on == manifest.content_hash:
+        raise FinetuneError(
+            f"{adapter}: was trained on these very subjects; give shards of others, or the "
+            "fine-tuning's folder, whose fold models have subjects they did not see."
+        )
 
 
 def _load(work: _Work, folder: Path) -> Classifier:

@@ -123,7 +123,9 @@ def write_results(
         "settings": settings,
     }
     folder = config.out / "best"
-    save_adapter(classifier, folder / "adapter", {**shared, "clips_per_subject": config.clips})
+    # By the hash an attribution knows whom the adapter has seen.
+    about = {"clips_per_subject": config.clips, "shards_hash": study.manifest.content_hash}
+    save_adapter(classifier, folder / "adapter", {**shared, **about})
     line = threshold if study.task.kind == "binary" else None
     predictions = [Prediction(subject, score, line, 1) for subject, score in zip(parts["test"], scores, strict=True)]
     write_predictions(folder / "predictions.tsv", predictions, study.task.classes, config.seed)
