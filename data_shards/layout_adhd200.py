@@ -5,7 +5,14 @@ from pathlib import Path
 
 from boldforge.data_shards.dataset_files import files_named, why_refused
 from boldforge.data_shards.nifti import HeaderError, open_bold
-from boldforge.data_shards.phenotype import LayoutError, Phenotype, parse_diagnosis, parse_number, read_table
+from boldforge.data_shards.phenotype import (
+    LayoutError,
+    Phenotype,
+    parse_diagnosis,
+    parse_number,
+    parse_value,
+    read_table,
+)
 from boldforge.data_shards.runs import Run, RunList, Skipped, links_not_entered
 
 # fmt: off
@@ -41,7 +48,8 @@ _SCORES = {
 def find_adhd200(folder: Path, root: Path, band_passed: bool = True) -> RunList:
     """Find Athena volumes below a folder and join them with the phenotype table.
 
-    DX 1, 2 and 3 are all ADHD. Rows whose DX is ``pending`` are left out; a run without a row is skipped with the mend.
+    DX 1, 2 and 3 are all ADHD (``diagnosis``); the code itself is kept as ``dx``. Rows whose DX is ``pending`` are left
+    out; a run without a row is skipped with the mend.
 
     Raises
     ------
@@ -116,6 +124,7 @@ def _run(path: Path, name: re.Match[str], row: dict[str, str], simulated: bool) 
 def _phenotype(row: dict[str, str]) -> Phenotype:
     phenotype: Phenotype = {
         "diagnosis": parse_diagnosis(row.get("DX")),
+        "dx": parse_value(row.get("DX")),
         "age": parse_number(row.get("Age")),
         # The table's key: 0 female, 1 male.
         "sex": {0.0: "F", 1.0: "M"}.get(parse_number(row.get("Gender"))),  # type: ignore[arg-type]

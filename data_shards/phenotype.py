@@ -15,9 +15,7 @@ Phenotype = dict[str, float | str | None]
 # The codes that ADHD-200 and BIDS tables use for "not known".
 MISSING = frozenset({"", "n/a", "na", "nan", "none", "null", "pending", "withheld"})
 _NOT_MEASURED = -999  # comes as an integer and as a float
-_CONTROL = frozenset(
-    {"0", "control", "controls", "hc", "healthy", "td", "tdc", "typically developing children", "none"}
-)
+_CONTROL = frozenset({"0", "control", "controls", "hc", "healthy", "td", "tdc", "typically developing children"})
 _ADHD = frozenset({"1", "2", "3", "adhd", "adhd-combined", "adhd-inattentive", "adhd-hyperactive/impulsive", "patient"})
 _SEX = {"f": "F", "female": "F", "m": "M", "male": "M"}
 
@@ -125,6 +123,9 @@ def parse_sex(text: str | None) -> str | None:
 def canonical(row: dict[str, str], known: frozenset[str]) -> Phenotype:
     """Turn a table row into phenotypes: ``diagnosis``, ``age``, ``sex`` canonical, other columns as they are.
 
+    ``dx`` is the diagnosis as the table has it, so that subtypes stay apart. Of two columns, ``diagnosis`` and ``dx``,
+    each gives its own.
+
     Parameters
     ----------
     row
@@ -133,16 +134,20 @@ def canonical(row: dict[str, str], known: frozenset[str]) -> Phenotype:
         Lower-case names of columns that are not phenotypes (path, subject, …).
     """
     phenotype: Phenotype = {}
+    coded: dict[str, str] = {}
     for name, text in row.items():
         lower = name.lower()
         if lower in known:
             continue
         if lower in {"diagnosis", "dx"}:
-            phenotype["diagnosis"] = parse_diagnosis(text)
+            coded[lower] = text
         elif lower in {"sex", "gender"}:
             phenotype["sex"] = parse_sex(text)
         elif lower == "age":
             phenotype["age"] = parse_number(text)
         else:
             phenotype[name] = parse_value(text)
+    if coded:
+        phenotype["diagnosis"] = parse_diagnosis(coded.get("diagnosis", coded.get("dx")))
+        phenotype["dx"] = parse_value(coded.get("dx", coded.get("diagnosis")))
     return phenotype

@@ -15,7 +15,8 @@ class Run:
     """One 4D recording of one subject in one session.
 
     ``tr`` is in seconds, None where the file's own header is to be asked. ``phenotype`` uses the canonical names
-    ``diagnosis`` (0 control, 1 ADHD), ``age`` (years) and ``sex`` ("F", "M") where they are known.
+    ``diagnosis`` (0 control, 1 ADHD), ``dx`` (the table's own code), ``age`` (years) and ``sex`` ("F", "M") where they
+    are known.
     """
 
     subject: str

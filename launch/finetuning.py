@@ -153,11 +153,18 @@ def _digest(found: RunList, recipe: DataRecipe) -> str:
     """Return a hash of everything that the shards depend on, but for the files' bytes: their sizes and times."""
     runs = []
     for run in found.runs:
-        status = run.path.stat()
-        about = (run.key, run.subject, run.session, run.site, run.task, run.tr, run.phenotype)
-        runs.append((str(run.path.resolve()), status.st_size, status.st_mtime_ns, *about))
+        files = [_state(path) for path in (run.path, run.mask_path, run.confounds_path)]
+        about = (run.key, run.subject, run.session, run.site, run.task, run.tr, run.phenotype, run.simulated)
+        runs.append((files, *about))
     content = [boldforge.__version__, recipe.model_dump(mode="json"), runs]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _state(path: Path | None) -> tuple[str, int, int] | None:
+    if path is None:
+        return None
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns
 
 
 def _count(number: int) -> str:

@@ -63,7 +63,7 @@ def get_task(
     Raises
     ------
     FinetuneError
-        If there is no such task, or the column does not hold between 2 and 20 classes.
+        If there is no such task, the column does not hold between 2 and 20 classes, or two have the same name.
     """
     if name in _NAMED:
         return _NAMED[name]()
@@ -78,7 +78,13 @@ def get_task(
     if not found:
         values = {phenotype.get(column) for phenotype in phenotypes or ()} - {None}
         numbers = sorted(value for value in values if not isinstance(value, str) and value is not None)
-        found = [as_text(value) for value in numbers] + sorted(value for value in values if isinstance(value, str))
+        texts = sorted(value for value in values if isinstance(value, str))
+        found = [as_text(value) for value in numbers] + texts
+        if twice := sorted({as_text(value) for value in numbers} & set(texts)):
+            raise FinetuneError(
+                f"phenotype column {column!r} holds {twice[0]!r} both as a number and as a text; write it in one way "
+                "and shard again."
+            )
     if not 2 <= len(found) <= _MOST_CLASSES:
         raise FinetuneError(
             f"phenotype column {column!r} holds {len(found)} different values, expected 2 to {_MOST_CLASSES} classes; "

@@ -255,8 +255,10 @@ class Number:
 
 
 def as_text(value: float | str) -> str:
-    """Return a class's name: whole numbers without a decimal point."""
-    return value if isinstance(value, str) else f"{value:g}"
+    """Return a class's name: a text as it is, a number with all its digits, a whole one without a decimal point."""
+    if isinstance(value, str):
+        return value
+    return str(int(value)) if value == int(value) else repr(float(value))
 
 
 def _balanced(labels: Sequence[float], classes: int) -> Tensor:

@@ -207,7 +207,7 @@ def test_every_missing_code_of_adhd200_is_read_as_unknown(tmp_path, column, code
     (tmp_path / "ADHD200_preprocessed_phenotypics.tsv").write_text(table)
     (run,) = find_runs(tmp_path).runs
     assert run.site == "NYU"  # by its number or by its folder
-    wanted = {"diagnosis": 1.0, "age": 9.0, "sex": "M", "handedness": 1.0}
+    wanted = {"diagnosis": 1.0, "dx": 2.0, "age": 9.0, "sex": "M", "handedness": 1.0}
     wanted |= {"Age": {"age": None}, "Gender": {"sex": None}, "Handedness": {"handedness": None}}.get(column, {})
     known = {name: value for name, value in run.phenotype.items() if value is not None or name in wanted}
     assert known == wanted

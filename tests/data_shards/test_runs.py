@@ -54,8 +54,8 @@ def test_bids_reads_tr_from_sidecars_and_people_from_participants(place):
     one, two = find_runs(root).runs
     assert (one.tr, two.tr) == (0.8, None)
     assert (one.site, two.site) == ("A", "B")
-    assert one.phenotype == {"age": 9.5, "sex": "F", "diagnosis": 1.0, "score": None}
-    assert two.phenotype == {"age": None, "sex": "M", "diagnosis": 0.0, "score": 3.0}
+    assert one.phenotype == {"age": 9.5, "sex": "F", "diagnosis": 1.0, "dx": "ADHD-Combined", "score": None}
+    assert two.phenotype == {"age": None, "sex": "M", "diagnosis": 0.0, "dx": "control", "score": 3.0}
     assert [run.tr for run in find_runs(root, tr=1.5).runs] == [1.5, 1.5]
 
 
@@ -87,6 +87,7 @@ def test_adhd200_joins_the_phenotype_table(place):
     assert [run.subject for run in found.runs] == ["0010001", "0010002", "1018959", "3000000"]
     assert [run.site for run in found.runs] == ["NYU", "NYU", "Peking", "KKI"]
     assert [run.phenotype["diagnosis"] for run in found.runs] == [1.0, 0.0, 1.0, None]
+    assert [run.phenotype["dx"] for run in found.runs] == [3.0, 0.0, 1.0, None], "subtypes stay apart"
     assert (one.phenotype["age"], one.phenotype["sex"], one.phenotype["full4_iq"]) == (8.5, "M", 100.0)
     assert one.phenotype["handedness"] is None
     assert (two.phenotype["age"], two.phenotype["sex"], two.phenotype["verbal_iq"]) == (None, None, None)
@@ -142,7 +143,8 @@ def test_table_gives_everything_by_column(place):
     found = find_runs(root)
     one, two = found.runs
     assert found.layout == "table"
-    assert (one.key, one.site, one.tr, one.phenotype) == ("sub-P1_ses-2", "X", 1.5, {"diagnosis": 0.0, "age": 30.0})
+    assert (one.key, one.site, one.tr) == ("sub-P1_ses-2", "X", 1.5)
+    assert one.phenotype == {"diagnosis": 0.0, "dx": "control", "age": 30.0}
     assert (two.key, two.session, two.tr, two.phenotype["diagnosis"]) == ("sub-P2", None, None, 1.0)
     assert "does not exist" in reasons(found)["gone.nii.gz"]
     assert "is named twice as the run sub-P2, and taken once" in reasons(found)["second.nii.gz"]
@@ -154,7 +156,16 @@ def test_an_unknown_diagnosis_is_kept_so_that_a_task_can_refuse_it(place):
     codes = dict(zip("abcdef", ("Autism", "4", "n/a", "withheld", "none", "2.0"), strict=True))
     rows = [f"{name}.nii.gz\t{name}\t{code}\n" for name, code in codes.items()]
     (root / "runs.tsv").write_text("path\tsubject\tdiagnosis\n" + "".join(rows))
-    assert [run.phenotype["diagnosis"] for run in find_runs(root).runs] == ["Autism", 4.0, None, None, 0.0, 1.0]
+    assert [run.phenotype["diagnosis"] for run in find_runs(root).runs] == ["Autism", 4.0, None, None, None, 1.0]
+
+
+def test_of_diagnosis_and_dx_each_gives_its_own(place):
+    root = place("a.nii.gz", "b.nii.gz")
+    (root / "runs.tsv").write_text(
+        "path\tsubject\tdiagnosis\tDX\na.nii.gz\tA\tpatient\tF90.0\nb.nii.gz\tB\tNone\tnone\n"
+    )
+    found = [run.phenotype for run in find_runs(root).runs]
+    assert found == [{"diagnosis": 1.0, "dx": "F90.0"}, {"diagnosis": None, "dx": None}]
 
 
 def test_a_short_line_of_a_table_has_empty_cells_at_its_end(place):

@@ -37,5 +37,5 @@ def test_an_adapter_that_does_not_say_whom_it_has_seen_is_refused(winner, cohort
     content = json.loads((copy / "task.json").read_text())
     del content["figures"]["shards_hash"]
     (copy / "task.json").write_text(json.dumps(content))
-    with pytest.raises(FinetuneError, match="task.json: does not say which shards it was trained on"):
+    with pytest.raises(FinetuneError, match=r"task\.json: does not say which shards it was trained on"):
         _attribute(copy, cohort, encoder, tmp_path / "out")

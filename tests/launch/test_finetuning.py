@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from boldforge.data_shards import SimulationConfig, simulate_cohort
+from boldforge.data_shards import DataRecipe, Run, RunList, SimulationConfig, simulate_cohort
 from boldforge.launch import cli, finetuning
 from boldforge.launch.cli import app
 
@@ -74,6 +74,19 @@ def test_another_phenotype_makes_other_shards(athena, pretraining, tmp_path):
     table.write_text("\n".join([lines[0], "\t".join(cells), *lines[2:]]) + "\n")
     assert "kept from before" not in _run(*arguments).output
     assert len(list(tmp_path.glob("athena-shards-*"))) == 2
+
+
+@pytest.mark.parametrize("name", ["mask", "confounds"])
+def test_another_mask_or_other_confounds_make_other_shards(tmp_path, name):
+    paths = {name: tmp_path / f"{name}.txt" for name in ("scan", "mask", "confounds")}
+    for path in paths.values():
+        path.write_text("one")
+    run = Run("p", "1", "KKI", 2.0, paths["scan"], paths["mask"], confounds_path=paths["confounds"])
+    found, recipe = RunList((run,), (), "bids"), DataRecipe(grid="mni4mm", tr=2.0)
+    before = finetuning._digest(found, recipe)
+    assert finetuning._digest(found, recipe) == before
+    paths[name].write_text("another")
+    assert finetuning._digest(found, recipe) != before
 
 
 @pytest.mark.parametrize(
