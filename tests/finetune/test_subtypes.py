@@ -38,7 +38,7 @@ def test_adhd_subtypes_of_an_adhd200_folder_are_told_apart(athena, encoder, tmp_
     assert {(run.phenotype["dx"], run.phenotype["diagnosis"]) for run in found.runs} == {(0, 0), (1, 1), (3, 1)}
     build_shards(found, tmp_path / "shards", DataRecipe(grid="mni4mm", tr=2.0, normalisation="residual-z"), workers=1)
     settings = {"task": "classify:dx", "clips": 1, "folds": 2, "adapter": {"rank": 0}, "training": {"epochs": 1}}
-    settings |= {"shards": tmp_path / "shards", "backbone": encoder, "out": tmp_path / "out", "baselines": ["site"]}
+    settings |= {"shards": tmp_path / "shards", "backbone": encoder, "out": tmp_path / "out", "baselines": []}
     results = finetune(load_config(FinetuneConfig, settings))
     assert results["subjects"] == {"n": 12, "n_per_class": {"0": 4, "1": 4, "3": 4}}
     assert len(results["figures"]["confusion"]) == 3
