@@ -14,6 +14,7 @@ from boldforge.finetune.events import (
     frame_conditions,
     read_events,
 )
+from boldforge.finetune.same_scans import same_scans_in
 from boldforge.finetune.subjects import Cohort, Subject
 
 logger = logging.getLogger(__name__)
@@ -33,14 +34,19 @@ class RunEvents:
         Position in ``manifest.runs`` to its events.
     n_unlabelled, n_too_short
         Runs without an events file, and runs shorter than a clip.
+    same
+        What is left out because its scan occurs twice.
     """
 
     def __init__(self, manifest: Manifest, events: EventsConfig, clip_length: int) -> None:
         self._manifest, self._events, self._length = manifest, events, clip_length
         self.of_run: dict[int, list[Event]] = {}
         self.n_unlabelled = self.n_too_short = 0
+        self.same = same_scans_in(manifest)
         files = EventFiles(events.folder)
         for position, run in enumerate(manifest.runs):
+            if run.subject in self.same.people or position in self.same.recordings:
+                continue
             path = files.of(run)
             if path is None:
                 self.n_unlabelled += 1
@@ -98,4 +104,5 @@ class RunEvents:
             logger.warning("left out: %d blocks without a clip that is mostly of their condition", mixed)
         simulated = any(self._manifest.runs[row.runs[0]].simulated for row in rows)
         ordered = tuple(sorted(rows, key=lambda row: row.name))
-        return Cohort(ordered, self.n_unlabelled, self.n_too_short, 0, simulated)
+        n_duplicates, n_repeated = len(self.same.people), len(self.same.recordings)
+        return Cohort(ordered, self.n_unlabelled, self.n_too_short, n_duplicates, simulated, n_repeated)

@@ -18,7 +18,8 @@ from boldforge.configs import load_config
 from boldforge.data_shards import DataRecipe, Manifest, ShardReader
 from boldforge.finetune.backbone import Backbone, Partway
 from boldforge.finetune.errors import FinetuneError
-from boldforge.finetune.subjects import Cohort, Subject
+from boldforge.finetune.same_scans import same_scans_in
+from boldforge.finetune.subjects import Cohort, Subject, known_sites
 from boldforge.finetune.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def find_cohort(manifest: Manifest, task: Task, clip_length: int) -> Cohort:
     -------
     Cohort
         Subjects without a label, or with short runs only, are counted and left out; so are subjects who share a scan
-        with another one, byte for byte: one person under two names would be trained on and tested.
+        with another one: one person under two names would be trained on and tested.
 
     Raises
     ------
@@ -49,17 +50,15 @@ def find_cohort(manifest: Manifest, task: Task, clip_length: int) -> Cohort:
         If no subject has a label, or two runs of one subject disagree.
     """
     runs: dict[str, list[int]] = {}
-    owners: dict[str, set[str]] = {}
     for position, run in enumerate(manifest.runs):
         runs.setdefault(run.subject, []).append(position)
-        owners.setdefault(run.source_sha256, set()).add(run.subject)
-    # Of those who share a scan the first by name stays; which of them the scan belongs to nobody here can tell.
-    duplicates = {name for names in owners.values() for name in sorted(names)[1:]}
+    same = same_scans_in(manifest)
     subjects, n_unlabelled, n_too_short = [], 0, 0
-    for name in sorted(runs.keys() - duplicates):
+    for name in sorted(runs.keys() - same.people):
         entries = [manifest.runs[position] for position in runs[name]]
         labels = {label for entry in entries if (label := task.label(entry.phenotype)) is not None}
-        long_enough = tuple(p for p in runs[name] if manifest.runs[p].n_frames >= clip_length)
+        usable = (position for position in runs[name] if position not in same.recordings)
+        long_enough = tuple(p for p in usable if manifest.runs[p].n_frames >= clip_length)
         if len(labels) > 1:
             raise FinetuneError(
                 f"subject {name} has different {task.name} labels in different runs; correct the phenotype table and "
@@ -70,23 +69,22 @@ def find_cohort(manifest: Manifest, task: Task, clip_length: int) -> Cohort:
         elif not long_enough:
             n_too_short += 1
         else:
-            subjects.append(Subject(name, labels.pop(), entries[0].site, long_enough))
+            sites = known_sites(manifest.runs[p].site for p in long_enough)
+            subjects.append(Subject(name, labels.pop(), next(iter(sites), None), long_enough, sites=sites))
     if not subjects:
         raise FinetuneError(
             f"none of the {len(runs)} subjects in these shards can be used for task {task.name!r}: {n_unlabelled} have "
             f"no label and {n_too_short} have no run of {clip_length} frames; shard a folder with a phenotype table, "
             "or use an encoder with shorter clips."
         )
-    if duplicates:
-        logger.warning(
-            "left out: %d subjects whose scan is also another subject's, byte for byte; check the dataset for people "
-            "listed twice.",
-            len(duplicates),
-        )
+    n_several_sites = sum(len(subject.sites) > 1 for subject in subjects)
+    if n_several_sites:
+        logger.warning("%d subjects were scanned at several sites and count for that of the first run", n_several_sites)
     if n_unlabelled or n_too_short:
         logger.info("left out: %d subjects without a label, %d with short runs only", n_unlabelled, n_too_short)
     simulated = any(manifest.runs[position].simulated for subject in subjects for position in subject.runs)
-    return Cohort(tuple(subjects), n_unlabelled, n_too_short, len(duplicates), simulated)
+    counted = (n_unlabelled, n_too_short, len(same.people), simulated, len(same.recordings), n_several_sites)
+    return Cohort(tuple(subjects), *counted)
 
 
 def check_recipe(backbone: Backbone, manifest: Manifest) -> None:

@@ -265,6 +265,8 @@ def _write(
         "n_unlabelled": cohort.n_unlabelled,
         "n_too_short": cohort.n_too_short,
         "n_duplicates": cohort.n_duplicates,
+        "n_repeated": cohort.n_repeated,
+        "n_several_sites": cohort.n_several_sites,
         "trainable_by_part": final.trainable_by_part,
         "trainable_parameters": final.trainable,
         "total_parameters": final.total,

@@ -97,18 +97,19 @@ def site_folds(
     strata = _stratum_of_each(subjects, labels, sites)
     homes = {(subject, site) for subject, site in zip(subjects, sites, strict=True)}
     unknown = sum(site is None for _, site in homes)
+    several = sum(count > 1 for count in Counter(subject for subject, _ in homes).values())
     names = sorted({site for _, site in homes if site is not None})
-    if unknown or len(names) < 2 or len(homes) != len(strata):
+    if unknown or len(names) < 2 or several:
         found = (
             f"{unknown} subjects have none"
             if unknown
             else f"there is only {', '.join(names)}"
             if len(names) < 2
-            else "a subject was scanned at two"
+            else f"{several} were scanned at several"
         )
         raise FoldError(
             f"leave-one-site-out needs every subject's site, and two sites at least, but {found}; set protocol to "
-            "folds, or complete the phenotype table and shard again."
+            "folds, or correct the phenotype table and shard again."
         )
     folds = []
     for number, name in enumerate(names):

@@ -19,7 +19,8 @@ from boldforge.data_shards.dataset_files import why_refused
 from boldforge.data_shards.nifti import SIMULATED_MARK
 from boldforge.data_shards.phenotype import Phenotype, canonical, parse_value, read_table
 from boldforge.finetune.errors import FinetuneError
-from boldforge.finetune.subjects import Cohort, Subject
+from boldforge.finetune.same_scans import find_same_scans
+from boldforge.finetune.subjects import Cohort, Subject, known_sites
 from boldforge.finetune.tasks import Task
 from boldforge.finetune.volumes import CubeRecipe, Kind, read_cube
 
@@ -47,6 +48,7 @@ class Image:
     kind: Kind
     phenotype: Phenotype
     sha256: str
+    """Of the voxels and where they lie, however the file was written."""
 
 
 class ImageTable:
@@ -77,7 +79,7 @@ class ImageTable:
 
     @property
     def content_hash(self) -> str:
-        """Hash of all images' bytes and phenotypes."""
+        """Hash of all images' voxels and phenotypes."""
         content = [(image.sha256, image.subject, image.site, sorted(image.phenotype.items())) for image in self.images]
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
@@ -95,13 +97,15 @@ class ImageTable:
             If no subject has a label, or two rows of one subject disagree.
         """
         of_subject: dict[str, list[int]] = {}
-        owners: dict[str, set[str]] = {}
         for position, image in enumerate(self.images):
             of_subject.setdefault(image.subject, []).append(position)
-            owners.setdefault(image.sha256, set()).add(image.subject)
-        duplicates = {name for names in owners.values() for name in sorted(names)[1:]}
+        same = find_same_scans(
+            [image.subject for image in self.images],
+            range(len(self.images)),
+            [(image.sha256,) for image in self.images],
+        )
         subjects, n_unlabelled = [], 0
-        for name in sorted(of_subject.keys() - duplicates):
+        for name in sorted(of_subject.keys() - same.people):
             images = [self.images[position] for position in of_subject[name]]
             labels = {label for image in images if (label := task.label(image.phenotype)) is not None}
             if len(labels) > 1:
@@ -110,7 +114,9 @@ class ImageTable:
                     "correct it."
                 )
             if labels:
-                subjects.append(Subject(name, labels.pop(), images[0].site, tuple(of_subject[name])))
+                kept = tuple(position for position in of_subject[name] if position not in same.recordings)
+                sites = known_sites(self.images[position].site for position in kept)
+                subjects.append(Subject(name, labels.pop(), next(iter(sites), None), kept, sites=sites))
             else:
                 n_unlabelled += 1
         if not subjects:
@@ -118,10 +124,12 @@ class ImageTable:
                 f"{self.config.table}: none of {len(of_subject)} subjects has a label for task {task.name!r} (column "
                 f"{task.column}); fill the column in, or ask for another task."
             )
-        if duplicates:
-            logger.warning("left out: %d subjects whose image is also another subject's", len(duplicates))
+        n_several_sites = sum(len(subject.sites) > 1 for subject in subjects)
+        if n_several_sites:
+            logger.warning("%d subjects have images of several sites and count for the first one's", n_several_sites)
         simulated = any(self._is_simulated(position) for subject in subjects for position in subject.runs)
-        return Cohort(tuple(subjects), n_unlabelled, 0, len(duplicates), simulated)
+        counted = (n_unlabelled, 0, len(same.people), simulated, len(same.recordings), n_several_sites)
+        return Cohort(tuple(subjects), *counted)
 
     def cubes(self, subjects: Sequence[Subject], most: int) -> Iterator[tuple[int, Tensor]]:
         """Yield each image's subject (position in `subjects`) and cube, float32 [1, 1, size, size, size]."""
@@ -172,8 +180,6 @@ class ImageTable:
             raise FinetuneError(f"{table}: line {line} ({row['path'] or 'no path'}): {what}; correct the line.")
         if kind not in get_args(Kind):
             raise FinetuneError(f"{table}: line {line} has kind {kind!r}, expected one of {', '.join(get_args(Kind))}.")
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
         site = row.get("site")
         return Image(
             path,
@@ -181,7 +187,7 @@ class ImageTable:
             None if parse_value(site) is None else site,
             cast(Kind, kind),
             canonical(row, _KNOWN),
-            digest,
+            _scan_hash(path),
         )
 
     def _cube(self, position: int) -> npt.NDArray[np.float32]:
@@ -191,6 +197,24 @@ class ImageTable:
     def _is_simulated(self, position: int) -> bool:
         header: Any = nib.load(self.images[position].path).header
         return "descrip" in header and header["descrip"].item() == SIMULATED_MARK
+
+
+def _scan_hash(path: Path) -> str:
+    """Return the hash of a volume's values in the order of RAS+, and of its affine to a thousandth of a millimetre.
+
+    So a volume is known again when it was compressed, stored in another type, or turned. Of a file that cannot be read
+    it is the bytes'; what is wrong with it is said where its cube is read.
+    """
+    try:
+        image: Any = nib.as_closest_canonical(nib.load(path))
+        values = np.asarray(image.dataobj, dtype="<f4").squeeze()
+        where = np.round(np.asarray(image.affine, dtype="<f8"), 3)
+    except Exception:  # nibabel lets through whatever its decoders raise
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    # Adding zero makes one of the two zeros.
+    content = (np.ascontiguousarray(values + 0).tobytes(), (where + 0).tobytes(), repr(values.shape).encode())
+    return hashlib.sha256(b"".join(content)).hexdigest()
 
 
 def _coarse(cube: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

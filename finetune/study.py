@@ -289,7 +289,10 @@ def _deal(study: Study, seed: int, protocol: Protocol) -> list[Fold]:
             "protocol to folds."
         )
     if protocol == "leave-one-site-out":
-        return site_folds(names, strata, sites, folds, seed)
+        # A row for every site of a subject, so that one with several is refused.
+        placed = [(i, site) for i, row in enumerate(rows) for site in row.sites or (row.site,)]
+        at = [i for i, _ in placed]
+        return site_folds([names[i] for i in at], [strata[i] for i in at], [site for _, site in placed], folds, seed)
     if whole:
         return subject_folds(names, strata, sites, folds, seed)
     runs, every = [str(row.runs) for row in rows], getattr(study.task, "every_class_trains", True)

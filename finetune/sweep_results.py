@@ -119,6 +119,8 @@ def write_results(
         "n_unlabelled": study.cohort.n_unlabelled,
         "n_too_short": study.cohort.n_too_short,
         "n_duplicates": study.cohort.n_duplicates,
+        "n_repeated": study.cohort.n_repeated,
+        "n_several_sites": study.cohort.n_several_sites,
         "selected_by": f"validation {figure}, ties to the lower rank",
         "settings": settings,
     }

@@ -12,6 +12,7 @@ from torch.nn import functional
 from boldforge.data_shards import Manifest
 from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.events import EventsConfig
+from boldforge.finetune.same_scans import same_scans_in
 from boldforge.finetune.subjects import Cohort, Subject
 from boldforge.finetune.tasks.base import Criterion, Kind, Phenotype
 
@@ -142,15 +143,15 @@ def open_reidentification(
     FinetuneError
         If fewer than four people have.
     """
-    owners: dict[str, set[str]] = {}
-    for run in manifest.runs:
-        owners.setdefault(run.source_sha256, set()).add(run.subject)
-    duplicates = {name for names in owners.values() for name in sorted(names)[1:]}
+    # A scan that is listed as two of a person's recordings would be found for sure.
+    same = same_scans_in(manifest)
     recordings: dict[str, dict[str, dict[str, list[int]]]] = {"session": {}, "run": {}}
     people, n_too_short = {run.subject for run in manifest.runs}, 0
     for position, run in enumerate(manifest.runs):
-        if run.n_frames < clip_length or run.subject in duplicates:
-            n_too_short += run.subject not in duplicates
+        if run.subject in same.people or position in same.recordings:
+            continue
+        if run.n_frames < clip_length:
+            n_too_short += 1
             continue
         for kind, part in (("session", run.session or ""), ("run", run.key.split("_part-")[0])):
             recordings[kind].setdefault(run.subject, {}).setdefault(part, []).append(position)
@@ -170,5 +171,6 @@ def open_reidentification(
         for part, runs in sorted(usable[name].items())
     ]
     simulated = any(manifest.runs[position].simulated for row in rows for position in row.runs)
-    left = len(people) - len(usable) - len(duplicates)
-    return Reidentification(), Cohort(tuple(rows), left, n_too_short, len(duplicates), simulated)
+    left = len(people) - len(usable) - len(same.people)
+    counted = (left, n_too_short, len(same.people), simulated, len(same.recordings))
+    return Reidentification(), Cohort(tuple(rows), *counted)

@@ -98,5 +98,5 @@ def test_sites_that_cannot_be_left_out_are_named():
     ]:
         with pytest.raises(FoldError, match=message):
             site_folds(names, labels, sites, 5, 0)
-    with pytest.raises(FoldError, match="scanned at two"):
+    with pytest.raises(FoldError, match="but 1 were scanned at several"):
         site_folds(["s", "s", "t"], [0, 0, 1], ["a", "b", "a"], 5, 0)

@@ -1,0 +1,87 @@
+"""The same scan twice: one person under two names, or one recording listed as two."""
+
+import logging
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
+
+from boldforge.data_shards import Manifest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SameScans:
+    """What must be left out, so that no scan is both trained on and tested.
+
+    Attributes
+    ----------
+    people
+        Of the names that share a scan all but the first by name; whose it is nobody here can tell.
+    recordings
+        Positions of recordings whose scan an earlier recording of the same name has, too.
+    """
+
+    people: frozenset[str]
+    recordings: frozenset[int]
+
+
+def find_same_scans(
+    owners: Sequence[str], recordings: Sequence[Hashable], marks: Sequence[Collection[Hashable]]
+) -> SameScans:
+    """Find scans that occur twice, and say so in the log.
+
+    Parameters
+    ----------
+    owners
+        The name of each scan's person.
+    recordings
+        What each scan is a part of; parts of one recording are no copies of each other.
+    marks
+        Hashes of each scan; two scans with one in common are the same.
+    """
+    sharing: dict[Hashable, set[str]] = {}
+    for owner, own in zip(owners, marks, strict=True):
+        for mark in own:
+            sharing.setdefault(mark, set()).add(owner)
+    joined: dict[str, str] = {}
+
+    def first(name: str) -> str:
+        while name in joined:
+            name = joined[name]
+        return name
+
+    for names in sharing.values():
+        kept, *others = sorted({first(name) for name in names})
+        joined |= dict.fromkeys(others, kept)
+    repeated: set[int] = set()
+    known: dict[tuple[str, Hashable], Hashable] = {}
+    for position, (owner, recording, own) in enumerate(zip(owners, recordings, marks, strict=True)):
+        found = [known.setdefault((owner, mark), recording) for mark in own]
+        if any(other != recording for other in found):
+            repeated.add(position)
+    if joined:
+        logger.warning(
+            "left out: %d subjects whose scan is also another subject's; check the dataset for people listed twice.",
+            len(joined),
+        )
+    if repeated:
+        logger.warning(
+            "left out: %d recordings whose scan the same subject has under another name, too; check the dataset for "
+            "files listed twice.",
+            len(repeated),
+        )
+    return SameScans(frozenset(joined), frozenset(repeated))
+
+
+def same_scans_in(manifest: Manifest) -> SameScans:
+    """Find runs of the same file, byte for byte, and runs of the same stored voxels, however their files were written.
+
+    Nothing is read but the manifest, which has both hashes. Voxels are compared as the integers that are stored, each
+    voxel's own range wide, so that another scale of the whole run does not hide it.
+    """
+    owners, recordings, marks = [], [], []
+    for run in manifest.runs:
+        owners.append(run.subject)
+        recordings.append(run.key.split("_part-")[0])
+        marks.append((run.source_sha256, (run.n_frames, run.hashes_xxh3)))
+    return find_same_scans(owners, recordings, marks)
