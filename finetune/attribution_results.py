@@ -39,6 +39,7 @@ class Attributed:
     simulated: bool
     parts: Parts
     mask: npt.NDArray[np.bool_]
+    called_N: list[str]
     label_N: npt.NDArray[np.float64]
     fold_N: list[int]
     site_N: list[str | None]
@@ -177,12 +178,10 @@ def _unit(task: Task) -> str:
 
 
 def _write_subjects(path: Path, found: Attributed, rows_NR: npt.NDArray[np.float64]) -> None:
-    """Write one line per subject, in an order drawn from the seed, so that no line tells who it is."""
-    n = len(found.label_N)
-    order = np.random.default_rng([found.config.seed, n]).permutation(n)
+    """Write one line per subject, by pseudonym: those of ``predictions.tsv`` where the subjects are the same."""
     lines = []
-    for number, i in enumerate(order, start=1):
-        about = (f"sub-{number:04d}", found.fold_N[i], f"{found.label_N[i]:g}", f"{found.score_N[i]:.6g}")
+    for i in np.argsort(found.called_N):
+        about = (found.called_N[i], found.fold_N[i], f"{found.label_N[i]:g}", f"{found.score_N[i]:.6g}")
         lines.append((*about, *(f"{value:.6g}" for value in rows_NR[i])))
     write_table(path, ("subject", "fold", "label", "score", *found.parts.names), lines)
 

@@ -30,6 +30,7 @@ from boldforge.finetune.classifier import Classifier, load_classifier, read_task
 from boldforge.finetune.cohort import Cohort, OnProgress, Subject, check_recipe, find_cohort, gather_clips
 from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.fold_models import FoldModel, read_folds, read_results
+from boldforge.finetune.results import pseudonym_key, pseudonyms
 from boldforge.finetune.tasks import Task
 from boldforge.pretrain import region_voxels
 
@@ -95,6 +96,7 @@ class _Work:
     parts: Parts
     mask: npt.NDArray[np.bool_]
     target: int | None
+    called_N: list[str]
     label_N: npt.NDArray[np.float64]
     fold_N: list[int]
     weight_N: npt.NDArray[np.float64]
@@ -217,7 +219,9 @@ def _open(config: AttributionConfig) -> _Work:
         raise FinetuneError(f"task {task.name!r} cannot be attributed; give one with a label per subject.")
     cohort = find_cohort(manifest, task, int(classifier.backbone.data["clip_length"]))
     n = len(cohort.subjects)
-    folds = folds or [FoldModel(1, config.model, tuple(range(n)))]
+    named = pseudonyms([subject.name for subject in cohort.subjects], pseudonym_key(manifest))
+    called_N = [named[subject.name] for subject in cohort.subjects]
+    folds = [fold.placed(called_N) for fold in folds] or [FoldModel(1, config.model, test=tuple(range(n)))]
     if sorted(position for fold in folds for position in fold.test) != list(range(n)):
         raise FinetuneError(
             f"{config.model}: its folds do not test every one of the {n} subjects once; only tasks with one label per "
@@ -243,7 +247,21 @@ def _open(config: AttributionConfig) -> _Work:
     asked = "each fold's model about its own test subjects" if not single else "one adapter about subjects new to it"
     out = config.out or config.model / "attribution"
     return _Work(
-        config, out, manifest, task, cohort, folds, backbone, asked, parts, mask, target, label_N, fold_N, weight_N
+        config,
+        out,
+        manifest,
+        task,
+        cohort,
+        folds,
+        backbone,
+        asked,
+        parts,
+        mask,
+        target,
+        called_N,
+        label_N,
+        fold_N,
+        weight_N,
     )
 
 
@@ -293,6 +311,7 @@ def _finished(work: _Work) -> Attributed:
         simulated=work.cohort.simulated,
         parts=work.parts,
         mask=work.mask,
+        called_N=work.called_N,
         label_N=work.label_N,
         fold_N=work.fold_N,
         site_N=[subject.site for subject in work.cohort.subjects],

@@ -107,6 +107,7 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
     kinds = sorted({BASELINES[name].features for name in names})
     sites = [subject.site for subject in subjects]
     labels, adapter = [subject.label for subject in subjects], study.lifted(config.adapter)
+    called = pseudonyms([subject.person for subject in subjects], study.pseudonym_key)
     with study.claim_out("fine-tuning") as scratch:
         clear_folds(config.out)
         clips = study.gather(subjects, scratch, lambda done, total: bar.add(1), adapter)
@@ -124,7 +125,8 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
                 per_fold.append({"repeat": repeat + 1, "fold": number, **described})
                 if config.keep_folds and repeat == 0 and (shards_hash := _shards_hash(study)) is not None:
                     about = {"simulated": study.cohort.simulated, **described}
-                    keep_fold(classifier, config.out, number, test, shards_hash, about)
+                    unseen = {called[subjects[position].person] for position in test}
+                    keep_fold(classifier, config.out, number, unseen, shards_hash, about)
                 logger.info("fold %d of %d: %s", number, len(folds), described["figures"])
         epochs = round(statistics.median(fold["best_epoch"] for fold in per_fold))
         final = study.classifier(adapter, config.seed)
@@ -289,7 +291,7 @@ def _write(
     about = {"clips_per_subject": config.clips, "threshold": threshold, "shards_hash": _shards_hash(study)}
     save_adapter(final, config.out / "adapter", {**shared, **about})
     parts = study.task.rows != "subjects"
-    write_predictions(config.out / "predictions.tsv", predictions, study.task.classes, config.seed, parts)
+    write_predictions(config.out / "predictions.tsv", predictions, study.task.classes, study.pseudonym_key, parts)
     write_json(config.out / "metrics.json", results)
     return results
 
@@ -312,7 +314,7 @@ def _per_person(study: Study, model: Scores) -> list[dict[str, Any]] | None:
     rows = study.cohort.subjects
     labels = np.array([row.label for row in rows])
     found = []
-    for person, name in pseudonyms([row.person for row in rows], study.config.seed).items():
+    for person, name in pseudonyms([row.person for row in rows], study.pseudonym_key).items():
         mine = np.flatnonzero([row.person == person for row in rows])
         found.append({"subject": name, **model.figures_of(labels[mine], mine)})
     return found

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,16 @@ FOLDER = "folds"
 
 @dataclass(frozen=True)
 class FoldModel:
-    """A fold's adapter folder, and the positions of its test subjects among the cohort's, which are sorted by name."""
+    """A fold's adapter folder, its test subjects' pseudonyms, and their positions in the cohort once they are known."""
 
     number: int
     folder: Path
-    test: tuple[int, ...]
+    people: tuple[str, ...] = ()
+    test: tuple[int, ...] = ()
+
+    def placed(self, cohort: Sequence[str]) -> "FoldModel":
+        """Return the same with its subjects' positions among the cohort's pseudonyms."""
+        return replace(self, test=tuple(i for i, name in enumerate(cohort) if name in set(self.people)))
 
 
 def clear_folds(out: Path) -> None:
@@ -29,10 +34,10 @@ def clear_folds(out: Path) -> None:
 
 
 def keep_fold(
-    classifier: Classifier, out: Path, number: int, test: Sequence[int], shards_hash: str, about: Mapping[str, Any]
+    classifier: Classifier, out: Path, number: int, test: Collection[str], shards_hash: str, about: Mapping[str, Any]
 ) -> None:
-    """Write a fold's model as an adapter folder ``folds/<number>``; subjects are positions, no names."""
-    kept = {"fold": number, "test": [int(position) for position in test], "shards_hash": shards_hash}
+    """Write a fold's model as an adapter folder ``folds/<number>``, with its test subjects' pseudonyms."""
+    kept = {"fold": number, "test": sorted(test), "shards_hash": shards_hash}
     save_adapter(classifier, out / FOLDER / str(number), {**about, **kept})
 
 
@@ -59,6 +64,10 @@ def read_folds(out: Path, shards_hash: str) -> list[FoldModel]:
             raise FinetuneError(
                 f"{folder}: was trained on other shards than those given (content hash {about.get('shards_hash')}, not "
                 f"{shards_hash}); give the fine-tuning's own with shards=FOLDER."
+            )
+        if not all(isinstance(name, str) for name in about["test"]):
+            raise FinetuneError(
+                f"{folder}: is of an older boldforge, which numbered its test subjects in another way; finetune again."
             )
         models.append(FoldModel(number, folder, tuple(about["test"])))
     return models

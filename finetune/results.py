@@ -1,6 +1,8 @@
 """The files of a finetuning folder; no real subject name is written into any of them."""
 
 import csv
+import hashlib
+import hmac
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from boldforge.data_shards import Manifest
+from boldforge.finetune.images import ImageTable
 from boldforge.finetune.subjects import Subject
 
 
@@ -35,15 +39,30 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.writerows(["" if value is None else value for value in row] for row in rows)
 
 
-def pseudonyms(people: Sequence[str], seed: int) -> dict[str, str]:
-    """Name people sub-0001 onwards, in an order drawn from the seed; the dictionary has that order."""
-    known = list(dict.fromkeys(people))
-    order = np.random.default_rng([seed, len(known)]).permutation(len(known))
-    return {known[i]: f"sub-{number:04d}" for number, i in enumerate(order, start=1)}
+def pseudonym_key(source: Manifest | ImageTable) -> bytes:
+    """Return the secret that orders pseudonyms: a hash of all stored voxels' hashes.
+
+    It goes into no result, and without the scans it cannot be guessed; with them it is the same at every call, so that
+    results stay reproducible and a killed run goes on under the same names.
+    """
+    digest = hashlib.sha256(b"pseudonyms")
+    if isinstance(source, Manifest):
+        for column in ("hashes_xxh3", "scale_xxh3"):
+            digest.update(np.ascontiguousarray(source.index[column]).tobytes())
+    else:
+        for image in source.images:
+            digest.update(image.sha256.encode())
+    return digest.digest()
+
+
+def pseudonyms(people: Sequence[str], key: bytes) -> dict[str, str]:
+    """Name people sub-0001 onwards, in the order of their names' hashes under a key; the dictionary has that order."""
+    order = sorted(set(people), key=lambda name: hmac.digest(key, name.encode(), "sha256"))
+    return {name: f"sub-{number:04d}" for number, name in enumerate(order, start=1)}
 
 
 def write_predictions(
-    path: Path, predictions: Sequence[Prediction], scores: Sequence[str], seed: int, parts: bool = False
+    path: Path, predictions: Sequence[Prediction], scores: Sequence[str], key: bytes, parts: bool = False
 ) -> None:
     """Write ``subject site fold label score threshold``, subjects under pseudonyms and in their order.
 
@@ -56,12 +75,12 @@ def write_predictions(
     scores
         What each number of a score is of; where there are several, columns ``score_<name>``. Several scores have no
         threshold; nor has a predicted number one.
-    seed
-        Of the pseudonyms.
+    key
+        Of the pseudonyms, see `pseudonym_key`.
     parts
         Whether rows are parts of subjects: a column ``run`` then counts a subject's runs.
     """
-    names = pseudonyms([prediction.subject.person for prediction in predictions], seed)
+    names = pseudonyms([prediction.subject.person for prediction in predictions], key)
     place = {name: i for i, name in enumerate(names)}
     runs: dict[str, list[int]] = {}
     rows = []

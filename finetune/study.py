@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -28,6 +29,7 @@ from boldforge.finetune.folds import Fold, group_folds, site_folds, subject_fold
 from boldforge.finetune.images import ImagesConfig, ImageTable
 from boldforge.finetune.networks import BackboneSpec, make_backbone, shard_data
 from boldforge.finetune.resnet_rnn import ResnetRnnConfig
+from boldforge.finetune.results import pseudonym_key
 from boldforge.finetune.subjects import Cohort, Subject
 from boldforge.finetune.tasks import TASK_CHOICES, Task, get_task, open_rows
 
@@ -111,6 +113,11 @@ class Study:
         if isinstance(self.source, ImageTable):
             raise FinetuneError("a study of images has no shards; a sweep needs shards.")
         return self.source
+
+    @cached_property
+    def pseudonym_key(self) -> bytes:
+        """What orders the subjects' pseudonyms; it belongs into no result."""
+        return pseudonym_key(self.source)
 
     @property
     def folds(self) -> list[Fold]:

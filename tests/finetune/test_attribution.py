@@ -144,9 +144,15 @@ def test_every_subject_is_asked_of_the_one_model_that_has_not_seen_it(finetuned,
     tested = [
         json.loads((finetuned / "folds" / str(k) / "task.json").read_text())["figures"]["test"] for k in (1, 2, 3)
     ]
-    assert sorted(position for part in tested for position in part) == list(range(22))
+    assert sorted(name for part in tested for name in part) == [f"sub-{i:04d}" for i in range(1, 23)]
     assert results["n_subjects"] == 22 and results["n_folds"] == 3 and seen[-1] == (22, 22)
     # The scores are those of the predictions, but for the number of clips: the same models saw the same people.
+    predicted = {row["subject"]: row for row in _table(finetuned / "predictions.tsv")}
+    assert [set(part) for part in tested] == [
+        {name for name, row in predicted.items() if row["fold"] == fold} for fold in "123"
+    ]
+    for row in _table(out / "occlusion-subjects.tsv"):
+        assert all(row[name] == predicted[row["subject"]][name] for name in ("fold", "label")), "one name, one person"
     scores = [float(row["score"]) for row in _table(out / "occlusion-subjects.tsv")]
     labels = [float(row["label"]) for row in _table(out / "occlusion-subjects.tsv")]
     assert np.mean([s for s, y in zip(scores, labels, strict=True) if y]) > np.mean(scores)

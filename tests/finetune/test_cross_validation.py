@@ -23,6 +23,7 @@ from boldforge.finetune import (
 )
 from boldforge.finetune.cohort import ClipSet, find_cohort, gather_clips
 from boldforge.finetune.fit import fit
+from boldforge.finetune.results import pseudonym_key, pseudonyms
 from boldforge.finetune.study import open_study
 from boldforge.finetune.tasks.columns import SUBJECT_BASELINES
 
@@ -111,6 +112,27 @@ def test_predictions_carry_pseudonyms_and_no_real_name_is_written_anywhere(finis
     for path in out.rglob("*"):
         if path.suffix in {".json", ".tsv"}:
             assert not [name for name in names if name in path.read_text()], path
+
+
+def test_pseudonyms_cannot_be_told_from_the_names_and_the_seed(finished, cohort, build_cohort):
+    """Whoever has the list of subjects and all that was written knows everything but the key."""
+    out, results, _ = finished
+    manifest = load_manifest(cohort)
+    names = [subject.name for subject in find_cohort(manifest, AdhdDiagnosis(), 4).subjects]
+    key = pseudonym_key(manifest)
+    order = list(pseudonyms(names, key))
+    assert order == list(pseudonyms(names[::-1], pseudonym_key(load_manifest(cohort)))), "a killed run keeps them"
+    drawn = np.random.default_rng([results["settings"]["seed"], len(names)]).permutation(len(names))
+    assert order not in (names, [names[i] for i in drawn])
+    other = pseudonym_key(load_manifest(build_cohort(subjects=4, effect=0.0, seed=9, frames=4)))
+    assert order != list(pseudonyms(names, other)), "the scans decide, and nothing else that is known"
+    with (out / "predictions.tsv").open() as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    for path in out.rglob("*.json"):
+        assert key.hex() not in path.read_text()
+    for number in ("1", "2", "3"):
+        about = json.loads((out / "folds" / number / "task.json").read_text())["figures"]
+        assert about["test"] == [row["subject"] for row in rows if row["fold"] == number], "positions would be names"
 
 
 def test_only_results_are_left_in_the_folder(finished):
