@@ -89,6 +89,7 @@ def _left_out(results: Mapping[str, Any]) -> str:
         "n_unlabelled": "without a label",
         "n_too_short": "with runs shorter than a clip",
         "n_duplicates": "with a scan that is also another's",
+        "n_repeated": "listed twice",
     }
     found = [f"{results[key]} {reason}" for key, reason in reasons.items() if results.get(key)]
     return f" (left out: {', '.join(found)})" if found else ""
