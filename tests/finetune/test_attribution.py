@@ -22,7 +22,7 @@ from boldforge.finetune import (
 from boldforge.finetune.attribution import Parts, class_score, gradients_through, integrated_gradients, occlusion
 from boldforge.finetune.networks import make_backbone, shard_data
 from boldforge.finetune.resnet_rnn import ResnetRnnConfig
-from boldforge.pretrain import region_voxels
+from boldforge.pretrain import ModelConfig, region_voxels
 
 SMALL = {"clips": 2, "folds": 3, "training": {"epochs": 4}, "adapter": {"rank": 2, "first_stage": 1}, "baselines": []}
 QUICK = {"clips": 1, "steps": 20, "permutations": 199, "resamples": 100}
@@ -131,6 +131,43 @@ def test_attributions_of_a_3d_resnet_with_a_recurrent_layer_add_up_too(cohort, v
     with torch.no_grad():
         change = float(score(values) - score(frame_V.expand(1, 2, -1)))
     assert abs(change) > 1e-5 and found_BV.sum() == pytest.approx(change, rel=0.1)
+
+
+def test_of_a_model_that_is_known_to_read_some_patches_these_and_no_others_are_named(write_encoder, parts, values_BTV):
+    """Tokens go past no block to a head that reads those of the precuneus alone."""
+    fine = ModelConfig(patch_mm=12, frames=4, embed_dim=8, depths=(1,), decoder_depths=(), d_state=4, backend="torch")
+    classifier = Classifier(
+        load_backbone(write_encoder(model=fine), "tokens_std"), AdhdDiagnosis(), AdapterConfig(kind="probe")
+    )
+    classifier.network.stages[0].blocks = torch.nn.ModuleList()
+    names = [parts.names.index(f"Precuneus_{side}") for side in "LR"]
+    inside_V = parts.shares(names).sum(dim=0)
+    patch_SP = classifier.network.patch_voxels
+    share_S = torch.cat([inside_V, torch.zeros(1)])[patch_SP].mean(dim=1)
+    read_S = share_S > 0.5
+    assert 8 < int(read_S.sum()) < 40
+    read_V = torch.zeros(len(inside_V) + 1, dtype=torch.bool)
+    read_V[patch_SP[read_S]] = True
+    weights_SC = torch.zeros(len(share_S), 8)
+    weights_SC[read_S] = 1.0
+    with torch.no_grad():
+        # Means over time first, then deviations.
+        classifier.head.linear.weight.copy_(torch.cat([0 * weights_SC, weights_SC]).reshape(1, -1))
+    score, values, flat_V = class_score(classifier), values_BTV[:1], torch.zeros(len(inside_V))
+    with gradients_through(classifier):
+        found_V = integrated_gradients(score, values, flat_V, steps=24, batch_size=8)[0]
+    assert (found_V[~read_V[:-1].numpy()] == 0).all() and np.count_nonzero(found_V) > 0.9 * int(read_V.sum())
+    with torch.no_grad():
+        whole, nothing = float(score(values)), float(score(flat_V.expand(1, 4, -1)))
+    assert found_V.sum() == pytest.approx(whole - nothing, rel=0.01)
+    regions = range(parts.kinds.count("region"))
+    fallen_R = occlusion(score, values, flat_V, parts, 16, np.array([whole]))[0][regions]
+    summed_R = parts.sums(found_V)[regions]
+    elsewhere_R = np.array([not bool(parts.shares([i])[0][read_V[:-1]].any()) for i in regions])
+    assert elsewhere_R.sum() > 100 and (summed_R[elsewhere_R] == 0).all()
+    assert np.abs(fallen_R[elsewhere_R]).max() < 1e-4 < fallen_R.max(), "but for the rounding of a batch"
+    for rows_R in (summed_R, fallen_R):
+        assert set(np.argsort(-rows_R)[:2]) == set(names)
 
 
 def test_several_classes_are_attributed_one_against_the_others():
