@@ -87,15 +87,21 @@ def read_newest(folder: Path) -> Checkpoint | None:
 
 
 def read_finished(folder: Path) -> dict[str, Any] | None:
-    """Return the summary of a run that has written all it leaves behind; None of any other."""
+    """Return the summary of a run that has written all it leaves behind; None of any other.
+
+    Its checkpoints may all be gone. Where only the last was taken away, the run is to go on from the one before.
+    """
     try:
         summary = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError):
         return None
     figures = ("steps", "heldout_error", "heldout_baseline")
+    if not (isinstance(summary, dict) and all(figure in summary for figure in figures)):
+        return None
     exported = (folder / "export" / name for name in ("config.json", "model.safetensors"))
-    whole = isinstance(summary, dict) and all(figure in summary for figure in figures)
-    return summary if whole and all(path.is_file() for path in exported) else None
+    left = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    at_its_end = not left or left[-1] == f"step-{summary['steps']:08d}"
+    return summary if at_its_end and all(path.is_file() for path in exported) else None
 
 
 def check_same_run(config: PretrainConfig, datasets: Mapping[str, Any]) -> None:

@@ -147,7 +147,7 @@ def test_a_folder_of_something_else_is_refused(recipe: Callable[..., PretrainCon
 def test_a_finished_run_is_known_though_its_checkpoints_are_gone(
     recipe: Callable[..., PretrainConfig], train_until: Callable[..., Path]
 ) -> None:
-    checkpoints = train_until(200)
+    checkpoints = train_until(150, 200)
     finish(recipe().out)
     for _ in range(2):
         finished = check_run(recipe(), 1)[1].finished
@@ -155,6 +155,10 @@ def test_a_finished_run_is_known_though_its_checkpoints_are_gone(
         with pytest.raises(BoldForgeError, match="started with steps = 200, now it is 300"):
             check_run(recipe("steps=300"), 1)
         shutil.rmtree(checkpoints, ignore_errors=True)
+    train_until(150)
+    standing = check_run(recipe(), 1)[1]
+    assert standing.finished is None and standing.checkpoint and standing.checkpoint.step == 150, "wound back by hand"
+    shutil.rmtree(checkpoints)
     (recipe().out / "export" / "model.safetensors").unlink()
     assert check_run(recipe(), 1)[1].finished is None
 
