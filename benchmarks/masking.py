@@ -119,6 +119,8 @@ def real(out: Path, size: Size, data: Path) -> list[Row]:
         for tested in STRATEGIES:
             figure = f"error: trained {trained}, tested {tested}"
             rows.append(row(figure, error_ratios(cells[trained], tested), "of the mean frame's"))
+            beside = error_ratios(cells[trained], tested, [plain] * size.seeds)
+            rows.append(row(f"difference: trained {trained} − two coefficients, tested {tested}", beside, "of it"))
         if trained != "random":
             for tested in STRATEGIES:
                 difference = error_ratios(cells[trained], tested, cells["random"])
@@ -206,7 +208,7 @@ def main() -> None:
         found = {"choice": choice, "real": real, "simulated": simulated}[part](out, size, chosen.data)
         for each in found:
             low, high = each["interval"]  # type: ignore[misc]
-            print(f"{each['figure']:<58}{each['value']:>8.3f}  [{low:.3f}, {high:.3f}] {each['unit']}", flush=True)
+            print(f"{each['figure']:<62}{each['value']:>8.3f}  [{low:.3f}, {high:.3f}] {each['unit']}", flush=True)
         rows += found
     write(chosen.json, rows, machine())
 

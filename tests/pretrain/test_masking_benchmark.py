@@ -78,7 +78,7 @@ def test_aucs_are_the_mean_over_seeds_with_subjects_paired() -> None:
 
 
 def test_every_token_of_a_hidden_window_hears_from_visible_ones_beside_it() -> None:
-    """With a scan in one direction alone it does not, and training on windows learned the mean frame and no more."""
+    """With scans in one direction alone there are tokens that hear from nothing beside them."""
     from masking_parts.cells import RECIPE
 
     reached = {}
