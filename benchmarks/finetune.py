@@ -1,7 +1,6 @@
 """What a sweep and an adapter cost, and what a sweep survives.
 
-    python benchmarks/finetune.py [--quick] [--part cache|lora|kills|kills_serial] [--kills N] [--log FILE]
-        [--json FILE]
+    python benchmarks/finetune.py [--quick] [--part NAME] [--kills N] [--log FILE] [--device cuda] [--json FILE]
 
 Cohorts are noise with a planted difference, encoders are untrained: only time, memory and identity are measured here.
 """
@@ -15,9 +14,9 @@ from statistics import median
 
 import torch
 from common.figures import Row, line_of, machine, row, write
-from finetune_parts import adapters, heads, kills, survival
+from finetune_parts import adapters, batched, heads, kills, survival
 
-PARTS = ("cache", "lora", "kills", "kills_serial")
+PARTS = ("cache", "batched", "lora", "kills", "kills_serial")
 
 
 def cache(scratch: Path, quick: bool, n_kills: int, seed: int) -> list[Row]:
@@ -32,6 +31,24 @@ def cache(scratch: Path, quick: bool, n_kills: int, seed: int) -> list[Row]:
     for name, called in (("with", "cache"), ("again", "cache_filled"), ("without", "no_cache")):
         rows.append(row(f"head_trials_per_hour_{called}", 3600 * found[name], "trials/h"))
     return rows
+
+
+def batched_ranks(scratch: Path, quick: bool, n_kills: int, seed: int, device: str) -> list[Row]:
+    """LoRA ranks and seeds trained as one batched model, against the same trials one after the other.
+
+    Both begin with loading the encoder. Pairs are measured in turns in one process, and the median of their ratios is
+    given, by the clock and by processor time; ``…_differ_by`` is how far the validation losses lie apart, relatively.
+    """
+    sizes = batched.SIZES["quick" if quick and device == "cpu" else device]
+    found = batched.measure(scratch, sizes, device, pairs=1 if quick else 3)
+    rows, n = [], len(sizes.trials)
+    for clock, suffix, goal in (("wall", "", 4 if device == "cuda" else None), ("processor", "_processor_time", None)):
+        ratio = median(getattr(alone, clock) / getattr(together, clock) for alone, together in found)
+        rows.append(row(f"batched_ranks_speedup{suffix}", ratio, "times", goal))
+    for place, name in enumerate(("alone", "batched")):
+        rows.append(row(f"trials_per_hour_{name}", 3600 * n / median(pair[place].wall for pair in found), "trials/h"))
+    apart = max(abs(a / b - 1) for pair in found for a, b in zip(pair[0].losses, pair[1].losses, strict=True))
+    return [*rows, row("batched_ranks_differ_by", apart, "", None, "lower")]
 
 
 def lora(scratch: Path, quick: bool, n_kills: int, seed: int) -> list[Row]:
@@ -91,14 +108,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, help="kills per driver; by default 50")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills, to count in pieces")
     parser.add_argument("--log", type=Path, help="file of the sweeps counted; the same command goes on from it")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the part batched")
     parser.add_argument("--json", type=Path, help="write machine and rows to this file")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     n_kills = chosen.kills or (1 if chosen.quick else 50)
-    measures = {"cache": cache, "lora": lora, "kills": partial(killed, log=chosen.log)}
-    measures["kills_serial"] = partial(killed_serially, log=chosen.log)
+    measures = {"cache": cache, "batched": partial(batched_ranks, device=chosen.device), "lora": lora}
+    measures |= {"kills": partial(killed, log=chosen.log), "kills_serial": partial(killed_serially, log=chosen.log)}
     rows: list[Row] = []
-    print(machine())
+    print(machine(chosen.device))
     for part in chosen.part or PARTS:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="boldforge-finetune-", ignore_cleanup_errors=True) as folder:
@@ -107,7 +125,7 @@ def main() -> None:
             print(line_of(each), flush=True)
         print(f"  ({part}: {time.perf_counter() - start:.0f} s)", flush=True)
         rows += found
-    write(chosen.json, rows, machine())
+    write(chosen.json, rows, machine(chosen.device))
 
 
 if __name__ == "__main__":

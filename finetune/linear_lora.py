@@ -45,19 +45,22 @@ class _LowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
         """Return x·(W + s·B·A)ᵀ + bias."""
-        whole = torch.addmm(weight, b, a, alpha=scaling)
-        ctx.save_for_backward(x, whole, a, b)
+        ctx.save_for_backward(x, weight, a, b)
         ctx.scaling = scaling
-        return nn.functional.linear(x, whole, bias)
+        return nn.functional.linear(x, torch.addmm(weight, b, a, alpha=scaling), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, A and B; n tokens are read in rows."""
-        x, whole, a, b = ctx.saved_tensors
+        """Return the gradients of x, A and B; n tokens are read in rows.
+
+        W + s·B·A is formed again: kept, it would take as much room as the weights.
+        """
+        x, weight, a, b = ctx.saved_tensors
         dy_nO, x_nI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        dx = (dy_nO @ whole).view(x.shape) if ctx.needs_input_grad[0] else None
-        da = db = None
+        dx = da = db = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy_nO @ torch.addmm(weight, b, a, alpha=ctx.scaling)).view(x.shape)
         # With the few rows of the rank first: the other way round the same products take up to four times as long.
         if ctx.needs_input_grad[3]:
             da = ((b.T @ dy_nO.T) @ x_nI).mul_(ctx.scaling)
