@@ -25,7 +25,9 @@ def cache(scratch: Path, quick: bool, n_kills: int, seed: int) -> list[Row]:
     Both are whole sweeps with the serial driver: opening, embedding, training, choosing and testing. Without the cache
     every trial embeds its clips once, not once per epoch. ``…_later_sweeps`` finds the embeddings of an earlier one.
     """
-    found = heads.measure(scratch, subjects=24 if quick else 40, trials=(2, 8) if quick else (4, 32))
+    found = heads.measure(
+        scratch, subjects=16 if quick else 40, clips=1 if quick else 2, trials=(1, 4) if quick else (4, 32)
+    )
     rows = [row("head_sweep_cache_speedup", found["with"] / found["without"], "times", 10)]
     rows.append(row("head_sweep_cache_speedup_later_sweeps", found["again"] / found["without"], "times"))
     for name, called in (("with", "cache"), ("again", "cache_filled"), ("without", "no_cache")):
@@ -84,16 +86,18 @@ def killed(scratch: Path, quick: bool, n_kills: int, seed: int, log: Path | None
     into ended with the same files, had trained the same epochs, and began no more of them again than one per kill and
     trial that can be training at a time.
     """
-    return _kill("ray", scratch, kills.KINDS, n_kills, seed, log)
+    return _kill("ray", scratch, kills.KINDS, quick, n_kills, seed, log)
 
 
 def killed_serially(scratch: Path, quick: bool, n_kills: int, seed: int, log: Path | None = None) -> list[Row]:
     """Measure the same of the driver that trains one trial after the other, without Ray."""
-    return _kill("serial", scratch, ("driver",), n_kills, seed, log)
+    return _kill("serial", scratch, ("driver",), quick, n_kills, seed, log)
 
 
-def _kill(driver: str, scratch: Path, kinds: tuple[str, ...], n_kills: int, seed: int, log: Path | None) -> list[Row]:
-    survived, redone, counts = survival.count(driver, scratch, kinds, n_kills, seed, log)
+def _kill(
+    driver: str, scratch: Path, kinds: tuple[str, ...], quick: bool, n_kills: int, seed: int, log: Path | None
+) -> list[Row]:
+    survived, redone, counts = survival.count(driver, scratch, kinds, n_kills, seed, log, quick)
     suffix = "" if driver == "ray" else "_serial"
     rows = [row(f"sweep_kills_survived{suffix}", survived, f"of {counts.total()}", counts.total())]
     rows.append(row(f"sweep_epochs_redone{suffix}", redone / counts.total(), "per kill", None, "lower"))

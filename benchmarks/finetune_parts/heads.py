@@ -15,22 +15,22 @@ from finetune_parts.made import write_cohort, write_encoder
 ENCODER = ModelConfig(frames=8, embed_dim=36, depths=(2, 2, 6, 2), decoder=False, backend="auto")
 
 
-def measure(scratch: Path, subjects: int, trials: tuple[int, int]) -> dict[str, float]:
+def measure(scratch: Path, subjects: int, clips: int, trials: tuple[int, int]) -> dict[str, float]:
     """Return trials per second ``without`` the cache, ``with`` an empty one, and ``again`` with a filled one.
 
     Parameters
     ----------
     scratch
         An empty folder.
-    subjects
-        Of the cohort; two clips each.
+    subjects, clips
+        Of the cohort, and clips of each.
     trials
         How many without and how many with the cache; per trial, so that they can differ.
     """
     shards, encoder = write_cohort(scratch / "cohort", subjects, 16), write_encoder(scratch / "encoder", ENCODER)
 
     def rate(name: str, n: int) -> float:
-        settings = {"shards": shards, "backbone": encoder, "out": scratch / name, "clips": 2, "folds": 4}
+        settings = {"shards": shards, "backbone": encoder, "out": scratch / name, "clips": clips, "folds": 4}
         settings |= {"ranks": [0], "sampler": "random", "trials": n, "driver": "serial", "cache": scratch / "cache"}
         settings |= {"space": {"head_lr": {"low": 1e-4, "high": 1e-1, "log": True}}, "training": {"epochs": 20}}
         config = load_config(SweepConfig, settings)

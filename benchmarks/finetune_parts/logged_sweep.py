@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ _run_segment, _step, _ray_trial = sweep_rungs.Segment.run, fit.Fit.step, ray_dri
 _now: list[str] = []
 
 
-def _noted_run(segment: sweep_rungs.Segment, spec: TrialSpec, folder: Path, report: Callable[[int], None]) -> None:
+def _noted_run(segment: sweep_rungs.Segment, spec: TrialSpec, folder: Path, report: sweep_rungs.Report) -> None:
     _now[:] = ["chosen" if segment.anew else str(segment.trial.number)]
     _run_segment(segment, spec, folder, report)
 

@@ -12,7 +12,7 @@ _KILLS_PER_SWEEP = 10
 
 
 def count(
-    driver: str, scratch: Path, kinds: tuple[str, ...], n_kills: int, seed: int, log: Path | None
+    driver: str, scratch: Path, kinds: tuple[str, ...], n_kills: int, seed: int, log: Path | None, quick: bool = False
 ) -> tuple[int, int, Counter[str]]:
     """Kill sweeps until there were `n_kills` kills.
 
@@ -30,6 +30,8 @@ def count(
         Decides the moments.
     log
         One line of JSON per sweep that was counted. A sweep that the benchmark's own end cut short is not.
+    quick
+        Fewer subjects, trials and epochs.
 
     Returns
     -------
@@ -37,7 +39,7 @@ def count(
         Kills after which the sweep ended as one that nobody disturbed, epochs begun again, kills by kind.
     """
     outcomes = _read(log, driver, seed)
-    recipe = _recipe(driver, scratch)
+    recipe = _recipe(driver, scratch, quick)
     wanted = None
     while (left := n_kills - sum(outcome.kills.total() for outcome in outcomes)) > 0:
         wanted = wanted or kills.undisturbed(recipe, scratch / "undisturbed")
@@ -68,17 +70,17 @@ def _read(log: Path | None, driver: str, seed: int) -> list[kills.Outcome]:
     return [kills.Outcome(**{**line, "kills": Counter(line["kills"])}) for line in mine]
 
 
-def _recipe(driver: str, scratch: Path) -> dict[str, Any]:
+def _recipe(driver: str, scratch: Path, quick: bool) -> dict[str, Any]:
     return {
-        "shards": made.write_cohort(scratch / "cohort", 24, 12),
+        "shards": made.write_cohort(scratch / "cohort", 16 if quick else 24, 12),
         "backbone": made.write_encoder(scratch / "encoder"),
-        "clips": 2,
+        "clips": 1 if quick else 2,
         "folds": 3,
-        "ranks": [0, 1, 2, 4],
+        "ranks": [0, 1] if quick else [0, 1, 2, 4],
         "space": {"lr": [1e-3, 1e-2]},
         "grace": 2,
         "adapter": {"first_stage": 1, "dropout": 0.1},
-        "training": {"epochs": 8},
+        "training": {"epochs": 4 if quick else 8},
         "concurrency": 2,
         "driver": driver,
         "out": scratch / "out",
