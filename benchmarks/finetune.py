@@ -8,6 +8,7 @@ Cohorts are noise with a planted difference, encoders are untrained: only time, 
 import argparse
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -63,9 +64,12 @@ def lora(scratch: Path, quick: bool, n_kills: int, seed: int) -> list[Row]:
     """
     kinds = {"full": ("full", 0), "lora": ("lora", 0), "lora_first_stage_1": ("lora", 1)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
-    for _ in range(1 if quick else 3):
-        for name, (kind, stage) in kinds.items():
-            found[name].append(adapters.measure(kind, 1 if quick else 3, stage))
+    rounds, steps, at_a_time = (1, 1, len(kinds)) if quick else (3, 3, 1)
+    with ThreadPoolExecutor(at_a_time) as pool:
+        for _ in range(rounds):
+            measured = pool.map(lambda kind: adapters.measure(kind[0], steps, kind[1]), kinds.values())
+            for name, figures in zip(kinds, measured, strict=True):
+                found[name].append(figures)
     middle = {
         name: {key: median(each[key] for each in measured) for key in measured[0]} for name, measured in found.items()
     }
