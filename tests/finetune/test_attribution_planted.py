@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from boldforge.configs import load_config
 from boldforge.data_shards import (
     DataRecipe,
     ShardReader,
@@ -15,9 +16,10 @@ from boldforge.data_shards import (
     load_manifest,
     simulate_cohort,
 )
+from boldforge.finetune import AttributionConfig, FinetuneConfig, attribute_regions, finetune
 from boldforge.finetune.attribution import Parts, integrated_gradients, occlusion
 from boldforge.finetune.attribution_null import associate
-from boldforge.pretrain import region_voxels
+from boldforge.pretrain import ModelConfig, region_voxels
 
 PLANTED = {"Cerebellum_Crus1_L", "Cerebellum_Crus1_R", "Precuneus_L", "Precuneus_R"}
 FOLDS = 3
@@ -71,3 +73,28 @@ def _attributed(folder, effect):
 def test_on_a_planted_effect_the_planted_regions_rank_first(tmp_path):
     found, names = _attributed(tmp_path, 2.0)[0]
     assert {names[i] for i in np.argsort(-np.abs(found.slope))[:4]} == PLANTED
+
+
+@pytest.fixture(scope="module")
+def adapted(write_encoder, tmp_path_factory):
+    """A fine-tuning, LoRA and head on an encoder of ours, of SIMULATED subjects who differ in four regions."""
+    folder = tmp_path_factory.mktemp("adapted")
+    config = SimulationConfig(n_subjects=24, effect=2.0, sites=({"name": "NYU", "tr": 2.0},), regions=sorted(PLANTED))
+    simulate_cohort(folder / "athena", config)
+    recipe = DataRecipe(grid="mni4mm", tr=2.0, normalisation="residual-z", dtype="int16")
+    build_shards(find_runs(folder / "athena").runs, folder / "shards", recipe)
+    model = ModelConfig(patch_mm=24, frames=8, embed_dim=16, depths=(1,), decoder_depths=(), d_state=4, mlp_ratio=2.0)
+    settings = {"shards": folder / "shards", "backbone": write_encoder(model=model), "out": folder / "run"}
+    # What is read at each place by itself: an average over the brain could not tell one region from another.
+    settings |= {"pool": "tokens_std", "clips": 4, "folds": 4, "baselines": [], "adapter": {"rank": 4, "dropout": 0.1}}
+    results = finetune(load_config(FinetuneConfig, settings | {"training": {"epochs": 6, "batch_size": 8}}))
+    return folder / "run", results
+
+
+@pytest.mark.slow
+def test_of_an_adapted_encoder_of_ours_the_planted_regions_rank_first_too(adapted):
+    run, results = adapted
+    assert results["figures"]["auc"] > 0.95, "of a model that has not learned it, nothing can be asked"
+    asked = {"model": run, "clips": 1, "steps": 16, "permutations": 999, "methods": ["integrated-gradients"]}
+    table = attribute_regions(load_config(AttributionConfig, asked))["methods"]["integrated-gradients"]["table"]
+    assert {row["name"] for row in table[:4]} == PLANTED
