@@ -24,6 +24,8 @@ def check_out(out: Path, product: str) -> None:
     ConfigError
         If it does.
     """
-    for name, held in _TOLD_BY.items():
-        if held != product and (out / name).is_file():
-            raise ConfigError(f"{out}: holds {held} ({name}), so {product} is not written there; choose another out.")
+    found = next(((name, held) for name, held in _TOLD_BY.items() if (out / name).is_file()), None)
+    if found is not None and found[1] != product:
+        raise ConfigError(
+            f"{out}: holds {found[1]} ({found[0]}), so {product} is not written there; choose another out."
+        )

@@ -28,7 +28,8 @@ from boldforge.finetune.errors import FinetuneError, FoldError
 from boldforge.finetune.fit import TrainingConfig
 from boldforge.finetune.folds import Fold, subject_folds
 from boldforge.finetune.metrics import binary_metrics, roc_points
-from boldforge.finetune.rank_sweep import SweepConfig, sweep
+from boldforge.finetune.nested_sweep import sweep
+from boldforge.finetune.rank_sweep import SweepConfig
 from boldforge.finetune.sweep_journal import SweepError
 from boldforge.finetune.tasks import AdhdDiagnosis, Task, get_task
 

@@ -71,6 +71,20 @@ BASELINES: Mapping[str, Baseline] = _PLAIN | {
 }
 
 
+def check_names(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Return the names of a recipe's baselines if all of them are known.
+
+    Raises
+    ------
+    ValueError
+        If one is not.
+    """
+    unknown = [name for name in names or () if name not in BASELINES]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not a baseline; expected some of {', '.join(BASELINES)}")
+    return names
+
+
 def subject_features(
     reader: ShardReader,
     subjects: Sequence[Subject],
@@ -135,6 +149,7 @@ def baseline_scores(
     validation: Sequence[int],
     test: Sequence[int],
     sites: Sequence[str | None] = (),
+    anew: bool = False,
 ) -> tuple[Floats, Floats]:
     """Fit one baseline on a fold.
 
@@ -152,6 +167,8 @@ def baseline_scores(
         Positions of subjects. The regularisation is the one with the highest validation figure.
     sites
         One per subject, for harmonised baselines: site effects are estimated from the training subjects alone.
+    anew
+        Fit the chosen model once more, on training and validation subjects together, before the test.
 
     Returns
     -------
@@ -171,7 +188,7 @@ def baseline_scores(
     targets = (
         task.tensors["candidates"].double().numpy()[truth.astype(np.int64)] if isinstance(task, Matching) else truth
     )
-    best: tuple[float, Floats, Floats] | None = None
+    best: tuple[float, Floats, Floats, float] | None = None
     # What comes before the model does not depend on its strength, and the components of images take long.
     before = _preparation(name, task, len(train)).fit(features[list(train)])
     rows = {
@@ -184,9 +201,14 @@ def baseline_scores(
         checked = _scores(model, task, rows["val"])
         figure = task.headline(truth[list(validation)], checked)
         if best is None or figure > best[0]:
-            best = (figure, checked, _scores(model, task, rows["test"]))
+            best = (figure, checked, _scores(model, task, rows["test"]), strength)
     assert best is not None
-    return best[1], best[2]
+    if not anew:
+        return best[1], best[2]
+    seen = [*train, *validation]
+    whole = make_pipeline(_preparation(name, task, len(seen)), _model(name, task, best[3]))
+    whole.fit(features[seen], targets[seen])
+    return best[1], _scores(whole, task, features[list(test)])
 
 
 def _scores(model: Any, task: Task, rows: npt.NDArray[Any]) -> Floats:

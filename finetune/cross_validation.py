@@ -9,11 +9,11 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from boldforge.data_shards import Manifest
-from boldforge.finetune.baselines import BASELINES, baseline_scores
+from boldforge.finetune.baselines import BASELINES, check_names
+from boldforge.finetune.beside import Beside, plain_models, threshold_of
 from boldforge.finetune.classifier import Classifier, save_adapter
 from boldforge.finetune.cohort import ClipSet, OnProgress
 from boldforge.finetune.errors import FinetuneError
-from boldforge.finetune.evaluation import best_threshold
 from boldforge.finetune.fit import fit, predict_subjects
 from boldforge.finetune.fold_models import clear_folds, keep_fold, read_results
 from boldforge.finetune.folds import Fold
@@ -57,10 +57,7 @@ class FinetuneConfig(StudyConfig):
     @field_validator("baselines")
     @classmethod
     def _known(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        unknown = [name for name in names or () if name not in BASELINES]
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is not a baseline; expected some of {', '.join(BASELINES)}")
-        return names
+        return check_names(names)
 
 
 def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> dict[str, Any]:
@@ -95,33 +92,28 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
         logger.info("%s: this fine-tuning is finished; its results are those in the folder.", config.out)
         return results
     subjects = study.cohort.subjects
-    _check_harmonised(config)
-    names = _plain_models(study) if config.baselines is None else config.baselines
+    check_harmonised(config.baselines, config.protocol)
+    names = plain_models(study, config.baselines)
     dealt = [study.deal(config.seed + repeat, config.protocol) for repeat in range(config.repeats)]
     passes = sum(len(fold.train) for folds in dealt for fold in folds) + len(subjects)
     reading = config.clips * len(subjects) + len(subjects)
     bar = _Progress(on_progress, reading + config.clips * config.training.epochs * passes)
     model = Scores.empty(study.task, config.repeats, len(subjects))
-    others = {name: Scores.empty(study.task, config.repeats, len(subjects)) for name in names}
+    others = Beside(study, names, config.repeats)
     per_fold: list[dict[str, Any]] = []
-    kinds = sorted({BASELINES[name].features for name in names})
-    sites = [subject.site for subject in subjects]
-    labels, adapter = [subject.label for subject in subjects], study.lifted(config.adapter)
+    adapter = study.lifted(config.adapter)
     called = pseudonyms([subject.person for subject in subjects], study.pseudonym_key)
     with study.claim_out("fine-tuning") as scratch:
         clear_folds(config.out)
         clips = study.gather(subjects, scratch, lambda done, total: bar.add(1), adapter)
-        features = study.features(kinds, lambda: bar.add(1))
+        others.read(lambda: bar.add(1))
         for repeat, folds in enumerate(dealt):
             for number, fold in enumerate(folds, start=1):
                 classifier = study.classifier(adapter, config.seed + repeat)
                 scores, described = _run_fold(study, classifier, clips, fold, config.seed + repeat, bar.add)
-                train, validation, test = (study.positions(part) for part in (fold.train, fold.validation, fold.test))
+                test = study.positions(fold.test)
                 model.put(repeat, test, scores, described["threshold"])
-                for name, kept in others.items():
-                    rows = features[BASELINES[name].features]
-                    checked, tested = baseline_scores(name, study.task, rows, labels, train, validation, test, sites)
-                    kept.put(repeat, test, tested, _threshold(study, np.asarray(labels)[validation], checked))
+                others.run(fold, repeat)
                 per_fold.append({"repeat": repeat + 1, "fold": number, **described})
                 if config.keep_folds and repeat == 0 and (shards_hash := _shards_hash(study)) is not None:
                     about = {"simulated": study.cohort.simulated, **described}
@@ -133,7 +125,7 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
         for _ in fit(final, clips, None, config.training, epochs, config.seed):
             bar.add(len(clips))
         bar.finish()
-        return _write(study, dealt[0], model, others, per_fold, final, epochs)
+        return _write(study, dealt[0], model, others.scores, per_fold, final, epochs)
 
 
 def _finished(study: Study) -> dict[str, Any] | None:
@@ -159,19 +151,22 @@ def _finished(study: Study) -> dict[str, Any] | None:
     return results
 
 
-def _check_harmonised(config: FinetuneConfig) -> None:
-    harmonised = [name for name in config.baselines or () if BASELINES[name].harmonised]
-    if harmonised and config.protocol == "leave-one-site-out":
+def check_harmonised(names: tuple[str, ...] | None, protocol: Protocol = "folds") -> None:
+    """Make sure that the baselines that harmonise sites can.
+
+    Raises
+    ------
+    FinetuneError
+        If the packages are missing, or nothing is known of the sites that are tested.
+    """
+    harmonised = [name for name in names or () if BASELINES[name].harmonised]
+    if harmonised and protocol == "leave-one-site-out":
         raise FinetuneError(
             f"baseline {harmonised[0]!r} harmonises sites, but protocol leave-one-site-out tests a site of which "
             "nothing is known; take one of the two out."
         )
     if harmonised:
         check_installed()
-
-
-def _plain_models(study: Study) -> tuple[str, ...]:
-    return study.task.baselines if study.config.images is None else ("site", "demographics", "volume")
 
 
 class _Progress:
@@ -210,7 +205,7 @@ def _run_fold(
     assert best is not None, "the first epoch always improves"
     classifier.load_state(best_state)
     checked = predict_subjects(classifier, validation_clips, training.batch_size)
-    threshold = _threshold(study, validation_clips.labels, checked)
+    threshold = threshold_of(study.task, validation_clips.labels, checked)
     test_clips = clips.select(test)
     scores = predict_subjects(classifier, test_clips, training.batch_size)
     described = {
@@ -224,10 +219,6 @@ def _run_fold(
         "n_test": len(test),
     }
     return scores, described
-
-
-def _threshold(study: Study, labels: np.ndarray, scores: np.ndarray) -> float:
-    return best_threshold(labels, scores) if study.task.kind == "binary" else 0.5
 
 
 def _write(

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from boldforge.finetune.adapters import AdapterConfig
 from boldforge.finetune.backbone import load_backbone
+from boldforge.finetune.baselines import check_names
 from boldforge.finetune.cohort import ClipSet, OnProgress, Subject
 from boldforge.finetune.embedded import head_on_embeddings, read_labels
 from boldforge.finetune.embedding_cache import EmbeddingCache
@@ -22,9 +23,9 @@ from boldforge.finetune.fit import TrainingConfig, predict_subjects
 from boldforge.finetune.networks import BackboneSpec, shard_data
 from boldforge.finetune.ray_driver import RayConfig, run_on_ray
 from boldforge.finetune.serial_driver import run_serially
-from boldforge.finetune.study import Study, StudyConfig, open_study
+from boldforge.finetune.study import Study, StudyConfig
 from boldforge.finetune.sweep_clips import SeenClips, embed_unseen, gather_seen
-from boldforge.finetune.sweep_journal import Journal, SweepError
+from boldforge.finetune.sweep_journal import Journal, SweepError, write_whole
 from boldforge.finetune.sweep_results import Tested, TrialResult, best_epoch, choose, write_results
 from boldforge.finetune.sweep_rungs import Halving, Rounds, Segment
 from boldforge.finetune.sweep_space import OF_TRAINING, Sampler, SpaceConfig, Span, ask_tpe, draw, grid
@@ -33,6 +34,8 @@ from boldforge.finetune.trial import TrialSpec, has_diverged, read_best, read_cu
 
 logger = logging.getLogger(__name__)
 _JOURNAL, _TRIALS, _SEEN, _EMBEDDINGS = "journal.jsonl", "trials", "seen", "embeddings"
+# A nested search keeps those of its folds here, and the scores of their test subjects until they are pooled.
+OUTER, TESTED = "outer", "tested.json"
 _ATTEMPTS = 20
 # Who does the work and where the result lies changes nothing in it.
 _IMMATERIAL = {
@@ -76,6 +79,16 @@ class SweepConfig(StudyConfig):
         None, description="Ray cluster to work on, e.g. auto or 10.0.0.1:6379; its nodes must see out. None: here."
     )
 
+    outer_folds: int = Field(
+        1,
+        ge=1,
+        description="Folds whose test subjects are scored, each by the winner of a search of its own (nested "
+        "cross-validation); at most folds. 1: a single search and test.",
+    )
+    baselines: tuple[str, ...] | None = Field(
+        None,
+        description="Where outer_folds is above 1: plain models measured in the same folds; None takes the task's own.",
+    )
     batch_trials: int = Field(
         1,
         ge=1,
@@ -122,6 +135,11 @@ class SweepConfig(StudyConfig):
             )
         return training
 
+    @field_validator("baselines")
+    @classmethod
+    def _known(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return check_names(names)
+
     @field_validator("ranks")
     @classmethod
     def _each_once(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
@@ -141,6 +159,10 @@ class SweepConfig(StudyConfig):
             raise ValueError(f"a grid needs lists, but space.{spans[0]} has bounds; list values, or set sampler=tpe")
         if self.space.rank is not None and "ranks" in self.model_fields_set:
             raise ValueError("space.rank is searched, so ranks has no meaning; remove one of the two")
+        if self.outer_folds > self.folds:
+            raise ValueError(f"outer_folds is {self.outer_folds}, but folds deals {self.folds}; set folds higher")
+        if self.baselines is not None and self.outer_folds == 1:
+            raise ValueError("baselines stand beside a nested search; set outer_folds above 1, or take baselines out")
         if self.adapter.kind != "lora":
             raise ValueError("a sweep over LoRA ranks needs adapter.kind lora")
         if self.batch_trials > 1 and self.adapter.dora:
@@ -158,6 +180,7 @@ class SweepConfig(StudyConfig):
         # A sweep begun before these keys goes on.
         unread |= {"frames": True} if self.frames is None else {}
         unread |= {"batch_trials": True} if self.batch_trials == 1 else {}
+        unread |= {"outer_folds": True, "baselines": True} if self.outer_folds == 1 else {}
         return self.model_dump(mode="json", exclude=unread)
 
     def propose(self, batch: int, seen: list[tuple[dict[str, Any], float | None]]) -> list[dict[str, Any]]:
@@ -183,7 +206,7 @@ class SweepConfig(StudyConfig):
         return len(grid(self.space, self.ranks)) if self.sampler == "grid" else self.trials
 
 
-def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[str, Any]:
+def search_once(study: Study, number: int | None = None, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Train one adapter per point, choose by validation AUC (ties: the lower rank), and test the chosen one once.
 
     Before its test the chosen one is trained anew on training and validation subjects, for as many epochs as were best
@@ -193,15 +216,18 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
 
     Parameters
     ----------
-    config
-        The recipe.
+    study
+        Opened, with a `SweepConfig`.
+    number
+        Of the outer fold, from 0, where the search is part of a nested one; None searches in the first fold alone.
     on_progress
         Called with clips read and epochs done (each counted in clips), and the most there can be.
 
     Returns
     -------
     dict
-        The content of ``sweep.json``.
+        The content of ``sweep.json``. The test subjects' scores lie beside it in ``tested.json`` where the search is
+        part of a nested one.
 
     Raises
     ------
@@ -209,24 +235,28 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
         If shards, backbone and task do not fit together, there are too few subjects, a trial fails, or the folder
         holds an unfinished sweep of another recipe.
     """
-    study = open_study(config)
-    if not config.gpus and torch.cuda.is_available():
-        logger.warning("There is a GPU, but gpus=0 trains the trials on CPU threads; gpus=0.5 lets two share it.")
-    with study.claim_out("running a sweep") as scratch, closing(_open_journal(study, config)) as journal:
+    config = study.config
+    assert isinstance(config, SweepConfig)
+    with study.claim_out("running a sweep") as scratch, closing(open_journal(study, config, number)) as journal:
         if any("finished" in record for record in journal.records):
             logger.info("%s: this sweep is finished; its results are those in the folder.", config.out)
             results: dict[str, Any] = json.loads((config.out / "sweep.json").read_text())
         else:
-            results = _search_and_test(study, config, journal, scratch, on_progress)
+            results = _search_and_test(study, config, number, journal, scratch, on_progress)
             journal.append({"finished": True})
         _clear_work(config.out)
         return results
 
 
 def _search_and_test(
-    study: Study, config: SweepConfig, journal: Journal, scratch: Path, on_progress: OnProgress | None
+    study: Study,
+    config: SweepConfig,
+    number: int | None,
+    journal: Journal,
+    scratch: Path,
+    on_progress: OnProgress | None,
 ) -> dict[str, Any]:
-    fold = study.folds[0]
+    fold = study.folds[number or 0]
     parts = {
         name: [study.cohort.subjects[i] for i in study.positions(subjects)]
         for name, subjects in (("train", fold.train), ("validation", fold.validation), ("test", fold.test))
@@ -256,6 +286,9 @@ def _search_and_test(
     tested = _test(study, spec, best, folder, parts["test"], cache, scratch)
     if on_progress:
         on_progress(total, total)
+    if number is not None:
+        kept = {"scores": tested.scores.tolist(), "threshold": tested.threshold}
+        write_whole(config.out / TESTED, json.dumps(kept).encode())
     return write_results(study, config.settings(), parts, trials, best, tested, scratch)
 
 
@@ -332,7 +365,7 @@ def drive(
     run_on_ray(spec, rounds, folder, on_epoch, ray_config, scratch / "ray")
 
 
-def _open_journal(study: Study, config: SweepConfig) -> Journal:
+def open_journal(study: Study, config: SweepConfig, number: int | None = None, results: str = "sweep.json") -> Journal:
     """Open the folder's journal for this sweep.
 
     Raises
@@ -348,6 +381,7 @@ def _open_journal(study: Study, config: SweepConfig) -> Journal:
         "device": "cuda" if config.gpus else "cpu",
         "torch": torch.__version__,
     }
+    identity |= {} if number is None else {"fold": number}
     identity = json.loads(json.dumps(identity))
     journal = Journal(config.out / _JOURNAL)
     found = journal.records[0]["sweep"] if journal.records else None
@@ -362,7 +396,7 @@ def _open_journal(study: Study, config: SweepConfig) -> Journal:
             f"{config.out}: holds {held} sweep with other settings ({', '.join(differing)}); {mend}remove the folder, "
             "or choose another out."
         )
-    if finished and not (config.out / "sweep.json").is_file():
+    if finished and not (config.out / results).is_file():
         journal.clear()
     if not journal.records:
         _clear_work(config.out)

@@ -62,6 +62,11 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
     share = results["trainable_parameters"] / results["total_parameters"]
     trained = ", ".join(f"{name} {_count(count)}" for name, count in parts.items())
     _say(f"Trainable parameters: {trained}; {_percent(share)} % of {_count(results['total_parameters'])}.", console)
+    print_figures(results, console)
+
+
+def print_figures(results: Mapping[str, Any], console: Console) -> None:
+    """Print every figure with its interval, the baselines beside it, and the verdict."""
     figures, intervals = results["figures"], results["intervals"]
     people = len(results["people"] or ())
     of = results["rows"] + (f" of {people} {'person' if people == 1 else 'people'}" if people else "")

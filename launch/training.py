@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from boldforge.configs import ConfigError, load_config, recipe_path
+from boldforge.launch.finetuning import print_figures
 from boldforge.launch.model_card import FIGURES
 from boldforge.launch.progress import progress
 from boldforge.launch.ranks import run_ranks
@@ -95,6 +96,9 @@ def sweep_and_print(recipe: str, overrides: Sequence[str], console: Console) -> 
     config = load_config(SweepConfig, recipe, overrides)
     with progress("sweep", "clips") as on_progress:
         results = sweep(config, on_progress)
+    if config.outer_folds > 1:
+        _print_nested(results, console)
+        return config.out
     for trial in results["trials"]:
         stopped = "stopped early after" if trial["stopped_early"] else "trained for"
         called, value = next((k, trial[f"validation_{k}"]) for k in ("auc", "r2") if f"validation_{k}" in trial)
@@ -106,6 +110,16 @@ def sweep_and_print(recipe: str, overrides: Sequence[str], console: Console) -> 
     _print_figures(results, console)
     console.print(f"Adapter: {config.out / 'best' / 'adapter'}", highlight=False, soft_wrap=True)
     return config.out
+
+
+def _print_nested(results: Mapping[str, Any], console: Console) -> None:
+    """Print what each outer fold's search chose, then the pooled figures beside the baselines'."""
+    name = results["compared_by"]
+    for fold in results["folds"]:
+        tested = f"test {name.upper()} {fold['figures'][name]:.3f} on {fold['n_test']} subjects"
+        chosen = f"{fold['chosen']}, validation {name.upper()} {fold[f'validation_{name}']:.3f}, {tested}"
+        console.print(f"fold {fold['fold']}: {chosen}", highlight=False, soft_wrap=True)
+    print_figures(results, console)
 
 
 def _print_pretrained(folder: Path, console: Console) -> None:

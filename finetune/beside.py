@@ -1,0 +1,66 @@
+"""The plain models of a study, measured fold by fold beside what is trained."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from boldforge.finetune.baselines import BASELINES, baseline_scores
+from boldforge.finetune.evaluation import best_threshold
+from boldforge.finetune.folds import Fold
+from boldforge.finetune.study import Study
+from boldforge.finetune.summary import Scores
+from boldforge.finetune.tasks import Task
+
+
+def plain_models(study: Study, asked: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the names of the baselines: those asked for, or else the task's own."""
+    if asked is not None:
+        return asked
+    return study.task.baselines if study.config.images is None else ("site", "demographics", "volume")
+
+
+def threshold_of(task: Task, labels: npt.NDArray[Any], scores: npt.NDArray[Any]) -> float:
+    """Return the threshold that validation subjects choose; 0.5 where there are not two classes."""
+    return best_threshold(labels, scores) if task.kind == "binary" else 0.5
+
+
+class Beside:
+    """Baselines in the folds of a study.
+
+    Parameters
+    ----------
+    study
+        Whose rows.
+    names
+        Keys of `BASELINES`.
+    repeats
+        Of the cross-validation.
+    anew
+        See `baseline_scores`.
+    """
+
+    def __init__(self, study: Study, names: Sequence[str], repeats: int = 1, anew: bool = False) -> None:
+        rows = study.cohort.subjects
+        self.scores = {name: Scores.empty(study.task, repeats, len(rows)) for name in names}
+        self._study, self._anew = study, anew
+        self._labels, self._sites = [row.label for row in rows], [row.site for row in rows]
+        self._features: dict[str, npt.NDArray[Any]] = {}
+
+    def read(self, advance: Callable[[], None]) -> None:
+        """Compute the features of every row; `advance` is called after each."""
+        kinds = sorted({BASELINES[name].features for name in self.scores})
+        self._features = self._study.features(kinds, advance)
+
+    def run(self, fold: Fold, repeat: int = 0) -> None:
+        """Fit all of them on a fold and enter its test rows' scores."""
+        study = self._study
+        train, validation, test = (study.positions(part) for part in (fold.train, fold.validation, fold.test))
+        for name, kept in self.scores.items():
+            rows = self._features[BASELINES[name].features]
+            checked, tested = baseline_scores(
+                name, study.task, rows, self._labels, train, validation, test, self._sites, self._anew
+            )
+            line = threshold_of(study.task, np.asarray(self._labels)[validation], checked)
+            kept.put(repeat, test, tested, line)

@@ -1,0 +1,147 @@
+"""A search in every outer fold: nobody who is tested was in the search that chose for them; kills change nothing."""
+
+import csv
+import json
+import os
+import random
+import signal
+
+import pytest
+
+from boldforge.configs import ConfigError, load_config
+from boldforge.data_shards import load_manifest
+from boldforge.finetune import FinetuneConfig, SweepConfig, SweepError, finetune, rank_sweep, sweep
+from boldforge.finetune.study import open_study
+from boldforge.launch.report import write_report
+
+SMALL = {
+    "clips": 1,
+    "folds": 2,
+    "outer_folds": 2,
+    "ranks": [0, 1],
+    "grace": 1,
+    "adapter": {"first_stage": 1},
+    "training": {"epochs": 2},
+    "baselines": ["site"],
+    "driver": "serial",
+}
+FILES = ("metrics.json", "predictions.tsv", "outer/1/sweep.json", "outer/2/best/adapter/head.safetensors")
+
+
+def _config(shards, encoder, out, **changes):
+    return load_config(SweepConfig, {"shards": shards, "backbone": encoder, "out": out, **SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def nested(cohort, encoder, tmp_path_factory):
+    out, trained = tmp_path_factory.mktemp("nested") / "out", []
+    gather, seen = rank_sweep.gather_seen, []
+
+    def watched(study, subjects, *others):
+        trained.append({subject.name for subject in subjects})
+        return gather(study, subjects, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_sweep, "gather_seen", watched)
+        results = sweep(_config(cohort, encoder, out), lambda done, total: seen.append(done / total))
+    return out, results, trained, seen
+
+
+def test_every_subject_is_tested_once_by_a_search_that_never_saw_it(nested, cohort, encoder, tmp_path):
+    out, results, trained, seen = nested
+    folds = open_study(_config(cohort, encoder, tmp_path)).folds
+    assert trained == [set(fold.train) | set(fold.validation) for fold in folds]
+    assert results["figures"]["n"] == 22 == sum(fold["n_test"] for fold in results["folds"])
+    with (out / "predictions.tsv").open() as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    assert len({row["subject"] for row in rows}) == len(rows) == 22 and {row["fold"] for row in rows} == {"1", "2"}
+    assert seen == sorted(seen) and seen[-1] == 1
+    names = {run.subject for run in load_manifest(cohort).runs}
+    for path in out.rglob("*"):
+        if path.suffix in {".json", ".tsv", ".jsonl"}:
+            assert not [name for name in names if name in path.read_text()], path
+    assert not list(out.rglob("tested.json"))
+
+
+def test_the_pooled_figures_are_those_of_the_winners_beside_baselines(nested, cohort, encoder, tmp_path):
+    out, results, *_ = nested
+    assert json.loads((out / "metrics.json").read_text()) == results
+    for fold in results["folds"]:
+        alone = json.loads((out / "outer" / str(fold["fold"]) / "sweep.json").read_text())
+        assert fold["figures"] == alone["figures"] and fold["chosen"] == alone["best"]["name"]
+    right = sum(round(fold["figures"]["accuracy"] * fold["n_test"]) for fold in results["folds"])
+    assert results["figures"]["accuracy"] == pytest.approx(right / 22)
+    assert set(results["baselines"]) == {"site"} and results["measured_by"].startswith("2-fold nested")
+    assert {"p", "p_within_sites"} == set(results["permutation"]) and len(results["sites"]) == 2
+    assert results["verdict"]
+    page = write_report([out], tmp_path / "report.html").read_text()
+    assert results["folds"][0]["chosen"] in page and results["verdict"].split(":")[0] in page
+
+
+def test_a_finished_one_is_given_again_and_another_recipe_is_refused(nested, cohort, encoder, monkeypatch):
+    out, results, *_ = nested
+    monkeypatch.setattr(rank_sweep, "drive", None)
+    assert sweep(_config(cohort, encoder, out)) == results
+    with pytest.raises(SweepError, match=r"holds a sweep with other settings \(seed\)"):
+        sweep(_config(cohort, encoder, out, seed=1))
+    with pytest.raises(ConfigError, match="holds a sweep"):
+        finetune(load_config(FinetuneConfig, {"shards": cohort, "backbone": encoder, "out": out}))
+
+
+def _run_and_die(config: SweepConfig, step: int) -> bool:
+    """Run in a child that kills itself before its n-th durable step; say whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        steps = 0
+
+        def counted(work):
+            def do(*arguments, **keywords):
+                nonlocal steps
+                steps += 1
+                if steps == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return work(*arguments, **keywords)
+
+            return do
+
+        os.fsync, os.replace, os.unlink, os.rename = map(counted, (os.fsync, os.replace, os.unlink, os.rename))
+        try:
+            sweep(config)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status == 0
+
+
+@pytest.mark.slow
+def test_killed_at_random_steps_it_ends_with_the_same_files(nested, cohort, encoder, tmp_path):
+    whole, generator, out = nested[0], random.Random(0), tmp_path / "out"
+    config, kills = _config(cohort, encoder, out), 0
+    while not _run_and_die(config, generator.randint(1, 40) if kills < 12 else -1):
+        kills += 1
+    assert kills > 4
+    for name in FILES:
+        there, here = ((folder / name).read_bytes().replace(str(folder).encode(), b"OUT") for folder in (whole, out))
+        assert here == there, name
+
+
+@pytest.mark.slow
+def test_the_result_is_the_same_on_ray(nested, cohort, encoder, tmp_path):
+    results = sweep(_config(cohort, encoder, tmp_path / "out", driver="ray", concurrency=2))
+    assert {**results, "settings": 0} == {**nested[1], "settings": 0}
+    assert (tmp_path / "out" / "predictions.tsv").read_bytes() == (nested[0] / "predictions.tsv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"outer_folds": 4}, "outer_folds is 4, but folds deals 2"),
+        ({"outer_folds": 1}, "baselines stand beside a nested search"),
+        ({"baselines": ["sites"]}, "'sites' is not a baseline"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        _config("shards", "encoder", "out", **changes)
