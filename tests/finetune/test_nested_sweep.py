@@ -5,12 +5,13 @@ import json
 import os
 import random
 import signal
+from functools import partial
 
 import pytest
 
 from boldforge.configs import ConfigError, load_config
 from boldforge.data_shards import load_manifest
-from boldforge.finetune import FinetuneConfig, SweepConfig, SweepError, finetune, rank_sweep, sweep
+from boldforge.finetune import FinetuneConfig, SweepConfig, SweepError, finetune, rank_sweep, summary, sweep
 from boldforge.finetune.study import open_study
 from boldforge.launch.report import write_report
 
@@ -30,6 +31,15 @@ FILES = ("metrics.json", "predictions.tsv", "outer/1/sweep.json", "outer/2/best/
 
 def _config(shards, encoder, out, **changes):
     return load_config(SweepConfig, {"shards": shards, "backbone": encoder, "out": out, **SMALL, **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_draws():
+    """Intervals and p are tested elsewhere; here they only have to be the same again."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("bootstrap_intervals", "permutation_test", "compare"):
+            patch.setattr(summary, name, partial(getattr(summary, name), draws=50))
+        yield
 
 
 @pytest.fixture(scope="module")
