@@ -100,7 +100,8 @@ def _pool(study: Study, config: SweepConfig, searches: list[dict[str, Any]], scr
     # Like the winners, they are fitted anew on all subjects but those of the test.
     beside = Beside(study, plain_models(study, config.baselines), anew=True)
     beside.read(lambda: None)
-    of_fold, per_fold = {}, []
+    of_fold: dict[int, int] = {}
+    per_fold = []
     for number, (fold, found) in enumerate(zip(study.folds, searches, strict=False)):
         test = study.positions(fold.test)
         tested = json.loads((_fold_folder(config, number) / TESTED).read_text())
