@@ -126,6 +126,8 @@ def _pool(study: Study, config: SweepConfig, searches: list[dict[str, Any]], scr
         "n_unlabelled": study.cohort.n_unlabelled,
         "n_too_short": study.cohort.n_too_short,
         "n_duplicates": study.cohort.n_duplicates,
+        "n_repeated": study.cohort.n_repeated,
+        "n_several_sites": study.cohort.n_several_sites,
         "settings": config.settings(),
         "made_from": study.made_from(),
     }
@@ -133,7 +135,7 @@ def _pool(study: Study, config: SweepConfig, searches: list[dict[str, Any]], scr
         Prediction(subjects[i], score, line if binary else None, of_fold[i])
         for i, score, line in zip(kept, model.mean(), model.threshold_RN[0], strict=True)
     ]
-    write_predictions(config.out / "predictions.tsv", predictions, study.task.classes, config.seed)
+    write_predictions(config.out / "predictions.tsv", predictions, study.task.classes, study.pseudonym_key)
     write_json(scratch / "metrics.json", results)
     (scratch / "metrics.json").replace(config.out / "metrics.json")
     return results
