@@ -201,7 +201,7 @@ def test_shards_of_another_brain_mask_are_refused(cohort, write_encoder, tmp_pat
 def test_an_encoder_pretrained_on_the_same_shards_is_told(finished, cohort, write_encoder, tmp_path, caplog):
     assert finished[1]["pretrained_on_these_shards"] is False
     encoder = write_encoder(manifest_hash=load_manifest(cohort).content_hash)
-    results = finetune(_config(cohort, encoder, tmp_path, training={"epochs": 1}))
+    results = finetune(_config(cohort, encoder, tmp_path, training={"epochs": 1}, baselines=["site"]))
     task = json.loads((tmp_path / "adapter" / "task.json").read_text())
     assert results["pretrained_on_these_shards"] is task["figures"]["pretrained_on_these_shards"] is True
     assert "it has seen the test subjects' scans" in caplog.text

@@ -8,11 +8,13 @@ import signal
 from functools import partial
 
 import pytest
+from typer.testing import CliRunner
 
 from boldforge.configs import ConfigError, load_config
 from boldforge.data_shards import load_manifest
 from boldforge.finetune import FinetuneConfig, SweepConfig, SweepError, finetune, rank_sweep, summary, sweep
 from boldforge.finetune.study import open_study
+from boldforge.launch.cli import app
 from boldforge.launch.report import write_report
 
 SMALL = {
@@ -96,6 +98,18 @@ def test_a_finished_one_is_given_again_and_another_recipe_is_refused(nested, coh
         sweep(_config(cohort, encoder, out, seed=1))
     with pytest.raises(ConfigError, match="holds a sweep"):
         finetune(load_config(FinetuneConfig, {"shards": cohort, "backbone": encoder, "out": out}))
+
+
+def test_the_command_prints_what_each_search_chose_and_the_pooled_figures(nested, cohort, encoder, tmp_path):
+    out, results, *_ = nested
+    recipe = tmp_path / "nested.yaml"
+    recipe.write_text(json.dumps({"shards": str(cohort), "backbone": str(encoder), "out": str(out), **SMALL}))
+    done = CliRunner().invoke(app, ["sweep", "--config", str(recipe)], env={"COLUMNS": "200"}, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    for fold in results["folds"]:
+        assert f"fold {fold['fold']}: {fold['chosen']}, validation AUC" in done.output
+    assert "2-fold nested cross-validation" in done.output and "site alone" in done.output
+    assert " ".join(results["verdict"].split()) in " ".join(done.output.split())
 
 
 def _run_and_die(config: SweepConfig, step: int) -> bool:
