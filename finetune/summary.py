@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from boldforge.finetune.baselines import BASELINES
 from boldforge.finetune.evaluation import bootstrap_intervals, calibration, compare, per_site, permutation_test
+from boldforge.finetune.intervals import score_intervals
 from boldforge.finetune.metrics import auc
 from boldforge.finetune.tasks import Task
 
@@ -54,8 +55,10 @@ class Scores:
     def intervals(
         self, labels: npt.ArrayLike, seed: int, clusters: Sequence[str] | None = None
     ) -> dict[str, list[float]]:
-        """Return the figures' 95 % intervals over resampled subjects."""
-        return bootstrap_intervals(labels, np.arange(len(np.asarray(labels))), self.figures_of, seed, clusters=clusters)
+        """Return the figures' 95 % intervals, see `score_intervals`."""
+        rows = np.arange(len(np.asarray(labels)))
+        resampled = bootstrap_intervals(labels, rows, self.figures_of, seed, clusters=clusters)
+        return score_intervals(resampled, self.figures(labels), labels, clusters)
 
     def figures_of(self, truth: npt.NDArray[Any], subjects: npt.NDArray[np.int64]) -> dict[str, Any]:
         """Return the figures of some subjects, given by position and with their labels, as `figures` does of all."""

@@ -1,6 +1,5 @@
 """What a sweep found: the choice, the table of trials, and the chosen one's figures."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from boldforge.finetune.classifier import Classifier, save_adapter
 from boldforge.finetune.cohort import Subject
 from boldforge.finetune.evaluation import bootstrap_intervals
+from boldforge.finetune.intervals import auc_interval, score_intervals
 from boldforge.finetune.metrics import roc_points
 from boldforge.finetune.results import Prediction, write_json, write_predictions, write_table
 from boldforge.finetune.study import Study
@@ -18,8 +18,6 @@ from boldforge.finetune.sweep_journal import SweepError
 from boldforge.finetune.sweep_rungs import Curve, Trial
 from boldforge.finetune.tasks import describe_labels
 from boldforge.finetune.trial import has_diverged
-
-_Z95, _BISECTIONS = 1.959964, 60
 
 
 @dataclass(frozen=True)
@@ -56,29 +54,6 @@ def choose(trials: Sequence[TrialResult], figure: str) -> TrialResult:
     return max(left, key=lambda t: (best_epoch(t)[figure], -t.trial.values["rank"], -t.trial.number))
 
 
-def auc_interval(auc: float, n_positive: int, n_negative: int) -> list[float]:
-    """Return the 95 % interval of an AUC from its height and the numbers of subjects alone.
-
-    Method 5 of Newcombe 2006 (Statistics in Medicine 25, 559): all areas θ that lie within 1.96 standard errors of the
-    one measured, the error that of Hanley and McNeil 1982 at θ itself, so that an AUC of 1 has an interval too.
-    """
-    n = (n_positive + n_negative) / 2 - 1
-
-    def outside(theta: float) -> bool:
-        spread = 1 + n * (1 - theta) / (2 - theta) + n * theta / (1 + theta)
-        error = math.sqrt(theta * (1 - theta) * spread / (n_positive * n_negative))
-        return abs(theta - auc) > _Z95 * error
-
-    ends = []
-    for far in (0.0, 1.0):
-        inner, outer = auc, far
-        for _ in range(_BISECTIONS):
-            middle = (inner + outer) / 2
-            inner, outer = (inner, middle) if outside(middle) else (middle, outer)
-        ends.append(inner)
-    return ends
-
-
 def write_results(
     study: Study,
     settings: dict[str, Any],
@@ -100,8 +75,12 @@ def write_results(
         "pretrained_on_these_shards": study.pretrained_on_these_shards,
         "measured_by": "test subjects held out of a sweep, scored once",
         "figures": figures,
-        "intervals": bootstrap_intervals(
-            labels, scores, lambda truth, score: study.task.metrics(truth, score, threshold), config.seed
+        "intervals": score_intervals(
+            bootstrap_intervals(
+                labels, scores, lambda truth, score: study.task.metrics(truth, score, threshold), config.seed
+            ),
+            figures,
+            labels,
         ),
         "threshold": threshold,
         "subjects": {

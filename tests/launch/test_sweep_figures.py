@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from boldforge.finetune.sweep_results import auc_interval
+from boldforge.finetune.intervals import auc_interval
 from boldforge.launch.report import write_report
 from boldforge.launch.sweep_figures import parallel_figure, rank_figure, say, searched
 

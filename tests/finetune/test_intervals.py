@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from boldforge.finetune import AdhdDiagnosis, get_task
+from boldforge.finetune.evaluation import bootstrap_intervals
+from boldforge.finetune.intervals import auc_interval, mean_share_interval, score_intervals, share_interval
+from boldforge.finetune.metrics import binary_metrics, multiclass_metrics
+from boldforge.finetune.summary import Scores
+
+
+@given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_s_interval_is_scipy_s(counts):
+    right, n = counts
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    assert share_interval(right / n, n) == pytest.approx([interval.low, interval.high], abs=1e-6)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 50)), min_size=1, max_size=4))
+def test_the_interval_of_a_mean_of_shares_lies_around_it_within_the_widest(rows):
+    shares, sizes = zip(*rows, strict=True)
+    low, high = mean_share_interval(shares, sizes)
+    assert -1e-9 <= low <= np.mean(shares) <= high <= 1 + 1e-9
+    if len(rows) == 1:
+        assert [low, high] == pytest.approx(share_interval(shares[0], sizes[0]))
+
+
+def test_seven_subjects_told_apart_without_error_do_not_make_certainty():
+    labels = [0, 0, 0, 0, 1, 1, 1]
+    model = Scores.empty(AdhdDiagnosis(), 1, 7)
+    model.put(0, range(7), 0.1 + 0.5 * np.array(labels), 0.5)
+    assert model.figures(labels)["auc"] == 1.0
+    assert bootstrap_intervals(labels, np.array(labels), binary_metrics, 0, draws=50)["auc"] == [1.0, 1.0]
+    found = model.intervals(labels, 0)
+    assert found["auc"] == auc_interval(1.0, 3, 4) and 0.4 < found["auc"][0] < 0.7
+    assert found["sensitivity"] == share_interval(1.0, 3) and found["specificity"] == share_interval(1.0, 4)
+    assert found["accuracy"] == share_interval(1.0, 7)
+    assert found["sensitivity"][0] < found["balanced_accuracy"][0] < found["accuracy"][0]
+    assert found["brier"][0] < found["brier"][1] < 0.25, "no share: over resampled subjects"
+
+
+def test_one_that_was_wrong_is_not_surer_than_none():
+    labels = np.array([0] * 10 + [1] * 10)
+    scores = labels + 0.01 * np.arange(20)
+    wrong = scores.copy()
+    wrong[10] = -1
+    lows = []
+    for score in (scores, wrong):
+        figures = binary_metrics(labels, score)
+        found = score_intervals(bootstrap_intervals(labels, score, binary_metrics, 0, draws=50), figures, labels)
+        lows.append([found[name][0] for name in ("auc", "accuracy", "balanced_accuracy", "sensitivity")])
+    assert (np.array(lows[0]) > lows[1]).all()
+
+
+def test_blocks_count_as_their_people_and_keep_the_bootstrap_where_it_varies():
+    people = [f"p{i // 10}" for i in range(40)]
+    labels = np.arange(40) % 2
+    for scores, collapsed in ((labels * 1.0, True), (np.where(np.arange(40) < 8, 0.5, labels), False)):
+        resampled = bootstrap_intervals(labels, scores, binary_metrics, 0, draws=100, clusters=people)
+        found = score_intervals(resampled, binary_metrics(labels, scores), labels, people)
+        assert found["auc"] == (auc_interval(1.0, 4, 4) if collapsed else resampled["auc"])
+        assert found["accuracy"] == (share_interval(1.0, 4) if collapsed else resampled["accuracy"])
+
+
+def test_three_classes_and_a_number_without_error():
+    labels = np.arange(12) % 3
+    scores = np.eye(3)[labels]
+    figures = multiclass_metrics(labels, scores)
+    found = score_intervals(bootstrap_intervals(labels, scores, multiclass_metrics, 0, draws=50), figures, labels)
+    assert found["auc"] == pytest.approx(auc_interval(1.0, 4, 8)) and found["accuracy"] == share_interval(1.0, 12)
+    assert found["balanced_accuracy"][0] < 1
+    age = get_task("age")
+    exact = score_intervals({"r2": [1.0, 1.0]}, age.metrics([1.0, 2.0], [1.0, 2.0]), [1.0, 2.0])
+    assert exact == {"r2": [1.0, 1.0]}, "a number's figures keep the bootstrap's"
