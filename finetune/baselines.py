@@ -43,11 +43,14 @@ class Baseline:
     model: str
     harmonised: bool = False
 
-    def says(self, kind: Kind) -> str:
-        """Describe it for a task of that kind."""
+    def says(self, kind: Kind, column: str = "") -> str:
+        """Describe it for a task of that kind, out of a phenotype column: what is asked for is never told from."""
         regression = {"linear": "ridge regression", "svm": "linear support vector regression"}
         classifiers = {"linear": "logistic regression", "svm": "linear SVM"}
-        called = self.called + (" with sites harmonised by ComBat" if self.harmonised else "")
+        # As `_preparation` takes them.
+        known = [name for name in ("site", "age", "sex") if name != column]
+        called = f"{', '.join(known[:-1])} and {known[-1]}" if self.features == "demographics" else self.called
+        called += " with sites harmonised by ComBat" if self.harmonised else ""
         if kind == "match":
             return f"{called}, compared as it is"
         return f"{called}, {(regression if kind == 'regression' else classifiers)[self.model]}"
@@ -58,10 +61,10 @@ _PLAIN: dict[str, Baseline] = {
     "demographics": Baseline("demographics", "site, age and sex", "linear"),
     "connectivity": Baseline("connectivity", "AAL3 functional connectivity", "linear"),
     "connectivity-svm": Baseline("connectivity", "AAL3 functional connectivity", "svm"),
-    "volume": Baseline("volume", "50 components of the volume", "linear"),
+    "volume": Baseline("volume", f"up to {_MOST_COMPONENTS} components of the volume", "linear"),
     "regions": Baseline("regions", "mean of every AAL3 region", "linear"),
     "mean-image": Baseline("image", "every voxel of the mean image", "linear"),
-    "image": Baseline("image", "50 components of the mean and amplitude image", "linear"),
+    "image": Baseline("image", f"up to {_MOST_COMPONENTS} components of the mean and amplitude image", "linear"),
 }
 # ComBat takes the sites' means and spreads out of what was measured, not out of what was asked.
 BASELINES: Mapping[str, Baseline] = _PLAIN | {

@@ -270,8 +270,11 @@ def _write(
     }
     kept = (
         "rows",
+        "column",
+        "compared_by",
         "figures",
         "intervals",
+        "baselines",
         "verdict",
         "measured_by",
         "simulated",

@@ -14,7 +14,7 @@ from boldforge.finetune.baselines import BASELINES
 from boldforge.finetune.evaluation import bootstrap_intervals, calibration, compare, per_site, permutation_test
 from boldforge.finetune.intervals import score_intervals
 from boldforge.finetune.metrics import auc
-from boldforge.finetune.tasks import Task
+from boldforge.finetune.tasks import Task, named_classes
 
 Floats = npt.NDArray[np.float64]
 _CALLED = {"auc": "AUC", "r2": "R²", "top1": "top-1"}
@@ -107,8 +107,8 @@ def summarise(
     Returns
     -------
     dict
-        ``figures``, ``intervals``, ``permutation``, ``sites``, ``baselines`` and ``verdict``, as ``metrics.json`` holds
-        them; ``calibration`` where there are two classes.
+        The task's ``column`` and ``classes``, ``figures``, ``intervals``, ``permutation``, ``sites``, ``baselines`` and
+        ``verdict``, as ``metrics.json`` holds them; ``calibration`` where there are two classes.
     """
     truth, score, task = np.asarray(labels), model.mean(), model.task
     clusters = None if blocks is None else blocks.clusters
@@ -118,6 +118,8 @@ def summarise(
     figures = model.figures(truth)
     summary: dict[str, Any] = {
         "rows": task.rows,
+        "column": task.column,
+        "classes": named_classes(task),
         "compared_by": task.selects_by,
         "chance": figures.get("chance", task.chance),
         "figures": figures,
@@ -132,7 +134,7 @@ def summarise(
         undefined = {"brier"} if BASELINES[name].model == "svm" else set()
         intervals = other.intervals(truth, seed, clusters)
         summary["baselines"][name] = {
-            "says": BASELINES[name].says(task.kind),
+            "says": BASELINES[name].says(task.kind, task.column),
             "figures": {key: None if key in undefined else value for key, value in other.figures(truth).items()},
             "intervals": {key: ends for key, ends in intervals.items() if key not in undefined},
             "model_minus_baseline": compare(

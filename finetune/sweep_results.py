@@ -16,7 +16,7 @@ from boldforge.finetune.results import Prediction, write_json, write_predictions
 from boldforge.finetune.study import Study
 from boldforge.finetune.sweep_journal import SweepError
 from boldforge.finetune.sweep_rungs import Curve, Trial
-from boldforge.finetune.tasks import describe_labels
+from boldforge.finetune.tasks import describe_labels, named_classes
 from boldforge.finetune.trial import has_diverged
 
 
@@ -71,6 +71,9 @@ def write_results(
     rows = [_row(trial, figure, study, parts["validation"]) for trial in trials]
     shared: dict[str, Any] = {
         "task": study.task.name,
+        "column": study.task.column,
+        "classes": named_classes(study.task),
+        "compared_by": figure,
         "simulated": study.cohort.simulated,
         "pretrained_on_these_shards": study.pretrained_on_these_shards,
         "measured_by": "test subjects held out of a sweep, scored once",
@@ -106,6 +109,7 @@ def write_results(
     folder = config.out / "best"
     # By the hash an attribution knows whom the adapter has seen.
     about = {"clips_per_subject": config.clips, "shards_hash": study.manifest.content_hash}
+    about["sentence"] = results["sentence"]
     save_adapter(classifier, folder / "adapter", {**shared, **about})
     line = threshold if study.task.kind == "binary" else None
     predictions = [Prediction(subject, score, line, 1) for subject, score in zip(parts["test"], scores, strict=True)]

@@ -9,11 +9,14 @@ from typing import Any, Literal
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from nilearn.datasets import load_mni152_template
+
+from boldforge.finetune.intervals import share_interval
 
 # Mid-tones that read on white and on near-black; blue and orange stay apart for colour-blind eyes.
 BLUE, ORANGE, GREY = "#3d7fc1", "#d9822b", "#8a8f98"
@@ -87,6 +90,21 @@ def roc_figure(fpr: Sequence[float], tpr: Sequence[float], auc: float, n: int) -
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="1 − specificity", ylabel="sensitivity", aspect="equal")
     add_legend(axes, loc="lower right")
     return inline_svg(figure, "roc")
+
+
+def calibration_figure(groups: Sequence[dict[str, float]]) -> str:
+    """Draw what was so against what was predicted, with Wilson's intervals; groups as ``metrics.json`` holds them."""
+    figure, axes = plot_axes(3.6, 3.4)
+    predicted, observed = (np.array([group[name] for group in groups]) for name in ("predicted", "observed"))
+    ends = np.array([share_interval(group["observed"], int(group["n"])) for group in groups])
+    # Rounding may put an end on the wrong side of its point.
+    far = np.maximum([observed - ends[:, 0], ends[:, 1] - observed], 0)
+    axes.plot([0, 1], [0, 1], color=INK, lw=1, ls=(0, (4, 3)), label="well calibrated")
+    label = f"groups of about {round(sum(group['n'] for group in groups) / len(groups))}"
+    axes.errorbar(predicted, observed, far, fmt="o-", color=ORANGE, lw=1.4, ms=5, capsize=3, label=label)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="predicted", ylabel="observed", aspect="equal")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+    return inline_svg(figure, "calibration")
 
 
 def colour_bar() -> str:
@@ -171,6 +189,11 @@ def inline_svg(figure: Figure, name: str) -> str:
         figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
     text = stream.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def inline(svg: str) -> Markup:
+    """Let a figure of this module stand in a page as it is: drawn from numbers, its texts escaped by matplotlib."""
+    return Markup(svg)  # noqa: S704
 
 
 def _smooth(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:

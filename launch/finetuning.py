@@ -13,7 +13,7 @@ from rich.table import Table
 import boldforge
 from boldforge.configs import ConfigError, check_out, load_config, recipe_names, recipe_path
 from boldforge.data_shards import DataRecipe, RunList, find_runs
-from boldforge.launch.model_card import FIGURES
+from boldforge.launch.figure_names import call_figure, show_interval, show_number, tested_figures, true_minus
 from boldforge.launch.progress import progress
 from boldforge.launch.sharding import is_dataset, shard_runs
 
@@ -67,7 +67,7 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
 
 def print_figures(results: Mapping[str, Any], console: Console) -> None:
     """Print every figure with its interval, the baselines beside it, and the verdict."""
-    figures, intervals = results["figures"], results["intervals"]
+    figures = results["figures"]
     people = len(results["people"] or ())
     of = results["rows"] + (f" of {people} {'person' if people == 1 else 'people'}" if people else "")
     simulated = "simulated " if results["simulated"] else ""
@@ -75,13 +75,13 @@ def print_figures(results: Mapping[str, Any], console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("figure", "value", "95 % interval"):
         table.add_column(title, justify="left" if title == "figure" else "right")
-    for name in FIGURES:
-        if figures.get(name) is not None:
-            table.add_row(name.replace("_", " "), f"{figures[name]:.3f}", _interval(intervals.get(name)))
+    for row in tested_figures(results):
+        if row["value"] is not None:
+            table.add_row(row["name"], show_number(row["value"]), show_interval(row["interval"], 3))
     console.print(table)
     if results["baselines"]:
         _print_beside(results, console)
-    _say(results["verdict"], console)
+    _say(true_minus(results["verdict"]), console)
 
 
 def _percent(share: float) -> str:
@@ -103,12 +103,12 @@ def _left_out(results: Mapping[str, Any]) -> str:
 def _print_beside(results: Mapping[str, Any], console: Console) -> None:
     name = results["compared_by"]
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("beside it", name.replace("_", " "), "95 % interval", "difference", "p"):
+    for title in ("beside it", call_figure(name, results), "95 % interval", "difference", "p"):
         table.add_column(title, justify="left" if title == "beside it" else "right", overflow="fold")
     for entry in results["baselines"].values():
         against = entry["model_minus_baseline"]
-        cells = (f"{entry['figures'][name]:.3f}", _interval(entry["intervals"].get(name)))
-        table.add_row(entry["says"], *cells, f"{against['difference']:+.3f}", f"{against['p']:.3f}")
+        cells = (show_number(entry["figures"][name]), show_interval(entry["intervals"].get(name), 3))
+        table.add_row(entry["says"], *cells, true_minus(f"{against['difference']:+.3f}"), f"{against['p']:.3f}")
     console.print(table)
 
 
@@ -175,10 +175,6 @@ def _state(path: Path | None) -> tuple[str, int, int] | None:
 
 def _count(number: int) -> str:
     return f"{number:,}".replace(",", " ")
-
-
-def _interval(pair: Sequence[float] | None) -> str:
-    return "" if pair is None else f"{pair[0]:.3f} to {pair[1]:.3f}"
 
 
 def _say(text: str, console: Console) -> None:

@@ -5,19 +5,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-FIGURES = (
-    "top1",
-    "top5",
-    "auc",
-    "balanced_accuracy",
-    "accuracy",
-    "sensitivity",
-    "specificity",
-    "brier",
-    "r2",
-    "r",
-    "mae",
-)
+from boldforge.launch.figure_names import call_figure, show_interval, show_number, tested_figures
 
 
 def render_card(config: Mapping[str, Any], summary: Mapping[str, Any], task: Mapping[str, Any]) -> str:
@@ -40,7 +28,9 @@ def render_card(config: Mapping[str, Any], summary: Mapping[str, Any], task: Map
         keep_trailing_newline=True,
         autoescape=False,  # noqa: S701  (Markdown from our own numbers and validated recipe names, not HTML)
     )
-    adapted = task.get("figures", {})
+    environment.filters.update(figure=show_number, interval=show_interval)
+    # Older adapters do not name the task among their figures.
+    adapted = {"task": task.get("task"), **task.get("figures", {})}
     figures = adapted.get("figures", {})
     return environment.get_template("model_card.md.j2").render(
         config=config,
@@ -50,6 +40,7 @@ def render_card(config: Mapping[str, Any], summary: Mapping[str, Any], task: Map
         summary=summary,
         task=task,
         simulated=adapted.get("simulated"),
+        planted=describe_simulated(adapted),
         measured_by=adapted.get("measured_by", "by a procedure that is not recorded"),
         # One count for all: a cross-validation, whose adapter is trained on everyone once the folds are measured.
         cross_validated="n" in adapted.get("subjects", {}),
@@ -58,8 +49,42 @@ def render_card(config: Mapping[str, Any], summary: Mapping[str, Any], task: Map
         n_tested=figures.get("n"),
         n_positive=figures.get("n_positive"),
         n_subjects=count_subjects(adapted.get("subjects", {})),
-        tested={name: figures[name] for name in FIGURES if isinstance(figures.get(name), int | float)},
+        tested=[row for row in tested_figures(adapted) if row["value"] is not None],
+        compared_by=call_figure(adapted.get("compared_by", ""), adapted),
+        baselines=_baselines(adapted),
+        verdict=adapted.get("verdict") or adapted.get("sentence"),
     )
+
+
+def describe_simulated(results: Mapping[str, Any]) -> str:
+    """Say what a result on simulated subjects is worth; empty where they are people or it is not recorded."""
+    if not results.get("simulated"):
+        return ""
+    if results.get("task") == "adhd":
+        return (
+            "The subjects are simulated, with a difference between the groups planted in named regions unless the "
+            "simulation left it out: the figures say whether the pipeline finds what was put there, nothing else."
+        )
+    return (
+        "The subjects are simulated: the figures show that the pipeline works and say nothing about people. boldforge "
+        "simulate plants a difference between patients and controls and nothing else, so for any other question the "
+        "right answer is chance, but for what goes with the diagnosis."
+    )
+
+
+def _baselines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what stands beside the model in the figure by which they are compared; empty where nothing does."""
+    key = results.get("compared_by")
+    return [
+        {
+            "says": entry["says"],
+            "value": entry["figures"][key],
+            "interval": entry["intervals"].get(key),
+            "difference": entry["model_minus_baseline"]["difference"],
+            "p": entry["model_minus_baseline"]["p"],
+        }
+        for entry in (results.get("baselines") or {}).values()
+    ]
 
 
 def describe_overlap(results: Mapping[str, Any]) -> str:

@@ -19,8 +19,9 @@ import boldforge
 from boldforge.configs import BoldForgeError
 from boldforge.data_shards import load_manifest
 from boldforge.launch import figures, sweep_figures
+from boldforge.launch.adapted_page import describe_adapted
 from boldforge.launch.attribution_page import read_attribution, show_p
-from boldforge.launch.model_card import FIGURES, describe_overlap
+from boldforge.launch.figure_names import show_interval, show_number, true_minus
 
 _MOST_EXAMPLES, _MOST_REGIONS = 2, 10
 _RUN_LIKE = (
@@ -113,7 +114,8 @@ def page_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(figure=_show_number, percent=_show_percent, value=sweep_figures.say, p=show_p)
+    environment.filters.update(figure=show_number, percent=_show_percent, value=sweep_figures.say, p=show_p)
+    environment.filters.update(interval=show_interval, minus=true_minus)
     return environment.get_template(name)
 
 
@@ -137,7 +139,7 @@ def _read_pretraining(folder: Path) -> Section:
         "last": rows[-1],
         "steps_done": int(rows[-1]["step"]),
         "frames_per_second": float(np.median([row["frames_per_second"] for row in rows])),
-        "loss": _inline(figures.loss_figure(rows)),
+        "loss": figures.inline(figures.loss_figure(rows)),
         "examples": _read_examples(folder / "reconstruction.npz"),
         "regions": _read_regions(folder / "regions.csv"),
     }
@@ -225,7 +227,7 @@ def _read_regions(path: Path) -> list[dict[str, Any]]:
 
 def _read_finetuning(folder: Path) -> Section:
     results = _read_json(folder / "metrics.json")
-    content = {"name": folder.resolve().name, "results": results, **_adapted(results)}
+    content = {"name": folder.resolve().name, "results": results, **describe_adapted(results)}
     content["attribution"] = read_attribution(folder / "attribution", folder, _MOST_REGIONS)
     return Section("finetuning", content, bool(results["simulated"]))
 
@@ -240,51 +242,14 @@ def _read_attribution(folder: Path) -> Section:
 
 def _read_sweep(folder: Path) -> Section:
     results = _read_json(folder / "sweep.json")
-    content = {"name": folder.resolve().name, "results": results, **_adapted(results)}
+    content = {"name": folder.resolve().name, "results": results, **describe_adapted(results)}
     trials, by, called = results["trials"], content["selects_by"], content["compared_by"]
     searched = sweep_figures.searched(results)
     content["searched"] = {name: label for name, label in searched.items() if name != "rank"}
-    content["rank_curve"] = _inline(sweep_figures.rank_figure(trials, by, called, results))
+    content["rank_curve"] = figures.inline(sweep_figures.rank_figure(trials, by, called, results))
     drawn = sweep_figures.parallel_figure(trials, searched, by, called, results["best"])
-    content["parallel"] = _inline(drawn)
+    content["parallel"] = figures.inline(drawn)
     return Section("sweep", content, bool(results["simulated"]))
-
-
-def _adapted(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures and ROC curve that a finetuning and a sweep share."""
-    tested = results["figures"]
-    selects_by = results.get("compared_by") or next((name for name in ("auc", "r2", "top1") if name in tested), None)
-    if selects_by is None:
-        raise ValueError("the figures hold none of auc, r2 and top1, by which models are compared")
-    roc = results.get("roc")
-    return {
-        "figures": {name.replace("_", " "): tested[name] for name in FIGURES if name in tested},
-        "n": tested["n"],
-        "n_positive": tested.get("n_positive"),
-        "overlap": describe_overlap(results),
-        "selects_by": selects_by,
-        "compared_by": {"auc": "AUC", "r2": "R²"}.get(selects_by, selects_by),
-        "rows": results.get("rows", "subjects"),
-        "beside": _beside(results),
-        "roc": _inline(figures.roc_figure(roc["fpr"], roc["tpr"], tested["auc"], tested["n"])) if roc else None,
-    }
-
-
-def _beside(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table that puts the model beside the baselines; empty where none were measured."""
-    if not results.get("baselines"):
-        return []
-    compared_by = results["compared_by"]
-    entries = [("this model", results), *((entry["says"], entry) for entry in results["baselines"].values())]
-    rows = []
-    for name, entry in entries:
-        against = entry.get("model_minus_baseline")
-        low, high = entry["intervals"][compared_by]
-        row = {"name": name, "interval": f"{low:.2f} – {high:.2f}", "difference": "", "p": ""}
-        if against:
-            row |= {"difference": f"{against['difference']:+.2f}", "p": f"{against['p']:.3f}"}
-        rows.append(row | {"figure": entry["figures"][compared_by]})
-    return rows
 
 
 def _read_release(folder: Path) -> Section:
@@ -303,15 +268,6 @@ def _read_release(folder: Path) -> Section:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _inline(svg: str) -> Markup:
-    return Markup(svg)  # noqa: S704  (drawn by figures.py from numbers; its texts are escaped by matplotlib)
-
-
-def _show_number(value: float | None, digits: int = 3) -> str:
-    """Write a figure for a table; an undefined one is a dash."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def _show_percent(value: float) -> str:

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 
 from boldforge.configs import ConfigError, load_config, recipe_path
+from boldforge.launch.figure_names import show_interval, show_number, tested_figures
 from boldforge.launch.finetuning import print_figures
-from boldforge.launch.model_card import FIGURES
 from boldforge.launch.progress import progress
 from boldforge.launch.ranks import run_ranks
 
@@ -134,7 +134,9 @@ def _figures(summary: Mapping[str, Any]) -> str:
 
 
 def _print_figures(results: Mapping[str, Any], console: Console) -> None:
-    figures = results["figures"]
-    parts = [f"{name.replace('_', ' ')} {figures[name]:.3f}" for name in FIGURES if figures.get(name) is not None]
+    tested = [row for row in tested_figures(results) if row["value"] is not None]
+    # A name may hold a comma before its unit, so semicolons between figures.
+    parts = [f"{row['name']} {show_number(row['value'])} ({show_interval(row['interval'], 3)})" for row in tested]
     of = "simulated subjects" if results["simulated"] else "subjects"
-    console.print(f"Test on {figures['n']} {of}: {', '.join(parts)}.", highlight=False, soft_wrap=True)
+    said = f"Test on {results['figures']['n']} {of} (95 % intervals): {'; '.join(parts)}."
+    console.print(said, highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from boldforge.data_shards import Manifest
 from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.events import EventsConfig
 from boldforge.finetune.subjects import Cohort
-from boldforge.finetune.tasks.base import Criterion, Phenotype, Task, describe_labels
+from boldforge.finetune.tasks.base import Criterion, Phenotype, Task, describe_labels, named_classes
 from boldforge.finetune.tasks.columns import Number, SeveralClasses, TwoClasses, as_text
 from boldforge.finetune.tasks.diagnosis import AdhdDiagnosis
 from boldforge.finetune.tasks.reidentification import Reidentification, open_reidentification
@@ -123,5 +123,6 @@ __all__ = [
     "TaskState",
     "describe_labels",
     "get_task",
+    "named_classes",
     "open_rows",
 ]

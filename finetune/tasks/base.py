@@ -90,6 +90,11 @@ class Arranging(Protocol):
         """Rearrange an epoch's clips, given their labels and the order in which they were drawn."""
 
 
+def named_classes(task: Task) -> list[str]:
+    """Return what labels 0, 1, … mean; nothing where labels are numbers or candidates."""
+    return list(task.classes) if task.kind in ("binary", "multiclass") else []
+
+
 def describe_labels(task: Task, labels: Sequence[float]) -> dict[str, Any]:
     """Return ``n``, and by kind ``n_positive``, ``n_per_class``, or the labels' mean and deviation."""
     counted: dict[str, Any] = {"n": len(labels)}

@@ -66,7 +66,7 @@ def test_another_phenotype_makes_other_shards(athena, pretraining, tmp_path):
     arguments = ["--task", "age", "--data", data, f"backbone={pretraining}", f"out={tmp_path / 'age'}", *QUICK]
     arguments += ["adapter.rank=0", "baselines=[]"]
     done = _run(*arguments)
-    assert "Trainable parameters: head " in done.output and "mae" in done.output
+    assert "Trainable parameters: head " in done.output and "mean absolute error, years" in done.output
     table = next(data.glob("*phenotypic*"))
     lines = table.read_text().splitlines()
     cells = lines[1].split("\t")

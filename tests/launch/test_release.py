@@ -180,7 +180,7 @@ def test_the_card_says_simulated_and_how_to_load(release):
     assert "40 simulated subjects" in card
     assert "0.7000" in card, "held-out error"
     assert "1.0000" in card, "its baseline"
-    assert "| auc | 0.812 |" in card
+    assert "| AUC | 0.812 | not recorded |" in card and "No plain models stand beside these figures." in card
     assert 'boldforge.from_pretrained("' in card
     assert "`batch.dequantise()` is `values`" in card, "a stream yields quantised batches"
     assert "Not a medical device" in card
@@ -240,6 +240,21 @@ def test_the_card_of_a_sweep_says_who_was_measured(card_with, recorded):
 )
 def test_the_card_says_whether_the_encoder_met_the_test_subjects(card_with, recorded, known, said):
     assert said in card_with(recorded | known)
+
+
+def test_the_card_gives_intervals_plain_models_and_the_verdict(card_with, recorded):
+    against = {"difference": -0.1234, "interval": [-0.3, 0.1], "p": 0.25}
+    beside = {"says": "site alone", "figures": {"auc": 0.9}, "intervals": {"auc": [0.7, 1.0]}}
+    more = {
+        "compared_by": "auc",
+        "intervals": {"auc": [0.45, 0.96], "sensitivity": [0.15, 0.85]},
+        "baselines": {"site": beside | {"model_minus_baseline": against}},
+        "verdict": "AUC 0.81: not shown to be better than chance.",
+    }
+    card = card_with(recorded | more)
+    assert "| AUC | 0.812 | 0.450 to 0.960 |" in card and "| sensitivity | 0.500 | 0.150 to 0.850 |" in card
+    assert "| site alone | 0.900 | 0.700 to 1.000 | −0.123 | 0.250 |" in card
+    assert "**AUC 0.81: not shown to be better than chance.**" in card and "planted in named regions" in card
 
 
 def test_an_adapter_without_figures_is_released_and_its_card_claims_nothing(card_with):

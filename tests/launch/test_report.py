@@ -231,7 +231,7 @@ def test_a_sweep_of_any_task_is_shown_or_refused_in_a_sentence(sweep, tmp_path):
     trials = [trial | {"validation_top1": 0.5} for trial in results["trials"]]
     told = {"figures": {"top1": 0.4, "n": 10}, "intervals": {"top1": [0.2, 0.6]}, "roc": None, "best": trials[0]}
     (folder / "sweep.json").write_text(json.dumps(results | told | {"trials": trials}))
-    assert "top1" in write_report([folder], tmp_path / "page.html").read_text()
+    assert "top-1" in write_report([folder], tmp_path / "page.html").read_text()
     (folder / "sweep.json").write_text(json.dumps(results | {"figures": {"n": 10}}))
     with pytest.raises(ReportError, match=r"sweep: its files cannot be shown .*none of auc, r2 and top1"):
         write_report([folder], tmp_path / "page.html")
