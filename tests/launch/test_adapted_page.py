@@ -42,7 +42,7 @@ def page_of(tmp_path, monkeypatch):
             "subjects": describe_labels(task, labels),
         }
         (tmp_path / "metrics.json").write_text(json.dumps(results))
-        page = write_report([tmp_path], tmp_path / "report.html").read_text().split("</style>")[1]
+        page = write_report([tmp_path], tmp_path / "report.html").read_text().split("</style>", 1)[1]
         return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split()), results
 
     return write
