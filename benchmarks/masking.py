@@ -43,7 +43,7 @@ class Size:
     frames: int = 32
     """Of a simulated run, at its site's TR."""
     effect: float = 0.5
-    clips: int = 6
+    clips: int = 16
     """Per subject, read by the probe."""
     masks: int = reconstruction.MASKS_PER_CLIP
     """Per held-out clip of the real runs."""
@@ -130,7 +130,8 @@ def real(out: Path, size: Size, data: Path) -> list[Row]:
 
 def simulated(out: Path, size: Size, data: Path) -> list[Row]:
     """Pretrain on SIMULATED cohorts without labels and probe the frozen encoder; `data` is not used."""
-    about = {"recipe": RECIPE, **{key: value for key, value in asdict(size).items() if key in _SIMULATED}}
+    about = {"recipe": RECIPE, "pools": probe.POOLS}
+    about |= {key: value for key, value in asdict(size).items() if key in _SIMULATED}
     shards: list[Path] = []
 
     def cohorts() -> Iterator[Cell]:

@@ -22,12 +22,13 @@ from boldforge.data_shards import (
     simulate_cohort,
 )
 from boldforge.finetune import AdhdDiagnosis, NeuroStormBackbone, subject_folds
+from boldforge.finetune.backbone import Pool
 from boldforge.finetune.baselines import baseline_scores, subject_features
 from boldforge.finetune.cohort import Subject, find_cohort
 from boldforge.pretrain import ModelConfig, Pretrained, build_model
 from masking_parts.cells import RECIPE, Cell
 
-POOLS = ("mean", "multiscale")
+POOLS: tuple[Pool, ...] = ("multiscale", "tokens_std")
 BASELINES = ("site", "connectivity", "image")
 FOLDS, REPEATS = 5, 3
 HOLDOUT = {"by": "subject", "fraction": 0.1, "seed": 0}
@@ -69,17 +70,15 @@ def probe(shards: Path, pretrained: Pretrained, clips: int) -> Cell:
     """
     manifest = load_manifest(shards)
     reader, frames = ShardReader(manifest), pretrained.model.config.frames
-    backbone = NeuroStormBackbone(pretrained, "multiscale")
-    rows = []
+    backbones = [NeuroStormBackbone(pretrained, pool) for pool in POOLS]
+    rows: list[list[np.ndarray]] = []
     for subject in subjects_of(manifest):
         last = manifest.runs[subject.runs[0]].n_frames - frames
         starts = np.unique(np.linspace(0, last, clips).round().astype(int)).tolist()
         parts = [reader.read(subject.runs[0], start, frames) for start in starts]
         values_BTV = torch.from_numpy(np.stack([part.mean + part.q * part.scale for part in parts])).float()
-        rows.append(backbone.embed(values_BTV).mean(dim=0).double().numpy())
-    embedding = np.stack(rows)
-    # The mean of the last stage's tokens comes first in what multiscale gathers.
-    return _scores(manifest, {"mean": embedding[:, : pretrained.model.dim], "multiscale": embedding})
+        rows.append([backbone.embed(values_BTV).mean(dim=0).double().numpy() for backbone in backbones])
+    return _scores(manifest, {pool: np.stack(each) for pool, each in zip(POOLS, zip(*rows, strict=True), strict=True)})
 
 
 def baselines(shards: Path) -> Cell:
