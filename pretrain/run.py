@@ -99,7 +99,7 @@ def diverged(figure: str, config: PretrainConfig) -> BoldForgeError:
     """Say that a figure is no number though the data are."""
     return BoldForgeError(
         f"{figure} is not a finite number, though the data are; lower optimizer.lr (now {config.optimizer.lr:g}), set "
-        "optimizer.gradient_clipping, or use precision fp32, in a new out folder or from the last checkpoint."
+        "optimizer.gradient_clipping, or use precision fp32, in a new out folder."
     )
 
 

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from boldforge.configs import BoldForgeError, folder_lock, load_config
 from boldforge.data_shards import ClipBatch
@@ -137,11 +138,18 @@ def training_step(run: Run, batch: ClipBatch, step: int) -> dict[str, float]:
 
 
 def lost(run: Run, batch: ClipBatch, step: int) -> BoldForgeError:
-    """Say why a step's loss is not a number; the checkpoints before it are whole."""
+    """Say why a step's loss is not a number; called by every rank, all of which say the same.
+
+    The checkpoints before it are whole.
+    """
     figure = f"step {step + 1}: the loss"
     finite_B = batch.dequantise().isfinite().flatten(1).all(dim=1)
-    if not finite_B.all():
-        return not_finite(figure, run.manifests[int(batch.dataset[~finite_B][0])], int(batch.run[~finite_B][0]))
+    own = None if finite_B.all() else (int(batch.dataset[~finite_B][0]), int(batch.run[~finite_B][0]))
+    # A rank sees its own share of the step only; the sentence about the learning rate would be wrong of another's.
+    found: list[tuple[int, int] | None] = [None] * run.world_size
+    dist.all_gather_object(found, own)
+    for place in filter(None, found):
+        return not_finite(figure, run.manifests[place[0]], place[1])
     return diverged(figure, run.config)
 
 

@@ -1,6 +1,7 @@
 """A small brain on a small grid, shared by the pretraining tests."""
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from boldforge.configs import BoldForgeError
 from boldforge.pretrain import ModelConfig, TokenGrid
 
 torch.set_num_threads(1)
@@ -45,3 +47,29 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def two_ranks(tmp_path: Path) -> Callable[[Callable[[int], object]], list[str]]:
+    """Run a function of the rank in two real processes; return what each returned, or refused, as text."""
+
+    def run(work: Callable[[int], object]) -> list[str]:
+        def rank_of(rank: int) -> None:
+            dist.init_process_group("gloo", init_method=f"file://{tmp_path}/both", rank=rank, world_size=2)
+            try:
+                said = str(work(rank))
+            except BoldForgeError as error:
+                said = f"refused: {error}"
+            dist.barrier()
+            (tmp_path / f"rank-{rank}.txt").write_text(said)
+
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=rank_of, args=(rank,)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+            process.kill()
+        return [(tmp_path / f"rank-{rank}.txt").read_text() for rank in range(2)]
+
+    return run

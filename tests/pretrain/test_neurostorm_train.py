@@ -95,12 +95,14 @@ def test_a_clip_longer_than_what_is_held_out_is_refused_before_the_first_step(sh
         check_lengths(64, [manifest], [train], [held])
 
 
-def test_a_loss_that_is_no_number_names_the_run_that_holds_nan_or_the_learning_rate(shards: Path) -> None:
+def test_a_loss_that_is_no_number_names_the_run_that_holds_nan_or_the_learning_rate(
+    shards: Path, one_rank: None
+) -> None:
     from boldforge.pretrain.train import lost
 
     manifest = load_manifest(shards)
     batch = ClipStream(manifest, clip_length=4, batch_size=1, seed=0).batch(0)
-    run = SimpleNamespace(manifests=[manifest], config=config(shards))
+    run = SimpleNamespace(manifests=[manifest], config=config(shards), world_size=1)
     assert "though the data are; lower optimizer.lr (now 5e-05)" in str(lost(run, batch, 6))
     batch.scale[0, 5] = float("nan")
     sentence = str(lost(run, batch, 6))
