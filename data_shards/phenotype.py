@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
@@ -14,6 +14,7 @@ Phenotype = dict[str, float | str | None]
 
 # The codes that ADHD-200 and BIDS tables use for "not known".
 MISSING = frozenset({"", "n/a", "na", "nan", "none", "null", "pending", "withheld"})
+_FEW = 6
 _NOT_MEASURED = -999  # comes as an integer and as a float
 _CONTROL = frozenset({"0", "control", "controls", "hc", "healthy", "td", "tdc", "typically developing children"})
 _ADHD = frozenset({"1", "2", "3", "adhd", "adhd-combined", "adhd-inattentive", "adhd-hyperactive/impulsive", "patient"})
@@ -32,8 +33,8 @@ def read_table(path: Path, root: Path | None = None) -> list[dict[str, str]]:
     Raises
     ------
     LayoutError
-        If the file is empty, has no header, repeats a column, is not UTF-8 text, has a quote that is not closed, or
-        leads out of `root`.
+        If the file is empty, has no header, repeats a column, is separated by semicolons, is not UTF-8 text, has a
+        quote that is not closed, or leads out of `root`.
     """
     return [row for _, row in read_lines(path, root)]
 
@@ -55,6 +56,8 @@ def read_lines(path: Path, root: Path | None = None) -> list[tuple[int, dict[str
     repeated = {name for name in header if header.count(name) > 1}
     if repeated:
         raise LayoutError(f"{path}: column {sorted(repeated)[0]!r} occurs twice; rename one.")
+    if len(header) == 1 and ";" in header[0]:
+        raise LayoutError(f"{path}: its columns are separated by semicolons; save it with commas or tabs.")
     return [(line, dict(zip_longest(header, row[: len(header)], fillvalue=""))) for line, row in rows[1:]]
 
 
@@ -151,3 +154,21 @@ def canonical(row: dict[str, str], known: frozenset[str]) -> Phenotype:
         phenotype["diagnosis"] = parse_diagnosis(coded.get("diagnosis", coded.get("dx")))
         phenotype["dx"] = parse_value(coded.get("dx", coded.get("diagnosis")))
     return phenotype
+
+
+def describe_columns(phenotypes: Iterable[Phenotype]) -> dict[str, str]:
+    """Say of every phenotype column, by name, what it holds: a few values as they are, of many numbers the ends."""
+    values: dict[str, set[float | str | None]] = {}
+    for phenotype in phenotypes:
+        for name, value in phenotype.items():
+            values.setdefault(name, set()).add(value)
+    return {name: _describe(values[name] - {None}) for name in sorted(values)}
+
+
+def _describe(found: set[float | str | None]) -> str:
+    numbers = sorted(value for value in found if isinstance(value, int | float))
+    texts = sorted(value for value in found if isinstance(value, str))
+    if len(found) <= _FEW:
+        return ", ".join([f"{value:g}" for value in numbers] + texts) or "empty"
+    parts = [f"{numbers[0]:g} to {numbers[-1]:g}"] if numbers else []
+    return ", ".join(parts + ([f"{len(texts)} different texts"] if texts else []))

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 
+from boldforge.configs import count_of
 from boldforge.data_shards import Manifest
 from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.events import (
@@ -101,7 +102,7 @@ class RunEvents:
                 "shorter clips."
             )
         if mixed:
-            logger.warning("left out: %d blocks without a clip that is mostly of their condition", mixed)
+            logger.warning("left out for want of a clip that is mostly of one condition: %s", count_of(mixed, "block"))
         simulated = any(self._manifest.runs[row.runs[0]].simulated for row in rows)
         ordered = tuple(sorted(rows, key=lambda row: row.name))
         n_duplicates, n_repeated = len(self.same.people), len(self.same.recordings)

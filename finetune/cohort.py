@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from boldforge.configs import load_config
+from boldforge.configs import count_of, load_config
 from boldforge.data_shards import DataRecipe, Manifest, ShardReader
 from boldforge.finetune.backbone import Backbone, Partway
 from boldforge.finetune.errors import FinetuneError
@@ -72,16 +72,22 @@ def find_cohort(manifest: Manifest, task: Task, clip_length: int) -> Cohort:
             sites = known_sites(manifest.runs[p].site for p in long_enough)
             subjects.append(Subject(name, labels.pop(), next(iter(sites), None), long_enough, sites=sites))
     if not subjects:
+        remedy = "fill the column in, or name another one" if n_unlabelled else "use an encoder with shorter clips"
         raise FinetuneError(
             f"none of the {len(runs)} subjects in these shards can be used for task {task.name!r}: {n_unlabelled} have "
-            f"no label and {n_too_short} have no run of {clip_length} frames; shard a folder with a phenotype table, "
-            "or use an encoder with shorter clips."
+            f"no label in phenotype column {task.column!r} and {n_too_short} have no run of {clip_length} frames; "
+            f"{remedy}."
         )
     n_several_sites = sum(len(subject.sites) > 1 for subject in subjects)
     if n_several_sites:
-        logger.warning("%d subjects were scanned at several sites and count for that of the first run", n_several_sites)
+        logger.warning(
+            "Scanned at several sites, so that the site of the first run counts: %s",
+            count_of(n_several_sites, "subject"),
+        )
     if n_unlabelled or n_too_short:
-        logger.info("left out: %d subjects without a label, %d with short runs only", n_unlabelled, n_too_short)
+        logger.info(
+            "left out: %s without a label, %d with short runs only", count_of(n_unlabelled, "subject"), n_too_short
+        )
     simulated = any(manifest.runs[position].simulated for subject in subjects for position in subject.runs)
     counted = (n_unlabelled, n_too_short, len(same.people), simulated, len(same.recordings), n_several_sites)
     return Cohort(tuple(subjects), *counted)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from boldforge.configs import count_of
 from boldforge.finetune.errors import FoldError
 
 
@@ -24,6 +25,7 @@ def subject_folds(
     sites: Sequence[str | None],
     n_folds: int,
     seed: int,
+    classes: Sequence[str] = (),
 ) -> list[Fold]:
     """Split subjects into folds, each subject tested exactly once.
 
@@ -45,6 +47,8 @@ def subject_folds(
         Number of folds, at least 2.
     seed
         Decides the shuffle.
+    classes
+        What the labels mean, for messages.
 
     Returns
     -------
@@ -63,14 +67,19 @@ def subject_folds(
     strata = _stratum_of_each(subjects, labels, sites)
     generator = np.random.default_rng([seed, n_folds])
     parts = _deal(strata, list(strata), n_folds, generator)
-    _check_enough(strata, n_folds)
+    _check_enough(strata, n_folds, classes)
     return [
         _fold(strata, set(test), n_folds, np.random.default_rng([seed, n_folds, i])) for i, test in enumerate(parts)
     ]
 
 
 def site_folds(
-    subjects: Sequence[str], labels: Sequence[int], sites: Sequence[str | None], n_folds: int, seed: int
+    subjects: Sequence[str],
+    labels: Sequence[int],
+    sites: Sequence[str | None],
+    n_folds: int,
+    seed: int,
+    classes: Sequence[str] = (),
 ) -> list[Fold]:
     """Leave one site out at a time: every site is the test set once, and no model has seen a subject of it.
 
@@ -82,6 +91,8 @@ def site_folds(
         The validation subjects are one part of this many of the subjects of the other sites.
     seed
         Decides which.
+    classes
+        What the labels mean, for messages.
 
     Returns
     -------
@@ -101,11 +112,11 @@ def site_folds(
     names = sorted({site for _, site in homes if site is not None})
     if unknown or len(names) < 2 or several:
         found = (
-            f"{unknown} subjects have none"
+            f"{unknown} {'subject has' if unknown == 1 else 'subjects have'} none"
             if unknown
             else f"there is only {', '.join(names)}"
             if len(names) < 2
-            else f"{several} were scanned at several"
+            else f"{several} {'was' if several == 1 else 'were'} scanned at several"
         )
         raise FoldError(
             f"leave-one-site-out needs every subject's site, and two sites at least, but {found}; set protocol to "
@@ -118,8 +129,8 @@ def site_folds(
         few = [label for label in sorted({label for label, _ in strata.values()}) if others[label] < 2]
         if few:
             raise FoldError(
-                f"without site {name} there are {others[few[0]]} subjects with label {few[0]}, too few to train and to "
-                "validate; set protocol to folds."
+                f"without site {name} there {_count(others[few[0]])} of {_called(few[0], classes)}, too few to train "
+                "and to validate; set protocol to folds."
             )
         folds.append(_fold(strata, test, max(n_folds, 2), np.random.default_rng([seed, n_folds, number, 1])))
     return folds
@@ -133,6 +144,7 @@ def group_folds(
     n_folds: int | None,
     seed: int,
     every_class: bool = True,
+    classes: Sequence[str] = (),
 ) -> list[Fold]:
     """Split rows into folds that share no group: no person, or within one person no run.
 
@@ -151,6 +163,8 @@ def group_folds(
         Decides who is dealt where.
     every_class
         Whether every label must occur among a fold's training rows.
+    classes
+        What the labels mean, for messages.
 
     Raises
     ------
@@ -186,8 +200,8 @@ def group_folds(
             kept |= {label} if part == 0 else set()
         if every_class and kept != set(labels):
             raise FoldError(
-                f"fold {number + 1} would train without label {min(set(labels) - kept)}; set folds higher, or add "
-                "runs in which it occurs."
+                f"fold {number + 1} would train without {_called(min(set(labels) - kept), classes)}; set folds higher, "
+                "or add runs in which it occurs."
             )
         folds.append(Fold(*(tuple(sorted(part)) for part in parts)))
     return folds
@@ -206,15 +220,24 @@ def _stratum_of_each(
     return strata
 
 
-def _check_enough(strata: dict[str, tuple[int, str]], n_folds: int) -> None:
+def _count(subjects: int) -> str:
+    return f"{'is' if subjects == 1 else 'are'} {count_of(subjects, 'subject')}"
+
+
+def _called(label: int, classes: Sequence[str]) -> str:
+    """Name a class; groups of near numbers have no name."""
+    return f"class {classes[label]!r}" if classes else f"label {label}"
+
+
+def _check_enough(strata: dict[str, tuple[int, str]], n_folds: int, classes: Sequence[str]) -> None:
     counts = Counter(label for label, _ in strata.values())
     # The fullest test set takes ceil(count / n_folds) of a class; two more are needed, to train and to validate.
     for label, count in sorted(counts.items()):
         if count < n_folds or count - -(-count // n_folds) < 2:
             raise FoldError(
-                f"{count} subjects have label {label}, too few for {n_folds} folds with training, validation and test "
-                f"subjects of every class; add subjects of that class or set folds lower (at least 4 are needed for 2 "
-                "folds, and one per fold for more)."
+                f"there {_count(count)} of {_called(label, classes)}, too few for {n_folds} folds with training, "
+                f"validation and test subjects of every class; add subjects of that class or set folds lower (at least "
+                "4 are needed for 2 folds, and one per fold for more)."
             )
 
 

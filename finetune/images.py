@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from boldforge.configs import StrictModel
+from boldforge.configs import StrictModel, count_of
 from boldforge.data_shards.dataset_files import why_refused
 from boldforge.data_shards.nifti import SIMULATED_MARK
 from boldforge.data_shards.phenotype import Phenotype, canonical, parse_value, read_table
@@ -126,7 +126,9 @@ class ImageTable:
             )
         n_several_sites = sum(len(subject.sites) > 1 for subject in subjects)
         if n_several_sites:
-            logger.warning("%d subjects have images of several sites and count for the first one's", n_several_sites)
+            logger.warning(
+                "With images of several sites, of which the first counts: %s", count_of(n_several_sites, "subject")
+            )
         simulated = any(self._is_simulated(position) for subject in subjects for position in subject.runs)
         counted = (n_unlabelled, 0, len(same.people), simulated, len(same.recordings), n_several_sites)
         return Cohort(tuple(subjects), *counted)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
+from boldforge.configs import count_of
 from boldforge.data_shards import Manifest
 
 logger = logging.getLogger(__name__)
@@ -61,14 +62,14 @@ def find_same_scans(
             repeated.add(position)
     if joined:
         logger.warning(
-            "left out: %d subjects whose scan is also another subject's; check the dataset for people listed twice.",
-            len(joined),
+            "left out: %s whose scan is also another subject's; check the dataset for people listed twice.",
+            count_of(len(joined), "subject"),
         )
     if repeated:
         logger.warning(
-            "left out: %d recordings whose scan the same subject has under another name, too; check the dataset for "
+            "left out: %s whose scan the same subject has under another name, too; check the dataset for "
             "files listed twice.",
-            len(repeated),
+            count_of(len(repeated), "recording"),
         )
     return SameScans(frozenset(joined), frozenset(repeated))
 

@@ -31,7 +31,7 @@ from boldforge.finetune.networks import BackboneSpec, make_backbone, shard_data
 from boldforge.finetune.resnet_rnn import ResnetRnnConfig
 from boldforge.finetune.results import pseudonym_key
 from boldforge.finetune.subjects import Cohort, Subject
-from boldforge.finetune.tasks import TASK_CHOICES, Task, get_task, open_rows
+from boldforge.finetune.tasks import TASK_CHOICES, Task, get_task, named_classes, open_rows
 
 logger = logging.getLogger(__name__)
 _SCRATCH = ".boldforge-scratch-"
@@ -287,7 +287,7 @@ def _deal(study: Study, seed: int, protocol: Protocol) -> list[Fold]:
     rows, folds = study.cohort.subjects, study.config.folds
     names, strata = [row.name for row in rows], study.task.strata([row.label for row in rows])
     sites = [row.site for row in rows]
-    whole = study.task.rows == "subjects"
+    whole, classes = study.task.rows == "subjects", named_classes(study.task)
     if protocol == ("leave-one-run-out" if whole else "leave-one-site-out") or (
         study.task.kind == "match" and protocol != "folds"
     ):
@@ -299,13 +299,14 @@ def _deal(study: Study, seed: int, protocol: Protocol) -> list[Fold]:
         # A row for every site of a subject, so that one with several is refused.
         placed = [(i, site) for i, row in enumerate(rows) for site in row.sites or (row.site,)]
         at = [i for i, _ in placed]
-        return site_folds([names[i] for i in at], [strata[i] for i in at], [site for _, site in placed], folds, seed)
+        placed_sites = [site for _, site in placed]
+        return site_folds([names[i] for i in at], [strata[i] for i in at], placed_sites, folds, seed, classes)
     if whole:
-        return subject_folds(names, strata, sites, folds, seed)
+        return subject_folds(names, strata, sites, folds, seed, classes)
     runs, every = [str(row.runs) for row in rows], getattr(study.task, "every_class_trains", True)
     if protocol == "folds":
-        return group_folds(names, strata, study.clusters(), runs, folds, seed, every)
-    return group_folds(names, strata, _run_numbers(rows), runs, None, seed, every)
+        return group_folds(names, strata, study.clusters(), runs, folds, seed, every, classes)
+    return group_folds(names, strata, _run_numbers(rows), runs, None, seed, every, classes)
 
 
 def _run_numbers(rows: Sequence[Subject]) -> list[str]:

@@ -44,7 +44,9 @@ def finetune_and_print(asked: Asked, console: Console) -> Path:
     config = load_config(FinetuneConfig, *_settings(asked))
     check_out(config.out, config.product)  # before hours of sharding
     if asked.data is not None and config.images is None and not is_dataset(asked.data):
-        shards = _shard(asked.data, config.backbone, config.out, console)
+        found = find_runs(asked.data)
+        _check_task(config.task, found)
+        shards = _shard(asked.data, found, config.backbone, config.out, console)
         folder = config.events.folder or asked.data
         config = config.model_copy(
             update={"shards": str(shards), "events": config.events.model_copy(update={"folder": folder})}
@@ -139,14 +141,28 @@ def _reads_images(recipe: str) -> bool:
     return isinstance(content, dict) and "images" in content
 
 
-def _shard(data: Path, backbone: Any, out: Path, console: Console) -> Path:
+def _check_task(task: str, found: RunList) -> None:
+    """Make sure that there are labels for a task before a folder is sharded for it, which may take hours."""
+    from boldforge.finetune import FinetuneError, get_task
+    from boldforge.finetune.tasks import OF_PARTS
+
+    if task in OF_PARTS or not found.runs:
+        return
+    asked = get_task(task, [run.phenotype for run in found.runs])
+    if all(asked.label(run.phenotype) is None for run in found.runs):
+        raise FinetuneError(
+            f"phenotype column {asked.column!r} is empty in all {len(found.runs)} runs; fill it in, or name another "
+            "column."
+        )
+
+
+def _shard(data: Path, found: RunList, backbone: Any, out: Path, console: Console) -> Path:
     """Make shards of a folder as the encoder reads them, beside `out`; those of the same files are taken again."""
     from boldforge.finetune.cohort import recipe_of
     from boldforge.finetune.networks import backbone_data
 
     encoder = backbone_data(backbone)
     recipe = _PLAIN_RECIPE if encoder is None else recipe_of(encoder)
-    found = find_runs(data)
     target = out.parent / f"{data.resolve().name}-shards-{_digest(found, recipe)[:12]}"
     if is_dataset(target):
         _say(f"{target}: kept from before, the files in {data} have not changed.", console)

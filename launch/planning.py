@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from boldforge.configs import load_config
+from boldforge.configs import count_of, load_config
 from boldforge.data_shards import Manifest, get_grid
 from boldforge.launch.ranks import rank_environment, usable_cores
 from boldforge.launch.training import finished_sentence
@@ -59,14 +59,14 @@ def print_plan(recipe: str, overrides: Sequence[str], ranks: int, grid_name: str
         console.print(text, highlight=False, soft_wrap=True)
 
     source, kind = _source(manifests, prepared.grid.name), "GPU" if device == "cuda" else "CPU"
-    say(f"{recipe}: {source}; {_counted(ranks, f'{kind} rank')}. Nothing was written.")
+    say(f"{recipe}: {source}; {count_of(ranks, f'{kind} rank')}. Nothing was written.")
     if standing.finished:
         say(finished_sentence(config.out, standing.finished))
     elif standing.checkpoint:
         say(f"{config.out}: would go on from its checkpoint of step {standing.checkpoint.step}.")
     for name, text in _facts(config, plan, frames).items():
         say(f"{name:<18}{text}")
-    say(f"Memory of one rank in GiB, a micro-batch of {_counted(plan.micro_batch, 'clip')}, by ZeRO stage:")
+    say(f"Memory of one rank in GiB, a micro-batch of {count_of(plan.micro_batch, 'clip')}, by ZeRO stage:")
     console.print(_memory(config, plan))
     left = 0 if standing.finished else config.steps - (standing.checkpoint.step if standing.checkpoint else 0)
     say(_speed(speed, ranks, device, left, left * config.batch_size * plan.frames))
@@ -79,17 +79,13 @@ def _speed(speed: Speed, ranks: int, device: str, steps: int, frames: int) -> st
     # A rank beyond the GPUs or cores that there are makes the others slower and adds nothing.
     at_once = min(ranks, max(1, units // threads))
     rate, low, high = (two_digits(at_once / seconds) for seconds in (speed.median, speed.longest, speed.shortest))
-    owners = _counted(ranks, "rank") + ("" if on_gpu else f" of {_counted(threads, 'thread')}")
-    share = f"{owners} {'share' if ranks > 1 else 'uses'} {_counted(units, 'GPU' if on_gpu else 'core')}"
+    owners = count_of(ranks, "rank") + ("" if on_gpu else f" of {count_of(threads, 'thread')}")
+    share = f"{owners} {'share' if ranks > 1 else 'uses'} {count_of(units, 'GPU' if on_gpu else 'core')}"
     lasts = f", {duration(frames * speed.median / at_once)} for {steps:,} steps" if steps else ""
     return (
         f"About {rate} frames/s on this machine, where {share} ({low} to {high} in "
         f"{ROUNDS} measurements){lasts}: an estimate from single blocks, without reading and communication."
     )
-
-
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def two_digits(number: float) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from boldforge.configs import ConfigError
+from boldforge.configs import ConfigError, count_of
 from boldforge.data_shards import (
     DataRecipe,
     Manifest,
@@ -26,6 +26,7 @@ from boldforge.data_shards import (
 )
 from boldforge.data_shards.find import Layout
 from boldforge.data_shards.manifest import MANIFEST_FILE, REJECTED_FILE
+from boldforge.data_shards.phenotype import describe_columns
 from boldforge.launch.progress import progress
 
 
@@ -40,15 +41,23 @@ def print_inspection(
         If nothing in the folder can be used, once that is printed.
     """
     found = check_headers(find_runs(folder, layout, source_tr, root=root))
-    counts = f"{len(found.runs)} usable runs, {len(found.skipped)} skipped"
+    counts = f"{count_of(len(found.runs), 'usable run')}, {len(found.skipped)} skipped"
     console.print(f"{folder}: layout {found.layout}, {counts}.", highlight=False, soft_wrap=True, markup=False)
     if found.runs:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for title in ("run", "site", "frames", "TR (s)", "shape", "with", "diagnosis"):
-            table.add_column(title, overflow="fold", justify="right" if title in ("frames", "TR (s)") else "left")
-        for run in found.runs:
-            table.add_row(*_cells(run))
+        titles = ("run", "site", "frames", "TR (s)", "shape", "with", "diagnosis")
+        rows = [_cells(run) for run in found.runs]
+        # An empty column would take room from the runs' names.
+        shown = [column for column in range(len(titles)) if any(row[column] for row in rows)]
+        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
+        for title in (titles[column] for column in shown):
+            right = title in ("frames", "TR (s)")
+            table.add_column(title, overflow="fold", justify="right" if right else "left", no_wrap=title != "run")
+        for row in rows:
+            table.add_row(*(row[column] for column in shown))
         console.print(table, markup=False)
+        columns = describe_columns(run.phenotype for run in found.runs)
+        said = "; ".join(f"{name}: {text}" for name, text in columns.items()) or "none"
+        console.print(f"Phenotype columns: {said}.", highlight=False, soft_wrap=True, markup=False)
     for note in found.notes:
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     for path, reason in found.skipped:
@@ -70,11 +79,13 @@ def print_summary(path: Path, console: Console) -> None:
     runs = list(manifest.runs)
     sites = {run.site for run in runs} - {None}
     coverage, fidelity = ([getattr(run, name) for run in runs] for name in ("coverage", "tsnr_db"))
+    columns = describe_columns(run.phenotype for run in runs)
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     rows = {
-        "runs": f"{len(runs)} of {len({run.subject for run in runs})} subjects, {len(sites) or 'no named'} sites",
+        "runs": f"{len(runs)} of {count_of(len({run.subject for run in runs}), 'subject')}, "
+        + (count_of(len(sites), "site") if sites else "no named sites"),
         "frames": f"{manifest.n_frames}, {hours_of(manifest.n_frames, manifest):.2f} hours",
         "recipe": manifest.recipe.as_options() + f" --dtype {manifest.recipe.dtype}",
         "source TR (s)": ", ".join(
@@ -82,8 +93,9 @@ def print_summary(path: Path, console: Console) -> None:
         ),
         "coverage": f"{np.median(coverage):.3f}, lowest {min(coverage):.3f}",
         "storage SNR": f"{np.median(fidelity):.1f} dB, lowest {min(fidelity):.1f}",
-        "simulated": f"{sum(run.simulated for run in runs)} runs",
-        "left out": f"{files_left_out(manifest)} files, see {REJECTED_FILE}",
+        "simulated": count_of(sum(run.simulated for run in runs), "run"),
+        "left out": f"{count_of(files_left_out(manifest), 'file')}, see {REJECTED_FILE}",
+        "phenotypes": "; ".join(f"{name}: {text}" for name, text in columns.items()) or "none",
     }
     for name, text in rows.items():
         table.add_row(name, text)
@@ -229,7 +241,7 @@ def _outside(folder: Path, out: Path) -> Path:
 
 def _print_rejected(out: Path, count: int, console: Console) -> None:
     if count:
-        listed = f"{count} files left out; the reasons are in {out / 'rejected.tsv'}."
+        listed = f"{count_of(count, 'file')} left out; the reasons are in {out / 'rejected.tsv'}."
         console.print(listed, highlight=False, soft_wrap=True, markup=False)
 
 

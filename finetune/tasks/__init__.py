@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
+from boldforge.configs import count_of
 from boldforge.data_shards import Manifest
 from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.events import EventsConfig
 from boldforge.finetune.subjects import Cohort
 from boldforge.finetune.tasks.base import Criterion, Phenotype, Task, describe_labels, named_classes
-from boldforge.finetune.tasks.columns import Number, SeveralClasses, TwoClasses, as_text
+from boldforge.finetune.tasks.columns import Number, SeveralClasses, TwoClasses, as_text, check_column
 from boldforge.finetune.tasks.diagnosis import AdhdDiagnosis
 from boldforge.finetune.tasks.reidentification import Reidentification, open_reidentification
 from boldforge.finetune.tasks.retrieval import ImageRetrieval, open_retrieval
@@ -54,7 +55,8 @@ def get_task(
     name
         ``adhd``, ``sex``, ``age``, ``classify:COLUMN`` or ``regress:COLUMN``.
     phenotypes
-        Of the dataset's runs: the classes of ``classify:COLUMN`` are the values that occur, in order.
+        Of the dataset's runs: the task's column must be in one of them, and the classes of ``classify:COLUMN`` are the
+        values that occur, in order.
     classes
         The classes that a trained head knows, in place of `phenotypes`.
     tensors
@@ -63,8 +65,19 @@ def get_task(
     Raises
     ------
     FinetuneError
-        If there is no such task, the column does not hold between 2 and 20 classes, or two have the same name.
+        If there is no such task or no such column, the column does not hold between 2 and 20 classes, or two have the
+        same name.
     """
+    rows = None if phenotypes is None else list(phenotypes)
+    task = _get_task(name, rows, classes, tensors)
+    if rows is not None:
+        check_column(task.column, rows)
+    return task
+
+
+def _get_task(
+    name: str, phenotypes: Sequence[Phenotype] | None, classes: Sequence[str], tensors: Mapping[str, Tensor] | None
+) -> Task:
     if name in _NAMED:
         return _NAMED[name]()
     if name in _TRAINED and classes:
@@ -76,6 +89,7 @@ def get_task(
         raise FinetuneError(f"task is {name!r}, expected one of: {TASK_CHOICES}.")
     found: Sequence[str] = classes
     if not found:
+        check_column(column, phenotypes or ())
         values = {phenotype.get(column) for phenotype in phenotypes or ()} - {None}
         numbers = sorted(value for value in values if not isinstance(value, str) and value is not None)
         texts = sorted(value for value in values if isinstance(value, str))
@@ -86,9 +100,10 @@ def get_task(
                 "and shard again."
             )
     if not 2 <= len(found) <= _MOST_CLASSES:
+        hint = f", or ask for regress:{column} if they are numbers" if len(found) > 1 else ""
         raise FinetuneError(
-            f"phenotype column {column!r} holds {len(found)} different values, expected 2 to {_MOST_CLASSES} classes; "
-            f"name another column, or ask for regress:{column}."
+            f"phenotype column {column!r} holds {count_of(len(found), 'different value')}, expected 2 to "
+            f"{_MOST_CLASSES} classes; name another column{hint}."
         )
     if len(found) == 2:
         return _TwoTexts(name, column, (found[0], found[1]))

@@ -1,6 +1,8 @@
 """Any phenotype column: two classes, several, or a number."""
 
+import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -252,6 +254,28 @@ class Number:
         groups = max(1, min(4, len(labels) // 10))
         rank = np.argsort(np.argsort(labels, kind="stable"), kind="stable")
         return [int(place * groups // len(labels)) for place in rank]
+
+
+def check_column(column: str, phenotypes: Sequence[Phenotype]) -> None:
+    """Make sure that a phenotype column exists.
+
+    Raises
+    ------
+    FinetuneError
+        If it does not, naming the columns that do.
+    """
+    columns = sorted({name for phenotype in phenotypes for name in phenotype})
+    if column in columns:
+        return
+    if not columns:
+        raise FinetuneError(
+            f"there is no phenotype column {column!r}, nor any other; shard a folder with a phenotype table."
+        )
+    plain = {re.sub(r"\W+", "_", name.lower()): name for name in columns}
+    asked = re.sub(r"\W+", "_", column.lower())
+    near = get_close_matches(asked, plain, 1) or [name for name in plain if asked in name.split("_")]
+    hint = f"did you mean {plain[near[0]]!r}? The" if near else "the"
+    raise FinetuneError(f"there is no phenotype column {column!r}; {hint} columns are {', '.join(columns)}.")
 
 
 def as_text(value: float | str) -> str:

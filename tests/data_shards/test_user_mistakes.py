@@ -20,7 +20,7 @@ from boldforge.data_shards import (
     open_remote,
 )
 from boldforge.data_shards.layout_adhd200 import PHENOTYPE_COLUMNS
-from boldforge.data_shards.phenotype import read_table
+from boldforge.data_shards.phenotype import describe_columns, read_table
 
 MNI = "space-MNI152NLin2009cAsym"
 RECIPE = DataRecipe(grid="mni4mm", tr=2.0)
@@ -251,3 +251,28 @@ def test_a_missing_backend_says_what_to_install(tmp_path, monkeypatch, url, pack
         open_remote(url, tmp_path)
     assert str(caught.value).startswith(f"{url}/manifest.json: needs a package that is not installed")
     assert str(caught.value).endswith(f"pip install {package}")
+
+
+def test_a_table_with_semicolons_says_so(tmp_path):
+    table = tmp_path / "runs.csv"
+    table.write_text("path;subject;site\na.nii;1;X\n")
+    with pytest.raises(
+        LayoutError, match=r"runs\.csv: its columns are separated by semicolons; save it with commas or"
+    ):
+        read_table(table)
+    table.write_text("path;subject\tsite\na;1\tX\n")
+    assert read_table(table) == [{"path;subject": "a;1", "site": "X"}], "a semicolon in a name is the table's own"
+
+
+def test_what_columns_hold_is_told_in_few_words():
+    rows = [
+        {"age": float(n), "sex": "FM"[n % 2], "score": None, "id": f"x{n}", "mixed": n if n > 3 else "?"}
+        for n in range(9)
+    ]
+    assert describe_columns(rows) == {
+        "age": "0 to 8",
+        "id": "9 different texts",
+        "mixed": "4, 5, 6, 7, 8, ?",
+        "score": "empty",
+        "sex": "F, M",
+    }

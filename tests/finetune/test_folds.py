@@ -60,7 +60,7 @@ def test_runs_of_a_subject_stay_together_and_row_order_does_not_matter():
 
 
 def test_too_few_subjects_of_a_class_says_which():
-    with pytest.raises(FoldError, match=r"2 subjects have label 1.*5 folds"):
+    with pytest.raises(FoldError, match=r"are 2 subjects of label 1.*5 folds"):
         subject_folds([f"s{i}" for i in range(12)], [0] * 10 + [1] * 2, ["A"] * 12, 5, seed=0)
 
 
@@ -93,10 +93,10 @@ def test_sites_that_cannot_be_left_out_are_named():
     names, labels = [f"s{i}" for i in range(8)], [0, 1] * 4
     for sites, message in [
         (["a"] * 8, "there is only a"),
-        ([None, *["a"] * 4, *["b"] * 3], "1 subjects have none"),
-        (["a"] * 5 + ["b"] * 3, "without site a there are 1 subjects with label 0, too few"),
+        ([None, *["a"] * 4, *["b"] * 3], "1 subject has none"),
+        (["a"] * 5 + ["b"] * 3, "without site a there is 1 subject of label 0, too few"),
     ]:
         with pytest.raises(FoldError, match=message):
             site_folds(names, labels, sites, 5, 0)
-    with pytest.raises(FoldError, match="but 1 were scanned at several"):
+    with pytest.raises(FoldError, match="but 1 was scanned at several"):
         site_folds(["s", "s", "t"], [0, 0, 1], ["a", "b", "a"], 5, 0)

@@ -81,16 +81,16 @@ def test_no_task_reads_a_scan_twice(twins, task, caplog):
         "sub-p1_ses-2_task-view",
     }
     assert cohort.n_repeated == 1 and cohort.n_unlabelled == cohort.n_too_short == 0
-    assert "1 subjects whose scan is also another subject's" in caplog.text
-    assert "1 recordings whose scan the same subject has under another name" in caplog.text
+    assert "1 subject whose scan is also another subject's" in caplog.text
+    assert "1 recording whose scan the same subject has under another name" in caplog.text
 
 
 def test_a_subject_with_two_sites_is_counted_and_leaves_no_site_out(twins, encoder, tmp_path, caplog):
     cohort = find_cohort(load_manifest(twins / "shards"), AdhdDiagnosis(), CLIP)
     assert [(row.name, row.site, row.sites) for row in cohort.subjects][2] == ("p2", "KKI", ("KKI", "NYU"))
-    assert cohort.n_several_sites == 1 and "1 subjects were scanned at several sites" in caplog.text
+    assert cohort.n_several_sites == 1 and "the site of the first run counts: 1 subject" in caplog.text
     settings = {"shards": twins / "shards", "backbone": encoder, "out": tmp_path / "out", "folds": 2}
-    with pytest.raises(FinetuneError, match=r"needs every subject's site.*but 1 were scanned at several; set protocol"):
+    with pytest.raises(FinetuneError, match=r"needs every subject's site.*but 1 was scanned at several; set protocol"):
         finetune(load_config(FinetuneConfig, settings | {"protocol": "leave-one-site-out"}))
     assert not (tmp_path / "out").exists()
 

@@ -44,7 +44,9 @@ def test_a_column_s_classes_are_the_values_that_occur():
     assert two.kind == "binary" and two.label({"hand": "R"}) == 1
     assert get_task("classify:dx", [{"dx": 0}, {"dx": 3.0}]).label({"dx": 3}) == 1
     for name, message in [
-        ("classify:foot", "'foot' holds 0 different values, expected 2 to 20"),
+        ("classify:foot", "there is no phenotype column 'foot'; the columns are hand."),
+        ("regress:Hand", "there is no phenotype column 'Hand'; did you mean 'hand'?"),
+        ("age", "there is no phenotype column 'age'"),
         ("classify:", "task is 'classify:', expected one of: adhd"),
         ("regress:", "task is 'regress:'"),
     ]:
@@ -117,7 +119,7 @@ def test_several_classes_that_mean_nothing_are_at_chance(cohort, encoder, tmp_pa
 
 
 def test_one_class_is_no_question(cohort, encoder, tmp_path):
-    with pytest.raises(FinetuneError, match="'same' holds 1 different values"):
+    with pytest.raises(FinetuneError, match=r"'same' holds 1 different value, .* classes; name another column\."):
         _run(cohort, encoder, tmp_path, "classify:same")
     with pytest.raises(FinetuneError, match=r"have the same value 12 in column constant \(0 have none\)"):
         _run(cohort, encoder, tmp_path, "regress:constant")

@@ -199,9 +199,10 @@ def test_inspect_names_links_and_pending_people(tmp_path):
     link.symlink_to(tmp_path.parent / link.name)
     (tmp_path / "phenotypes.csv").write_text("ScanDir ID,Site,DX\n1,5,3\n2,2,pending\n3,5,0\n")
     result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
-    assert "layout adhd200, 1 usable runs, 2 skipped." in result.output
+    assert "layout adhd200, 1 usable run, 2 skipped." in result.output
     assert "1 of 3 people in phenotypes.csv have a pending DX and are left out." in result.output
-    assert re.search(r"run +site +frames +TR \(s\) +shape +with +diagnosis", result.output)
+    assert re.search(r"run +site +frames +TR \(s\) +shape +diagnosis", result.output), "nothing comes with the runs"
+    assert "Phenotype columns: age: empty; diagnosis: 1; dx: 3; sex: empty." in result.output
     assert f"skipped {link.name}: leads out of {tmp_path}" in result.output
     wider = CliRunner().invoke(app, ["inspect", str(tmp_path), "--root", str(tmp_path.parent)])
     assert "2 usable runs, 1 skipped." in wider.output

@@ -98,6 +98,14 @@ def test_another_mask_or_other_confounds_make_other_shards(tmp_path, name):
         (["--data", "x", "shards=y"], "--data and shards= both say what to read; pass one of them."),
         (["--task", "horoscope", "--data", "ATHENA", "backbone=PRE"], "task is 'horoscope', expected one of: adhd"),
         (["--task", "adhd", "--data", "nowhere", "backbone=PRE"], "nowhere: no such folder or table of runs."),
+        (
+            ["--task", "classify:Sex", "--data", "ATHENA", "backbone=PRE"],
+            "no phenotype column 'Sex'; did you mean 'sex'?",
+        ),
+        (
+            ["--task", "regress:Full4 IQ", "--data", "ATHENA", "backbone=PRE"],
+            "'Full4 IQ'; did you mean 'full4_iq'? The columns are adhd_index, age,",
+        ),
         (["--task", "adhd", "--data", "ATHENA", "backbone=nothing"], "nothing/config.json"),
         (["--task", "adhd", "--data", "ATHENA", "folds=one"], "key 'folds' is 'one'"),
     ],
@@ -112,3 +120,4 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
         cli.main()
     error = capsys.readouterr().err
     assert caught.value.code == 2 and sentence in error.strip().splitlines()[-1] and "Traceback" not in error
+    assert not list(tmp_path.rglob("*-shards-*")), "nothing was sharded for a question that cannot be asked"

@@ -149,7 +149,7 @@ def test_without_html_a_folder_of_shards_gives_a_short_table(shards, monkeypatch
         assert lines["runs"] == "12 of 12 subjects, 2 sites"
         assert lines["frames"] == "342, 0.19 hours"
         assert lines["source TR (s)"] == "2 (12)"
-        assert lines["left out"].startswith("1 files")
+        assert lines["left out"].startswith("1 file,")
         assert lines["simulated"] == "0 runs"
 
 
