@@ -1,4 +1,4 @@
-"""Plain models that every result stands beside: site, demographics, functional connectivity, images.
+"""Plain models that a result stands beside: site, demographics, functional connectivity, images, embeddings.
 
 They see the same subjects in the same folds as the adapted encoder: fitted on training subjects, their one setting
 chosen on validation subjects, scored once on test subjects.
@@ -65,6 +65,7 @@ _PLAIN: dict[str, Baseline] = {
     "regions": Baseline("regions", "mean of every AAL3 region", "linear"),
     "mean-image": Baseline("image", "every voxel of the mean image", "linear"),
     "image": Baseline("image", f"up to {_MOST_COMPONENTS} components of the mean and amplitude image", "linear"),
+    "embedding": Baseline("embedding", "frozen encoder's embedding", "linear"),
 }
 # ComBat takes the sites' means and spreads out of what was measured, not out of what was asked.
 BASELINES: Mapping[str, Baseline] = _PLAIN | {

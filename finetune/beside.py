@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from boldforge.finetune.adapters import AdapterConfig
 from boldforge.finetune.baselines import BASELINES, baseline_scores
+from boldforge.finetune.cohort import ClipSet
 from boldforge.finetune.evaluation import best_threshold
 from boldforge.finetune.folds import Fold
 from boldforge.finetune.study import Study
@@ -48,10 +50,20 @@ class Beside:
         self._labels, self._sites = [row.label for row in rows], [row.site for row in rows]
         self._features: dict[str, npt.NDArray[Any]] = {}
 
-    def read(self, advance: Callable[[], None]) -> None:
-        """Compute the features of every row; `advance` is called after each."""
-        kinds = sorted({BASELINES[name].features for name in self.scores})
-        self._features = self._study.features(kinds, advance)
+    def read(self, advance: Callable[[], None], clips: Callable[[], tuple[ClipSet, AdapterConfig]]) -> None:
+        """Compute the features of every row.
+
+        Parameters
+        ----------
+        advance
+            Called after each.
+        clips
+            Called where a baseline reads embeddings; returns every row's clips and the adapter they were gathered for.
+        """
+        kinds = {BASELINES[name].features for name in self.scores}
+        self._features = self._study.features(sorted(kinds - {"embedding"}), advance)
+        if "embedding" in kinds:
+            self._features["embedding"] = self._study.embeddings(*clips())
 
     def run(self, fold: Fold, repeat: int = 0) -> None:
         """Fit all of them on a fold and enter its test rows' scores."""

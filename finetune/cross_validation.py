@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from boldforge.data_shards import Manifest
 from boldforge.finetune.baselines import BASELINES, check_names
@@ -19,6 +19,7 @@ from boldforge.finetune.fold_models import clear_folds, keep_fold, read_results
 from boldforge.finetune.folds import Fold
 from boldforge.finetune.harmonise import check_installed
 from boldforge.finetune.metrics import roc_points
+from boldforge.finetune.resnet_rnn import ResnetRnnConfig
 from boldforge.finetune.results import Prediction, pseudonyms, write_json, write_predictions
 from boldforge.finetune.study import Protocol, Study, StudyConfig, open_study
 from boldforge.finetune.summary import Blocks, Scores, summarise
@@ -58,6 +59,16 @@ class FinetuneConfig(StudyConfig):
     @classmethod
     def _known(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return check_names(names)
+
+    @model_validator(mode="after")
+    def _something_to_embed_with(self) -> "FinetuneConfig":
+        embedding = [name for name in self.baselines or () if BASELINES[name].features == "embedding"]
+        if embedding and isinstance(self.backbone, ResnetRnnConfig):
+            raise ValueError(
+                f"baseline {embedding[0]!r} reads the embeddings of a pretrained encoder, but backbone "
+                f"{self.backbone.kind} is trained from nothing; take it out of baselines, or give a pretrained encoder"
+            )
+        return self
 
 
 def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> dict[str, Any]:
@@ -106,7 +117,7 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
     with study.claim_out("fine-tuning") as scratch:
         clear_folds(config.out)
         clips = study.gather(subjects, scratch, lambda done, total: bar.add(1), adapter)
-        others.read(lambda: bar.add(1))
+        others.read(lambda: bar.add(1), lambda: (clips, adapter))
         for repeat, folds in enumerate(dealt):
             for number, fold in enumerate(folds, start=1):
                 classifier = study.classifier(adapter, config.seed + repeat)

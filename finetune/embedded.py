@@ -125,6 +125,32 @@ def embed_clips(
     return EmbeddedClips(found, sum(parameter.numel() for parameter in backbone.network.parameters()))
 
 
+@torch.no_grad()
+def mean_embeddings(backbone: Backbone, stage: int, clips: ClipSet) -> np.ndarray:
+    """Embed every subject of gathered clips: the mean over its clips' embeddings.
+
+    Parameters
+    ----------
+    backbone
+        The frozen one that the clips were gathered with, on the device that is to do the work.
+    stage
+        The one that the clips enter.
+    clips
+        What `gather_clips` gave.
+
+    Returns
+    -------
+    float64 [subjects, C], in the order of the set's labels.
+    """
+    device = next(backbone.network.parameters()).device
+    sums = np.zeros((len(clips.labels), backbone.dim))
+    for first in range(0, len(clips), _BATCH):
+        part = np.arange(first, min(first + _BATCH, len(clips)))
+        embedded = backbone.embed_from(clips.batch(part, device), stage).double().cpu().numpy()
+        np.add.at(sums, clips.subject[part], embedded)
+    return sums / np.bincount(clips.subject, minlength=len(sums))[:, None]
+
+
 def read_labels(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return ``subject`` and ``labels`` of a folder's clips, as in `ClipSet`."""
     return np.load(folder / "subject.npy"), np.load(folder / "labels.npy")

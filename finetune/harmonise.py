@@ -60,6 +60,14 @@ class ComBat:
         self._features: npt.NDArray[np.bool_] = np.zeros(values.shape[1], dtype=bool)
         self._model: Any = None
         if len(self.sites) < 2:
+            logger.warning(
+                "%d of the %d sites of these %d training subjects have %d of them, and harmonising takes two that do: "
+                "nothing is harmonised in this fold; a higher folds trains on more subjects.",
+                len(self.sites),
+                len(found),
+                len(names),
+                _FEWEST,
+            )
             return
         kept = np.isin(names, self.sites)
         spread = np.stack([values[names == site].std(axis=0) for site in self.sites])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from boldforge.finetune.adapters import AdapterConfig
 from boldforge.finetune.beside import Beside, plain_models
 from boldforge.finetune.cohort import OnProgress
 from boldforge.finetune.cross_validation import check_harmonised
@@ -99,7 +100,8 @@ def _pool(study: Study, config: SweepConfig, searches: list[dict[str, Any]], scr
     model = Scores.empty(study.task, 1, len(subjects))
     # Like the winners, they are fitted anew on all subjects but those of the test.
     beside = Beside(study, plain_models(study, config.baselines), anew=True)
-    beside.read(lambda: None)
+    alone = study.lifted(AdapterConfig(kind="probe"))
+    beside.read(lambda: None, lambda: (study.gather(subjects, scratch / "clips", adapter=alone), alone))
     of_fold: dict[int, int] = {}
     per_fold = []
     for number, (fold, found) in enumerate(zip(study.folds, searches, strict=False)):

@@ -21,6 +21,7 @@ from boldforge.finetune.backbone import POOL_CHOICES, Backbone, Pool
 from boldforge.finetune.baselines import subject_features
 from boldforge.finetune.classifier import Classifier
 from boldforge.finetune.cohort import ClipSet, OnProgress, check_recipe, find_cohort, gather_clips, write_clips
+from boldforge.finetune.embedded import mean_embeddings
 from boldforge.finetune.errors import FinetuneError, FoldError
 from boldforge.finetune.events import EventsConfig
 from boldforge.finetune.fit import TrainingConfig
@@ -200,8 +201,13 @@ class Study:
             return write_clips(backbone, stage, cubes, count, subjects, folder, on_progress)
         return gather_clips(backbone, stage, ShardReader(source), subjects, config.clips, folder, on_progress)
 
+    def embeddings(self, clips: ClipSet, adapter: AdapterConfig) -> npt.NDArray[Any]:
+        """Embed every subject of clips gathered for an adapter, [N, C], by the encoder before any is attached."""
+        backbone = self.backbone()
+        return mean_embeddings(backbone, resolve_adapter(backbone, adapter).first_stage, clips)
+
     def features(self, kinds: Sequence[str], advance: Callable[[], None]) -> dict[str, npt.NDArray[Any]]:
-        """Compute the baselines' features of every row."""
+        """Compute the baselines' features of every row, those that are not embeddings."""
         rows = self.cohort.subjects
         if isinstance(self.source, ImageTable):
             return self.source.features(rows, kinds, advance)

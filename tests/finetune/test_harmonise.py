@@ -1,14 +1,18 @@
 """ComBat takes out what differs between sites, and knows of training subjects only."""
 
 import importlib.util
+import json
+from functools import partial
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from boldforge.configs import load_config
-from boldforge.finetune import AdhdDiagnosis, FinetuneConfig, FinetuneError, finetune, harmonise
+from boldforge.finetune import AdhdDiagnosis, FinetuneConfig, FinetuneError, finetune, harmonise, summary
 from boldforge.finetune.baselines import baseline_scores
 from boldforge.finetune.harmonise import ComBat
+from boldforge.launch.cli import app
 
 needs_packages = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("neuroHarmonize", "neuroCombat", "statsmodels")),
@@ -69,7 +73,7 @@ def test_a_row_is_the_same_alone_and_among_others():
 
 
 @needs_packages
-def test_what_cannot_be_estimated_stays_as_it_is():
+def test_what_cannot_be_estimated_stays_as_it_is_and_that_is_said(caplog):
     rows, sites, _ = _cohort()
     rows[:, 3] = 7.0
     fitted = ComBat(rows[:40], sites[:40])
@@ -78,14 +82,27 @@ def test_what_cannot_be_estimated_stays_as_it_is():
     unknown = fitted.apply(rows[:2], ["Brown", None])
     assert np.array_equal(unknown, rows[:2])
     lonely = ComBat(rows[:4], ["KKI", "KKI", "NYU", "NYU"])
+    assert "0 of the 2 sites of these 4 training subjects have 3 of them" in caplog.text
     assert np.array_equal(lonely.apply(rows, sites), rows)
 
 
 @needs_packages
-def test_a_study_shows_both_beside_each_other(cohort, encoder, tmp_path):
-    results = finetune(_config(cohort, encoder, tmp_path, baselines=["image", "image+combat"]))
-    assert "ComBat" in results["baselines"]["image+combat"]["says"]
-    assert results["baselines"]["image+combat"]["figures"]["n"] == 22
+def test_a_study_shows_both_beside_each_other(cohort, encoder, tmp_path, monkeypatch):
+    """Through the command, as a user asks whether harmonising what the encoder reads helps."""
+    for name in ("bootstrap_intervals", "permutation_test", "compare"):
+        monkeypatch.setattr(summary, name, partial(getattr(summary, name), draws=50))
+    arguments = ["finetune", "--task", "adhd", "--data", str(cohort), f"backbone={encoder}", f"out={tmp_path / 'out'}"]
+    arguments += ["clips=1", "folds=3", "training.epochs=1", "adapter.kind=probe"]
+    arguments += ["baselines=[embedding,embedding+combat,site,image]"]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"}, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["baselines"]
+    assert list(found) == ["embedding", "embedding+combat", "site", "image"]
+    for name, baseline in found.items():
+        assert ("ComBat" in baseline["says"]) == name.endswith("+combat") and baseline["figures"]["n"] == 22
+    assert "frozen encoder's embedding, logistic regression" in done.output
+    assert "frozen encoder's embedding with sites harmonised by ComBat, logistic regression" in done.output
+    assert found["embedding"]["figures"] != found["embedding+combat"]["figures"]
 
 
 def _config(cohort, encoder, out, **changes):

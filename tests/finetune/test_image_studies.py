@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from boldforge.configs import load_config
 from boldforge.finetune import FinetuneConfig, FinetuneError, finetune, load_classifier
+from boldforge.finetune.beside import Beside
 from boldforge.finetune.fmcib import TRUNK, build_fmcib
+from boldforge.finetune.study import open_study
 from boldforge.launch.cli import app
 
 QUICK = ["folds=2", "head_hidden=8", "training.epochs=2", "training.batch_size=4", "images.cube.spacing=2"]
@@ -85,6 +87,21 @@ def test_a_table_of_images_becomes_a_tested_adapter_in_one_command(maps, weights
     assert 0 <= score.item() <= 1
     recorded = json.loads((tmp_path / "out" / "adapter" / "task.json").read_text())["data"]
     assert recorded["cube"]["kind"] == "fa" and recorded["orientation"] == "LPS"
+
+
+def test_a_subject_s_images_are_embedded_and_averaged(maps, weights, tmp_path):
+    study = open_study(_config(maps, weights, tmp_path / "out"))
+    adapter, subjects = study.lifted(study.config.adapter), study.cohort.subjects
+    clips = study.gather(subjects, tmp_path / "clips", adapter=adapter)
+    beside = Beside(study, ["embedding", "site"])
+    beside.read(lambda: None, lambda: (clips, adapter))
+    found = beside._features["embedding"]
+    twice = next(i for i, subject in enumerate(subjects) if len(subject.runs) == 2)
+    cubes = [cube for number, cube in study.source.cubes(subjects, 4) if number == twice]
+    with torch.no_grad():
+        embedded = [study.backbone().embed(cube)[0] for cube in cubes]
+    assert found.shape == (12, 64) and len(embedded) == 2
+    np.testing.assert_allclose(found[twice], torch.stack(embedded).mean(dim=0), rtol=1e-4, atol=1e-5)
 
 
 def test_the_published_sizes_train_as_many_parameters_as_published():

@@ -25,7 +25,7 @@ SMALL = {
     "grace": 1,
     "adapter": {"first_stage": 1},
     "training": {"epochs": 2},
-    "baselines": ["site"],
+    "baselines": ["site", "embedding"],
     "driver": "serial",
 }
 FILES = ("metrics.json", "predictions.tsv", "outer/1/sweep.json", "outer/2/best/adapter/head.safetensors")
@@ -83,7 +83,7 @@ def test_the_pooled_figures_are_those_of_the_winners_beside_baselines(nested, co
         assert fold["figures"] == alone["figures"] and fold["chosen"] == alone["best"]["name"]
     right = sum(round(fold["figures"]["accuracy"] * fold["n_test"]) for fold in results["folds"])
     assert results["figures"]["accuracy"] == pytest.approx(right / 22)
-    assert set(results["baselines"]) == {"site"} and results["measured_by"].startswith("2-fold nested")
+    assert set(results["baselines"]) == {"site", "embedding"} and results["measured_by"].startswith("2-fold nested")
     assert {"p", "p_within_sites"} == set(results["permutation"]) and len(results["sites"]) == 2
     assert results["verdict"]
     page = write_report([out], tmp_path / "report.html").read_text()
