@@ -160,7 +160,16 @@ def _sentences(error: ValidationError, model: type[BaseModel], name: str) -> Ite
             yield f"{name}: {problem['msg'].removeprefix('Value error, ')}."
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            yield f"{name}: key {key!r} is {_shown(problem['input'])}, but: {message}."
+            nearest = _nearest_choice(problem)
+            end = f"; did you mean {nearest!r}?" if nearest else "."
+            yield f"{name}: key {key!r} is {_shown(problem['input'])}, but: {message}{end}"
+
+
+def _nearest_choice(problem: Mapping[str, Any]) -> str | None:
+    """Return the choice that was probably meant where a key takes one of several words."""
+    if problem["type"] != "literal_error" or not isinstance(problem["input"], str):
+        return None
+    return _nearest(problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
 
 
 def _shown(value: Any) -> str:

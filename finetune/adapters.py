@@ -84,10 +84,15 @@ class AdapterConfig(StrictModel):
 
     @model_validator(mode="after")
     def _one_meaning(self) -> "AdapterConfig":
-        if (self.kind == "partial") != bool(self.last_stages or self.unfreeze):
+        named = bool(self.last_stages or self.unfreeze)
+        if self.kind == "partial" and not named:
             raise ValueError(
-                "kind partial needs last_stages or unfreeze, which say what to train, and no other kind reads them; "
-                "set one of the two with kind partial, and neither with another"
+                "kind partial trains what you name; add adapter.last_stages=1 or 'adapter.unfreeze=[stages.3.*]'"
+            )
+        if named and self.kind != "partial":
+            raise ValueError(
+                f"last_stages and unfreeze are read by kind partial alone, not by {self.kind}; set "
+                "adapter.kind=partial or leave them out"
             )
         if self.last_stages and self.unfreeze:
             raise ValueError("last_stages and unfreeze both say what to train; set one of them")
@@ -279,7 +284,7 @@ def peft_description(backbone: Backbone) -> dict[str, Any]:
     return {
         name: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
         for name, value in sorted(described.items())
-    } | {"inference_mode": True}
+    } | {"inference_mode": True, "base_model_name_or_path": f"sha256:{backbone.weights_hash}"}
 
 
 def _lora_layers(backbone: Backbone) -> list[LoraLayer]:

@@ -78,18 +78,19 @@ def _bar(title: str, unit: str, console: Console) -> Iterator[OnProgress]:
 def _lines(title: str, unit: str, console: Console, before: int) -> Iterator[OnProgress]:
     began = time.monotonic()
     last_tenth, last_done = 0, 0
-    # What the first report brings may have been done before a resume, so the rate counts from there.
-    first: tuple[float, int] | None = None
+    # The rate is that of the last tenth: reading, compiling and training go at paces of their own. What the first
+    # report brings may have been done before a resume, so the first tenth counts from there.
+    mark: tuple[float, int] | None = None
 
     def on_progress(done: int, total: int) -> None:
-        nonlocal last_tenth, last_done, first
+        nonlocal last_tenth, last_done, mark
         now = time.monotonic()
-        since, begun = first = first or (now, done)
+        since, begun = mark = mark or (now, done)
         last_done = done
         tenth = 10 * done // max(total, 1)
         if tenth <= last_tenth:
             return
-        last_tenth = tenth
+        last_tenth, mark = tenth, (now, done)
         if done < total:
             speed = ""
             if done > begun:

@@ -57,6 +57,14 @@ class LoadedModel:
     classifier: Classifier | None
     config: dict[str, Any]
 
+    @property
+    def network(self) -> torch.nn.Module:
+        """The pretrained network itself, which peft takes: ``PeftModel.from_pretrained(model.network, ADAPTER)``.
+
+        peft puts the adapter's layers into it in place, so that `embed` then gives adapted embeddings.
+        """
+        return self.backbone.network
+
     @torch.no_grad()
     def embed(self, values_BTV: Tensor | np.ndarray) -> Tensor:
         """Embed clips.

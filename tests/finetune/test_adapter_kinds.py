@@ -154,12 +154,12 @@ def test_every_adapter_tensor_learns_under_the_triton_kernels():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"kind": "partial"}, "kind partial needs last_stages or unfreeze"),
-        ({"kind": "lora", "last_stages": 1}, "no other kind reads them"),
+        ({"kind": "partial"}, "kind partial trains what you name; add adapter.last_stages=1"),
+        ({"last_stages": 1}, "read by kind partial alone, not by lora; set adapter.kind=partial"),
         ({"kind": "partial", "last_stages": 1, "unfreeze": ["*"]}, "set one of them"),
         ({"kind": "partial", "last_stages": 3}, "last_stages is 3, but this encoder has 2 stages"),
         ({"kind": "partial", "unfreeze": ["attention*"]}, r"'attention\*' fits no parameter"),
-        ({"kind": "prompt"}, "'adapter.kind' is 'prompt'"),
+        ({"kind": "prompt"}, "'adapter.kind' is 'prompt', but: .*; did you mean 'prompts'"),
     ],
 )
 def test_what_cannot_be_trained_is_a_sentence(cohort, encoder, tmp_path, settings, sentence):

@@ -46,6 +46,17 @@ def test_what_was_done_before_a_resume_does_not_count_as_speed(quiet, monkeypatc
     assert later == "pretrain: 90 % (90/100 steps, 2 steps/s, 5 s left)"
 
 
+def test_the_rate_is_the_last_tenth_s_so_that_quick_reading_promises_nothing(quiet, monkeypatch):
+    clock = iter([0.0, *(0.001 * n for n in range(21)), *(float(n) for n in range(1, 12)), 99.0])
+    monkeypatch.setattr("boldforge.launch.progress.time.monotonic", lambda: next(clock))
+    with progress("finetune", "clips", quiet) as on_progress:
+        for done in range(32):
+            on_progress(done, 100)
+    lines = _lines(quiet)
+    assert "20/100 clips, 1e+03 clips/s, 0 s left" in lines[2]
+    assert lines[3] == "finetune: 30 % (30/100 clips, 1 clips/s, 70 s left)"
+
+
 def test_the_last_line_counts_the_steps_of_this_start_alone(quiet):
     with progress("pretrain", "steps", quiet, before=80) as on_progress:
         for done in range(81, 101):

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from rich.console import Console
@@ -78,6 +79,22 @@ def test_embed_leaves_the_adapter_out_and_predict_uses_it(release, pretraining, 
     assert torch.equal(before.embed(clips), after.embed(clips))
     assert not torch.equal(before.predict(clips), after.predict(clips))
     assert ((after.predict(clips) >= 0) & (after.predict(clips) <= 1)).all()
+
+
+def test_peft_puts_the_adapter_on_the_public_network(release, pretraining, adapter, clips, tmp_path):
+    other = shutil.copytree(adapter, tmp_path / "adapter")
+    path = other / "adapter_model.safetensors"
+    save_file({name: tensor + 0.05 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    folder = write_release(pretraining, tmp_path / "v2", other)
+    model = from_pretrained(folder)
+    plain = model.embed(clips)
+    peft.PeftModel.from_pretrained(model.network, folder / "adapter")
+    adapted = model.classifier.backbone.embed(clips)
+    # peft multiplies by W and by the update in turn, which rounds elsewhere.
+    torch.testing.assert_close(model.embed(clips), adapted, rtol=1e-4, atol=1e-5)
+    assert (plain - adapted).abs().max() > 1e-3
+    base = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == f"sha256:{model.backbone.weights_hash}"
 
 
 def test_the_weights_are_read_once(release, monkeypatch):
