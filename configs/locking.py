@@ -4,6 +4,7 @@ import errno
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from boldforge.configs.errors import BoldForgeError
 log = logging.getLogger(__name__)
 
 _LOCK_FILE = ".boldforge.lock"
+_TRIES = 3
+"""`check_free` holds a lock for a moment: whoever only looked must not be taken for one at work."""
+_PAUSE_SECONDS = 0.02
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -79,6 +83,7 @@ def check_free(folder: str | Path) -> None:
 
 
 def _locked(path: Path) -> BinaryIO:
+    patience = _TRIES
     while True:
         file = path.open("a+b")
         try:
@@ -86,9 +91,12 @@ def _locked(path: Path) -> BinaryIO:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         except BlockingIOError:
-            error = _in_use(path, file)
-            file.close()
-            raise error from None
+            patience -= 1
+            if not patience:
+                error = _in_use(path, file)
+                file.close()
+                raise error from None
+            time.sleep(_PAUSE_SECONDS)
         except FileNotFoundError:
             pass
         except OSError as error:

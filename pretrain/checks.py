@@ -1,7 +1,7 @@
 """Everything that a recipe can be refused for before its first step: shards, split, masks, atlas, ranks, run folder.
 
 `check_run` asks all of it. ``boldforge pretrain`` does so before it starts a rank, ``--dry-run`` in place of a run; the
-ranks themselves go the same way, `check_recipe` all of them and `check_folder` the first.
+ranks themselves go the same way, `check_recipe` all of them, `check_scales` and `check_folder` the first.
 """
 
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import safe_open
 
@@ -39,7 +40,7 @@ from boldforge.pretrain.run_folder import Checkpoint, check_same_run, read_finis
 from boldforge.pretrain.tokens import TokenGrid
 
 _RUNS_LOOKED_AT = 256
-"""Of a dataset with no more runs, the scales of all are read ahead; of a larger one that would take minutes."""
+"""Of a dataset with no more runs to train on, the scales are read ahead; of a larger one that would take minutes."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,25 @@ class Prepared:
 
 @dataclass(frozen=True)
 class RunData:
-    """The datasets of a recipe, and of each the frames to train on and those held out."""
+    """The datasets of a recipe, and of each the frames to train on and those held out.
+
+    `clip_length` is T; a segment that is shorter holds no clip.
+    """
 
     manifests: tuple[Manifest, ...]
     train: tuple[Segments, ...]
     held: tuple[Segments, ...]
+    clip_length: int
 
     @property
     def frames(self) -> int:
-        """Frames to train on."""
-        return sum(segment.stop - segment.start for segments in self.train for segment in segments)
+        """Frames to train on, of segments that hold a clip."""
+        return sum(int(np.diff(self.usable(segments)[:, 1:]).sum()) for segments in self.train)
+
+    def usable(self, segments: Segments) -> npt.NDArray[np.int64]:
+        """Return the rows of a table of segments that hold a clip."""
+        _, start, stop = segments.table.T
+        return segments.table[stop - start >= self.clip_length]
 
 
 @dataclass(frozen=True)
@@ -186,11 +196,11 @@ def open_data(config: PretrainConfig) -> RunData:
     manifests = open_datasets(config.shards, config.shard_cache)
     train, held = zip(*(split_segments(each, config.holdout) for each in manifests), strict=True)
     check_lengths(config.model.frames, manifests, train, held)
-    return RunData(tuple(manifests), train, held)
+    return RunData(tuple(manifests), train, held, config.model.frames)
 
 
 def check_recipe(config: PretrainConfig, world_size: int, rank: int = 0) -> Checked:
-    """Ask everything that recipe, data and machine can be refused for, and return what was made on the way.
+    """Ask what recipe, data and machine can be refused for, the data's values aside; return what was made on the way.
 
     Parameters
     ----------
@@ -222,7 +232,6 @@ def check_recipe(config: PretrainConfig, world_size: int, rank: int = 0) -> Chec
     readers = [ShardReader(each) for each in data.manifests]
     frames, limit = config.model.frames, config.evaluation_clips
     heldout = HeldoutClips(readers, data.held, prepared.sampler, frames, limit, config.loss)
-    _check_scales(readers, heldout)
     return Checked(data, prepared, voxels, stream, heldout)
 
 
@@ -259,9 +268,13 @@ def check_run(config: PretrainConfig, world_size: int) -> tuple[Checked, Standin
     BoldForgeError
         In one sentence, with the mend.
     """
-    _check_place(config.out)
+    finished = read_finished(config.out)
+    if not finished:
+        check_place(config.out)
     check_free(config.out)
     checked = check_recipe(config, world_size)
+    if not finished:
+        check_scales(checked)
     return checked, check_folder(config, checked)
 
 
@@ -272,8 +285,14 @@ def parameter_shapes(config: PretrainConfig, token_grid: TokenGrid) -> dict[str,
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _check_place(out: Path) -> None:
-    """Refuse a run folder that cannot be made or written."""
+def check_place(out: Path) -> None:
+    """Refuse a run folder that cannot be made or written.
+
+    Raises
+    ------
+    ConfigError
+        Naming the file or folder that is in the way.
+    """
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not there.is_dir():
         raise ConfigError(f"out is {out}, but {there} is a file; choose another folder.")
@@ -281,21 +300,30 @@ def _check_place(out: Path) -> None:
         raise ConfigError(f"out is {out}, but {there} cannot be written to; choose another folder.")
 
 
-def _check_scales(readers: Sequence[ShardReader], heldout: HeldoutClips) -> None:
-    """Refuse runs that hold NaN: those of the held-out clips, and all of a dataset that is small enough to look at.
+def check_scales(checked: Checked) -> None:
+    """Refuse runs that hold NaN: those of the held-out clips, and those to train on where they are few.
 
     Stored frames are whole numbers, so that NaN can only be in a run's means and scales. What lies at an address is
     not fetched for it; the loop names such a run when it meets it.
+
+    Raises
+    ------
+    ConfigError
+        Naming the run.
     """
-    measured = {(dataset, run) for dataset, run, _ in heldout.clips}
-    for dataset, reader in enumerate(readers):
-        manifest = reader.manifest
+    data = checked.data
+    measured = {(dataset, run) for dataset, run, _ in checked.heldout.clips}
+    for dataset, (manifest, segments) in enumerate(zip(data.manifests, data.train, strict=True)):
         if manifest.remote is not None:
             continue
-        runs = range(manifest.n_runs) if manifest.n_runs <= _RUNS_LOOKED_AT else ()
-        for run in sorted({run for each, run in measured if each == dataset} | set(runs)):
+        trained = set(np.unique(data.usable(segments)[:, 0]).tolist())
+        looked_at = {run for each, run in measured if each == dataset}
+        looked_at |= trained if len(trained) <= _RUNS_LOOKED_AT else set()
+        reader = ShardReader(manifest)
+        for run in sorted(looked_at):
             if not np.isfinite(reader.scales(run)).all():
                 raise ConfigError(holds_nan(manifest, run))
+        reader.close()
 
 
 def holds_nan(manifest: Manifest, run: int) -> str:

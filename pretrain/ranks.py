@@ -3,8 +3,15 @@
 import logging
 import os
 import socket
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
+
+from boldforge.configs import BoldForgeError
+
+Result = TypeVar("Result")
 
 
 def accelerator_ready() -> None:
@@ -38,6 +45,26 @@ def join_ranks() -> tuple[int, int]:
         local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def on_first_rank(action: Callable[[], Result]) -> Result:
+    """Do something on rank 0 alone; called by every rank, each of which gets what came out.
+
+    Raises
+    ------
+    BoldForgeError
+        On every rank what rank 0 refused: one that waited for it would end in a traceback of its own.
+    """
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except BoldForgeError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise BoldForgeError(box[1])
+    return cast(Result, box[0])
 
 
 def _free_port() -> int:

@@ -1,9 +1,10 @@
-"""Set a pretraining run up: check the recipe against the data, build the model and the DeepSpeed engine."""
+"""Set a pretraining run up: take its folder, build the model and the DeepSpeed engine."""
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import deepspeed
 import torch
@@ -11,10 +12,10 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
-from boldforge.configs import BoldForgeError
+from boldforge.configs import BoldForgeError, folder_lock
 from boldforge.configs.durable import write_atomic
 from boldforge.data_shards import Atlas, ClipStream, Manifest
-from boldforge.pretrain.checks import Checked, Standing, check_folder, check_recipe
+from boldforge.pretrain.checks import Checked, Standing, check_folder, check_place, check_scales
 from boldforge.pretrain.config import PretrainConfig
 from boldforge.pretrain.datasets import identity
 from boldforge.pretrain.draws import ClipKey
@@ -23,7 +24,7 @@ from boldforge.pretrain.loss import Objective
 from boldforge.pretrain.masking import MaskSampler
 from boldforge.pretrain.model import NeuroStorm
 from boldforge.pretrain.regions import RegionTokens, RegionVoxels
-from boldforge.pretrain.run_folder import Checkpoint, record
+from boldforge.pretrain.run_folder import Checkpoint, read_finished, record
 from boldforge.pretrain.tokens import TokenGrid
 from boldforge.pretrain.training_state import read_weights
 
@@ -103,19 +104,9 @@ def diverged(figure: str, config: PretrainConfig) -> BoldForgeError:
     )
 
 
-def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run | None:
-    """Check the recipe against the data, build the model and the DeepSpeed engine; called by every rank.
-
-    Returns
-    -------
-    Run or None
-        None where the run in the folder is finished.
-    """
-    checked = check_recipe(config, world_size, rank)
+def start_run(config: PretrainConfig, checked: Checked, standing: Standing, rank: int, world_size: int) -> Run:
+    """Build the model and the DeepSpeed engine of a run that is not finished; called by every rank."""
     data, prepared = checked.data, checked.prepared
-    standing = _claim_folder(config, checked, rank)
-    if standing.finished:
-        return None
     torch.manual_seed(config.seed)
     model = NeuroStorm(config.model, prepared.token_grid)
     model.checkpoint_activations = config.checkpoint_activations
@@ -146,25 +137,31 @@ def start_run(config: PretrainConfig, rank: int, world_size: int) -> Run | None:
     )
 
 
-def _claim_folder(config: PretrainConfig, checked: Checked, rank: int) -> Standing:
-    """Look where the run in the folder stands, and write the recipe into it; called by every rank, done by the first.
+def claim_folder(config: PretrainConfig, checked: Checked, stack: ExitStack) -> Standing:
+    """Take the run folder and write the recipe into it, unless the run there is finished; for the first rank.
 
-    Its refusal ends the other ranks with it: the launcher ends all when one ends.
+    Parameters
+    ----------
+    config, checked
+        The recipe, and what `check_recipe` returned.
+    stack
+        Keeps the folder locked until it is closed.
+
+    Raises
+    ------
+    BoldForgeError
+        If runs hold NaN, or the folder is refused, in use or cannot be written.
     """
-    box: list[Any] = [None]
-    if rank == 0:
-        box = [check_folder(config, checked)]
-        if not box[0].finished:
-            _write_record(config, checked.data.manifests)
-    dist.broadcast_object_list(box, src=0)
-    return cast(Standing, box[0])
-
-
-def _write_record(config: PretrainConfig, manifests: Sequence[Manifest]) -> None:
-    content = record(config, identity(config.shards, manifests))
+    if read_finished(config.out):
+        return check_folder(config, checked)
+    check_place(config.out)
+    check_scales(checked)
+    content = record(config, identity(config.shards, checked.data.manifests))
     try:
-        config.out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(folder_lock(config.out, "pretraining"))
+        standing = check_folder(config, checked)
         # A kill while it is written must not leave half of it beside whole checkpoints.
         write_atomic(config.out / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
     except OSError as error:
         raise BoldForgeError(f"{config.out}: cannot write the run folder ({error.strerror}).") from None
+    return standing

@@ -5,7 +5,7 @@ Nothing here needs a rank or writes anything, so that a dry run and a front end 
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,10 @@ def read_finished(folder: Path) -> dict[str, Any] | None:
         summary = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError):
         return None
-    figures = ("steps", "heldout_error", "heldout_baseline")
+    figures = ("heldout_error", "heldout_baseline")
     if not (isinstance(summary, dict) and all(figure in summary for figure in figures)):
+        return None
+    if not isinstance(summary.get("steps"), int):
         return None
     exported = (folder / "export" / name for name in ("config.json", "model.safetensors"))
     left = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
@@ -121,7 +123,10 @@ def check_same_run(config: PretrainConfig, datasets: Mapping[str, Any]) -> None:
     """
     path = config.out / "config.yaml"
     if not path.is_file():
-        return
+        raise ConfigError(
+            f"{path}: is missing, so it cannot be told whether this is the same run; put the recipe back there, or use "
+            "another out folder."
+        )
     before = _as_of_today(_read_record(path))
     now = {key: value for key, value in record(config, datasets).items() if key not in _FREE_KEYS}
     now |= dict.fromkeys(before.keys() - now.keys() - _FREE_KEYS)  # weights of a mixture that is none any more
@@ -180,10 +185,11 @@ def _as_of_today(content: dict[str, Any]) -> dict[str, Any]:
 
 def _problem(folder: Path) -> str | None:
     try:
-        files: Iterable[tuple[str, tuple[int, str]]] = json.loads((folder / LISTING).read_text())["files"].items()
-    except (OSError, ValueError, KeyError) as error:
+        listing = json.loads((folder / LISTING).read_text())
+        files = [(name, int(size), digest) for name, (size, digest) in listing["files"].items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # no list of files, or none at all
         return f"{LISTING}: {type(error).__name__}"
-    for name, (size, digest) in files:
+    for name, size, digest in files:
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} is missing or has another size"

@@ -16,14 +16,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from boldforge.configs import BoldForgeError, folder_lock, load_config
+from boldforge.configs import BoldForgeError, load_config
 from boldforge.data_shards import ClipBatch
+from boldforge.pretrain.checks import check_recipe
 from boldforge.pretrain.config import PretrainConfig
 from boldforge.pretrain.evaluate import counted_voxels
 from boldforge.pretrain.loss import make_targets
 from boldforge.pretrain.masking import sample_keys
 from boldforge.pretrain.metrics import MetricsWriter
-from boldforge.pretrain.ranks import accelerator_ready, join_ranks
+from boldforge.pretrain.ranks import accelerator_ready, join_ranks, on_first_rank
 from boldforge.pretrain.region_errors import log_table, region_errors
 from boldforge.pretrain.schedule import learning_rate
 
@@ -31,7 +32,7 @@ accelerator_ready()
 
 from boldforge.pretrain.checkpoint import save_checkpoint  # noqa: E402  (imports deepspeed)
 from boldforge.pretrain.results import finish_run  # noqa: E402
-from boldforge.pretrain.run import Run, diverged, not_finite, start_run  # noqa: E402
+from boldforge.pretrain.run import Run, claim_folder, diverged, not_finite, start_run  # noqa: E402
 from boldforge.pretrain.training_state import restore_moments  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -51,13 +52,13 @@ def train(config: PretrainConfig) -> Path:
         For data, recipes or checkpoints that cannot be used as asked.
     """
     rank, world_size = join_ranks()
+    checked = check_recipe(config, world_size, rank)
     with ExitStack() as stack:
-        if rank == 0:
-            stack.enter_context(folder_lock(config.out, "pretraining"))
-        run = start_run(config, rank, world_size)
-        if run is None:
+        standing = on_first_rank(lambda: claim_folder(config, checked, stack))
+        if standing.finished:
             logger.info("%s: finished; nothing is left to do. Weights: %s", config.out, config.out / "export")
             return config.out
+        run = start_run(config, checked, standing, rank, world_size)
         first = go_on(run)
         batches = iter(run.stream)
         metrics = stack.enter_context(MetricsWriter(config.out, first)) if rank == 0 else None

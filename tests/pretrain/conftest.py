@@ -54,8 +54,10 @@ def two_ranks(tmp_path: Path) -> Callable[[Callable[[int], object]], list[str]]:
     """Run a function of the rank in two real processes; return what each returned, or refused, as text."""
 
     def run(work: Callable[[int], object]) -> list[str]:
+        meeting = tmp_path / f"meeting-{len(list(tmp_path.glob('meeting-*')))}"
+
         def rank_of(rank: int) -> None:
-            dist.init_process_group("gloo", init_method=f"file://{tmp_path}/both", rank=rank, world_size=2)
+            dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
             try:
                 said = str(work(rank))
             except BoldForgeError as error:

@@ -37,7 +37,8 @@ def test_one_just_written_outlives_a_damaged_later_one(save, tmp_path: Path):
 def test_a_damaged_record_of_the_recipe_is_one_sentence(tmp_path: Path, content: str):
     config = load_config(PretrainConfig, "pretrain/tiny.yaml", ["shards=s", f"out={tmp_path}"])
     path = tmp_path / "config.yaml"
-    check_same_run(config, {})
+    with pytest.raises(ConfigError, match=r"config.yaml: is missing, .* put the recipe back there, or use another out"):
+        check_same_run(config, {})
     path.write_text(yaml.safe_dump(record(config, {})))
     check_same_run(config, {})
     path.write_bytes(content.encode(errors="surrogateescape"))

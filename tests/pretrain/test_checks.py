@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import save_file
 
 from boldforge.configs import BoldForgeError, folder_lock, load_config
-from boldforge.data_shards import DataRecipe, ShardReader, build_shards, find_runs
-from boldforge.pretrain import PretrainConfig, gather_patches
+from boldforge.data_shards import DataRecipe, Segments, ShardReader, build_shards, find_runs, split_segments
+from boldforge.pretrain import PretrainConfig, checks, gather_patches, train
 from boldforge.pretrain.checks import Standing, check_recipe, check_run, parameter_shapes
 from boldforge.pretrain.datasets import identity
 from boldforge.pretrain.run import Run
-from boldforge.pretrain.run_folder import file_hash, record
+from boldforge.pretrain.run_folder import file_hash, read_finished, record
 
 DATA = Path(__file__).parents[1] / "data"
 SMALL = [
@@ -128,15 +128,54 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(
 def test_another_recipe_in_a_run_folder_is_refused(
     recipe: Callable[..., PretrainConfig], train_until: Callable[..., Path]
 ) -> None:
+    def recorded(change: str) -> PretrainConfig:
+        config = recipe(change)
+        path = config.out / "config.yaml"
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | config.model_dump(mode="json")))
+        return config
+
     train_until(50)
     check_run(recipe("zero_stage=1", "checkpoint_every=7"), 1)
     with pytest.raises(BoldForgeError, match="this run was started with seed = 0, now it is 5; use another out folder"):
         check_run(recipe("seed=5"), 1)
-    (recipe().out / "config.yaml").unlink()
     with pytest.raises(BoldForgeError, match=r"step-00000050: .* is \[.*\] there and \[.*\] in this recipe's model"):
-        check_run(recipe("model.embed_dim=16"), 1)
+        check_run(recorded("model.embed_dim=16"), 1)
     with pytest.raises(BoldForgeError, match="The saved stream differs in the seed"):
-        check_run(recipe("seed=5"), 1)
+        check_run(recorded("seed=5"), 1)
+
+
+def test_a_run_whose_record_is_lost_is_refused(
+    recipe: Callable[..., PretrainConfig], train_until: Callable[..., Path]
+) -> None:
+    checkpoints = train_until(200)
+    (recipe().out / "config.yaml").unlink()
+    for _ in range(2):
+        with pytest.raises(BoldForgeError, match=r"config\.yaml: is missing, so it cannot be told whether this is the"):
+            check_run(recipe("optimizer.lr=1e-5"), 1)
+        if checkpoints.exists():
+            finish(recipe().out)
+            shutil.rmtree(checkpoints)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": ["x", "y"]}}', "3"])
+def test_a_listing_of_another_form_is_a_damaged_one(
+    recipe: Callable[..., PretrainConfig], train_until: Callable[..., Path], content: str
+) -> None:
+    checkpoints = train_until(50, 100)
+    (checkpoints / "step-00000100" / "checkpoint.json").write_text(content)
+    checkpoint = check_run(recipe(), 1)[1].checkpoint
+    assert checkpoint and checkpoint.step == 50
+
+
+@pytest.mark.parametrize("steps", ["200", 200.5, None])
+def test_a_summary_of_another_form_is_none(
+    recipe: Callable[..., PretrainConfig], train_until: Callable[..., Path], steps: object
+) -> None:
+    train_until(200)
+    finish(recipe().out)
+    path = recipe().out / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": steps}))
+    assert read_finished(recipe().out) is None
 
 
 def test_a_folder_of_something_else_is_refused(recipe: Callable[..., PretrainConfig], real_shards: Path) -> None:
@@ -196,6 +235,80 @@ def test_nan_in_shards_is_named_before_the_first_step(
     said = f"{real_shards}: run sub-happy_task-rest holds NaN or infinity; mend the file that it was made from and"
     with pytest.raises(BoldForgeError, match=said):
         check_run(recipe(), 1)
+
+
+@pytest.mark.parametrize("kept", [{"train": [0]}, {"held": [0]}, {"train": [0], "held": [0]}])
+def test_nan_in_a_run_that_is_not_used_is_no_matter(
+    recipe: Callable[..., PretrainConfig],
+    nan_in_a_run: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    kept: dict[str, list[int]],
+) -> None:
+    """A plan may leave a run out of both sides: for a test of its own."""
+
+    def parted(*asked: object) -> tuple[Segments, ...]:
+        sides = zip(("train", "held"), split_segments(*asked), strict=True)
+        return tuple(
+            Segments(side.table[np.isin(side.table[:, 0], kept[name])] if name in kept else side.table)
+            for name, side in sides
+        )
+
+    nan_in_a_run()
+    monkeypatch.setattr(checks, "split_segments", parted)
+    if len(kept) == 2:
+        check_run(recipe(), 1)
+    else:
+        with pytest.raises(BoldForgeError, match="sub-happy_task-rest holds NaN"):
+            check_run(recipe(), 1)
+
+
+def test_frames_to_train_on_are_those_of_runs_that_hold_a_clip(recipe: Callable[..., PretrainConfig]) -> None:
+    for frames, longer in ((4, 2), (40, 1)):
+        data = checks.open_data(recipe(f"model.frames={frames}", "holdout.fraction=0.45"))
+        lengths = [stop - start for segments in data.train for _, start, stop in segments]
+        hold_a_clip = [length for length in lengths if length >= frames]
+        assert (len(lengths), len(hold_a_clip)) == (2, longer)
+        assert data.frames == sum(hold_a_clip)
+
+
+def test_a_finished_run_needs_no_folder_that_can_be_written(
+    recipe: Callable[..., PretrainConfig], train_until: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_until(200)
+    # Root may write anywhere.
+    monkeypatch.setattr("boldforge.pretrain.checks.os.access", lambda *asked: False)
+    with pytest.raises(BoldForgeError, match="cannot be written to; choose another folder"):
+        check_run(recipe(), 1)
+    finish(recipe().out)
+    assert check_run(recipe(), 1)[1].finished
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_what_the_first_rank_refuses_all_ranks_say(
+    recipe: Callable[..., PretrainConfig],
+    train_until: Callable[..., Path],
+    two_ranks: Callable[[Callable[[int], object]], list[str]],
+    nan_in_a_run: Callable[[], None],
+    tmp_path: Path,
+) -> None:
+    def refused(*changes: str) -> str:
+        def start(rank: int) -> Path:
+            train.join_ranks = lambda: (rank, 2)  # of this process
+            return train.train(recipe(*changes))
+
+        first, second = two_ranks(start)
+        assert first == second
+        return first
+
+    train_until(50)
+    (tmp_path / "file").touch()
+    assert refused("seed=5").endswith("seed = 0, now it is 5; use another out folder, or the old value.")
+    assert refused(f"out={tmp_path}/file").endswith("file is a file; choose another folder.")
+    with folder_lock(tmp_path / "used", "pretraining"):
+        assert "another process is pretraining in it" in refused(f"out={tmp_path}/used")
+    nan_in_a_run()
+    assert "run sub-happy_task-rest holds NaN" in refused(f"out={tmp_path}/new")
+    assert not (tmp_path / "new").exists(), "a refused recipe leaves nothing behind"
 
 
 @pytest.mark.parametrize("in_data", [True, False])
