@@ -1,6 +1,7 @@
 """What is dropped while training is a function of the clip and the layer, however the batch is cut."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from boldforge.configs import load_config
 from boldforge.pretrain import MaskConfig, MaskSampler, ModelConfig, NeuroStorm, TokenGrid, read_metrics
 from boldforge.pretrain.draws import draw
+from boldforge.pretrain.mamba import Block
 from boldforge.pretrain.masking import sample_keys
 from tests.pretrain.test_train import launch
 
@@ -78,6 +80,37 @@ def test_a_batch_cut_in_any_way_drops_the_same(
     plain, _, _ = drawing_model(small_config, small_mask, **changes, drop_path=0.0, redundancy_dropout=False)
     plain.load_state_dict(model.state_dict())
     assert (plain(values_BTV, mask_BL) - wanted[0]).abs().max() > 0.05 * wanted[0].abs().max(), "nothing was dropped"
+
+
+class Constant(torch.nn.Module):
+    """A branch that adds 1 to one channel of every token."""
+
+    def __init__(self, channel: int) -> None:
+        super().__init__()
+        self.channel = channel
+
+    def forward(self, x_BLC: Tensor, *index: object) -> Tensor:
+        added_BLC = torch.zeros_like(x_BLC)
+        added_BLC[..., self.channel] = 1
+        return added_BLC
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_blocks_two_branches_are_dropped_independently_and_keep_their_mean(shared: bool) -> None:
+    clips, tokens, rate = 4000, 3, 0.3
+    block = Block(2, Constant(0), 1.0, rate)
+    block.mlp = Constant(1)
+    draws = draw(clips, 0, CPU, (1, 0), sample_keys(0, 0, clips))
+    x_BLC = torch.zeros(clips, tokens, 2)
+    visible = SimpleNamespace(clip_N=torch.arange(clips).repeat_interleave(tokens)) if shared else None
+    added_BLC = block(x_BLC.view(1, -1, 2) if shared else x_BLC, None, visible=visible, draws=draws).view_as(x_BLC)
+    assert torch.equal(added_BLC, added_BLC[:, :1].expand_as(added_BLC)), "a clip's branch is dropped whole"
+    added_BC = added_BLC[:, 0]
+    for kept in added_BC.unique().tolist():
+        assert kept in (0.0, pytest.approx(1 / (1 - rate)))
+    # Four standard errors.
+    assert added_BC.mean(dim=0).tolist() == pytest.approx([1, 1], abs=4 * (rate / (1 - rate) / clips) ** 0.5)
+    assert abs(np.corrcoef(added_BC.T.numpy())[0, 1]) < 4 / clips**0.5
 
 
 def test_in_evaluation_nothing_is_dropped(small_config: ModelConfig, small_mask: np.ndarray) -> None:
