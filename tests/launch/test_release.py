@@ -193,7 +193,7 @@ def test_absolute_paths_in_a_recipe_are_reduced_to_their_last_part(pretraining, 
 
 def test_the_card_says_simulated_and_how_to_load(release):
     card = (release / "README.md").read_text()
-    assert "trained and tested on simulated subjects" in card
+    assert "trained and tested on simulated subjects; its figures say nothing about any real diagnosis" in card
     assert "40 simulated subjects" in card
     assert "0.7000" in card, "held-out error"
     assert "1.0000" in card, "its baseline"
