@@ -160,7 +160,7 @@ def _numbers(quality: DatasetQuality, flagged: set[int]) -> list[tuple[str, str]
     sites = {run.site for run in runs} - {None}
     hours = hours_of(manifest.n_frames, manifest)
     left_out = files_left_out(manifest)
-    rejected = [(_spaced(left_out), f"files left out, see {REJECTED_FILE}")] if left_out else []
+    rejected = [(_spaced(left_out), f"file{'s' * (left_out != 1)} left out, see {REJECTED_FILE}")] if left_out else []
     return [
         (_spaced(len(runs)), "runs"),
         (_spaced(len({run.subject for run in runs})), "subjects"),

@@ -75,7 +75,7 @@ def test_no_two_figures_share_an_id(page):
 
 def test_the_page_says_what_the_dataset_holds(page):
     text = text_of(page)
-    for found in ("12 runs", "12 subjects", "2 sites", "342 frames, one every 2 s", "0.19 hours", "1 files left out"):
+    for found in ("12 runs", "12 subjects", "2 sites", "342 frames, one every 2 s", "0.19 hours", "1 file left out"):
         assert found in text
     assert "Data quality study-of-Jones" in text
     assert "Real recordings." in text
