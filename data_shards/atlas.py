@@ -66,7 +66,8 @@ def load_atlas(name_or_path: str | Path = "aal3", labels: str | Path | None = No
     Raises
     ------
     AtlasError
-        If a file is missing or unreadable, the volume is not 3D whole numbers, or a line of the table is malformed.
+        If a file is missing or unreadable, the volume is not 3D whole numbers or holds no region, or a line of the
+        table is malformed, or the table does not name a region that is there.
     """
     table = Path(labels) if labels is not None else None
     groups = None
@@ -85,6 +86,15 @@ def load_atlas(name_or_path: str | Path = "aal3", labels: str | Path | None = No
     names = _read_table(table) if table is not None else {}
     # AAL3 keeps the ids of regions that it replaced (35, 36, 81, 82): nothing may ever sample an id without voxels.
     present = [int(number) for number in np.unique(volume) if number != 0]
+    if not present:
+        raise AtlasError(f"{path}: every voxel is 0, so there is no region; expected a volume of region numbers.")
+    nameless = [number for number in present if number not in names]
+    if table is not None and nameless:
+        some = ", ".join(str(number) for number in nameless[:3]) + (", …" if len(nameless) > 3 else "")
+        raise AtlasError(
+            f"{table}: names none of the regions {some} of atlas {name} ({len(nameless)} of {len(present)}); give the "
+            "whole table of this atlas, or the atlas that the table belongs to."
+        )
     return Atlas(
         name=name,
         volume=volume,

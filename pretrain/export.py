@@ -116,7 +116,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ExportError(f"{path}: no such file; give a folder with config.json and model.safetensors.") from None
+        beside = folder / "export"
+        mend = str(beside) if beside.is_dir() else "a folder with config.json and model.safetensors"
+        raise ExportError(f"{path}: no such file; give {mend}.") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise ExportError(f"{path}: is not valid JSON ({error}).") from None
     if not isinstance(config, dict) or config.get("model_type") != "boldforge":

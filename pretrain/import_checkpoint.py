@@ -69,7 +69,10 @@ def read_lightning(path: str | Path) -> LightningCheckpoint:
         raise ImportCheckpointError(
             f"{path}: is no checkpoint that torch can read, or is damaged ({reason}); fetch it again."
         ) from None
-    found = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+    found = type(content).__name__
+    if isinstance(content, Mapping):
+        keys = sorted(map(str, content))
+        found = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more keys" if len(keys) > 5 else "")
     for name in ("state_dict", "hyper_parameters"):
         if not isinstance(content, Mapping) or not isinstance(content.get(name), Mapping):
             raise ImportCheckpointError(

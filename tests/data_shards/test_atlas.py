@@ -113,3 +113,14 @@ def test_a_damaged_atlas_is_to_be_copied_again(tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(AtlasError, match=r"cannot be read as a NIfTI volume .*; copy it again"):
         load_atlas(path)
+
+
+def test_an_atlas_without_regions_and_a_table_of_another_are_told(tmp_path):
+    empty = tmp_path / "empty.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), empty)
+    with pytest.raises(AtlasError, match=r"empty.nii.gz: every voxel is 0, so there is no region"):
+        load_atlas(empty)
+    table = tmp_path / "labels.txt"
+    table.write_text("1 Precentral_L\n")
+    with pytest.raises(AtlasError, match=r"labels.txt: names none of the regions 2, 3, 4, … of atlas aal3 \(165 of 166"):
+        load_atlas("aal3", table)
