@@ -134,7 +134,7 @@ def _counts(tokens: Sequence[float]) -> str:
 
 def _memory(config: PretrainConfig, plan: TrainingPlan) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("ZeRO", "weights", "gradients", "moments", "passing", "activations", "all", ""):
+    for title in ("ZeRO", "weights", "gradients", "optimizer", "buffers", "activations", "all", ""):
         table.add_column(title, justify="right")
     for stage, memory in plan.memory.items():
         parts = (memory.parameters, memory.gradients, memory.optimizer, memory.passing, memory.activations)

@@ -122,5 +122,5 @@ def test_an_atlas_without_regions_and_a_table_of_another_are_told(tmp_path):
         load_atlas(empty)
     table = tmp_path / "labels.txt"
     table.write_text("1 Precentral_L\n")
-    with pytest.raises(AtlasError, match=r"labels.txt: names none of the regions 2, 3, 4, … of atlas aal3 \(165 of 166"):
+    with pytest.raises(AtlasError, match=r"names none of the regions 2, 3, 4, … of atlas aal3 \(165 of 166"):
         load_atlas("aal3", table)
