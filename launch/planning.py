@@ -69,10 +69,10 @@ def print_plan(recipe: str, overrides: Sequence[str], ranks: int, grid_name: str
     say(f"Memory of one rank in GiB, a micro-batch of {count_of(plan.micro_batch, 'clip')}, by ZeRO stage:")
     console.print(_memory(config, plan))
     left = 0 if standing.finished else config.steps - (standing.checkpoint.step if standing.checkpoint else 0)
-    say(_speed(speed, ranks, device, left, left * config.batch_size * plan.frames))
+    say(_speed(speed, ranks, device, left, left * config.batch_size * plan.frames, _left_out(config)))
 
 
-def _speed(speed: Speed, ranks: int, device: str, steps: int, frames: int) -> str:
+def _speed(speed: Speed, ranks: int, device: str, steps: int, frames: int, left_out: str = "") -> str:
     """Say how fast all ranks are together on what this machine has, and how long the steps take."""
     on_gpu = device == "cuda"
     units, threads = (torch.cuda.device_count(), 1) if on_gpu else (usable_cores(), torch.get_num_threads())
@@ -83,9 +83,16 @@ def _speed(speed: Speed, ranks: int, device: str, steps: int, frames: int) -> st
     share = f"{owners} {'share' if ranks > 1 else 'uses'} {count_of(units, 'GPU' if on_gpu else 'core')}"
     lasts = f", {duration(frames * speed.median / at_once)} for {steps:,} steps" if steps else ""
     return (
-        f"About {rate} frames/s on this machine, where {share} ({low} to {high} in "
-        f"{ROUNDS} measurements){lasts}: an estimate from single blocks, without reading and communication."
+        f"About {rate} frames/s on this machine, where {share}{lasts}: an estimate from single blocks, "
+        f"without reading and communication{left_out}. {ROUNDS} measurements of the blocks gave {low} to {high}, "
+        "which is the range of the probes and not the error of a whole step."
     )
+
+
+def _left_out(config: PretrainConfig) -> str:
+    """Name what of the network neither operations nor speed nor activations count."""
+    names = {"STRD": config.model.redundancy_dropout, "prompts": config.model.prompts}
+    return "".join(f", {name} (not counted in operations and memory either)" for name, on in names.items() if on)
 
 
 def two_digits(number: float) -> str:
@@ -115,11 +122,12 @@ def _facts(config: PretrainConfig, plan: TrainingPlan, frames: int) -> dict[str,
     flops = plan.flops
     per_frame = flops.step / plan.frames / 1e9
     seen = f"; the encoder computes {_counts(plan.seen)}" if plan.seen != plan.tokens else ""
+    again = ", blocks' forward twice" if config.checkpoint_activations else ""
     facts = {
         "parameters": f"{plan.parameters:,}, of them {plan.encoder_parameters:,} in the encoder",
         "tokens of a clip": f"{_counts(plan.tokens)} by stage{seen}",
         "hidden": f"{plan.hidden:.1%} of the first stage's, by {config.mask.strategy}",
-        "operations": f"{per_frame:.3g} GFLOP a frame, forward and backward; "
+        "operations": f"{per_frame:.3g} GFLOP a frame, forward and backward{again}; "
         f"{flops.step_scan / flops.step:.0%} of them in scans",
     }
     if frames:

@@ -31,12 +31,12 @@ from boldforge.data_shards import (
 )
 from boldforge.kernels import available_backends
 from boldforge.pretrain.config import PretrainConfig
-from boldforge.pretrain.datasets import check_lengths, identity, open_datasets
+from boldforge.pretrain.datasets import atlas_identity, check_lengths, identity, open_datasets
 from boldforge.pretrain.evaluate import HeldoutClips
 from boldforge.pretrain.masking import MaskSampler
 from boldforge.pretrain.model import NeuroStorm
 from boldforge.pretrain.regions import RegionTokens, RegionVoxels, region_tokens, region_voxels
-from boldforge.pretrain.run_folder import Checkpoint, check_same_run, read_finished, read_newest
+from boldforge.pretrain.run_folder import Checkpoint, check_same_run, read_finished, read_newest, record
 from boldforge.pretrain.tokens import TokenGrid
 
 _RUNS_LOOKED_AT = 256
@@ -52,6 +52,12 @@ class Prepared:
     atlas: Atlas
     regions: RegionTokens
     sampler: MaskSampler
+    groups: Mapping[str, Sequence[int]] | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run records of its atlas."""
+        return atlas_identity(self.atlas, self.groups)
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,10 @@ class Checked:
     voxels: RegionVoxels
     stream: ClipStream
     heldout: HeldoutClips
+
+    def record(self, config: PretrainConfig) -> dict[str, Any]:
+        """Return what the run folder's ``config.yaml`` says of a run of this recipe."""
+        return record(config, identity(config.shards, self.data.manifests) | self.prepared.identity)
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,7 @@ def prepare_masks(config: PretrainConfig, grid: Grid, manifest: Manifest | None 
     groups = load_groups(atlas, config.mask.groups) if config.mask.strategy == "group" else None
     regions = region_tokens(atlas, grid, token_grid)
     sampler = MaskSampler(token_grid, config.mask, regions, config.model.window, groups)
-    return Prepared(grid, token_grid, atlas, regions, sampler)
+    return Prepared(grid, token_grid, atlas, regions, sampler, groups)
 
 
 def check_batch(config: PretrainConfig, world_size: int) -> None:
@@ -253,7 +263,7 @@ def check_folder(config: PretrainConfig, checked: Checked) -> Standing:
     finished = read_finished(config.out)
     checkpoint = None if finished else read_newest(config.out / "checkpoints")
     if finished or checkpoint:
-        check_same_run(config, identity(config.shards, checked.data.manifests))
+        check_same_run(config, identity(config.shards, checked.data.manifests) | checked.prepared.identity)
     if checkpoint:
         _check_shapes(checkpoint.folder, parameter_shapes(config, checked.prepared.token_grid))
         checked.stream.load_state_dict(checkpoint.state["stream"])

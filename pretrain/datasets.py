@@ -1,16 +1,18 @@
 """The datasets that a pretraining run reads: one, or a mixture with weights, in folders or at addresses."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import xxhash
 from pydantic import BeforeValidator, Field, PlainSerializer
 
 from boldforge.configs import ConfigError, StrictModel
-from boldforge.data_shards import CacheConfig, Manifest, Segments, ShardsPlace, open_dataset
+from boldforge.data_shards import Atlas, CacheConfig, Manifest, Segments, ShardsPlace, open_dataset
 
-# What `identity` adds to a run's recipe.
-_RECORDED = ("manifest_hash", "weights")
+# What `identity` and `atlas_identity` add to a run's recipe.
+_RECORDED = ("manifest_hash", "weights", "atlas_hash")
 
 
 class DatasetConfig(StrictModel):
@@ -83,8 +85,23 @@ def identity(datasets: Sequence[DatasetConfig], manifests: Sequence[Manifest]) -
     return {"manifest_hash": hashes, "weights": [dataset.weight for dataset in datasets]}
 
 
+def atlas_identity(atlas: Atlas, groups: Mapping[str, Sequence[int]] | None) -> dict[str, Any]:
+    """Return what a run records of its atlas: hashes of the volume, the names, and the groups where they are hidden.
+
+    Of their content, not of the files: the same atlas may lie elsewhere, or be packed anew.
+    """
+    volume = xxhash.xxh3_128(atlas.volume.tobytes())
+    volume.update(repr((atlas.volume.shape, atlas.affine.tolist())).encode())
+    hashes = {"volume": volume.hexdigest(), "labels": _hash(atlas.labels)}
+    return {"atlas_hash": hashes if groups is None else hashes | {"groups": _hash(groups)}}
+
+
+def _hash(content: Mapping[Any, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(list(content.items())).encode())
+
+
 def split_record(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part a run's ``config.yaml`` into the recipe and what `identity` returned."""
+    """Part a run's ``config.yaml`` into the recipe and what the run recorded besides."""
     recorded = {key: content[key] for key in _RECORDED if key in content}
     return {key: value for key, value in content.items() if key not in _RECORDED}, recorded
 

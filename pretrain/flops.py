@@ -18,7 +18,7 @@ SCAN_FLOPS = 9
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of a forward pass and of a whole step (forward and backward), by kind."""
+    """Operations of a forward pass and of a whole step (forward, backward, and what is computed again), by kind."""
 
     matmul: float
     scan: float
@@ -27,7 +27,7 @@ class Flops:
 
     @property
     def step(self) -> float:
-        """Operations of forward and backward."""
+        """Operations of forward and backward, and of what is computed again between them."""
         return self.step_matmul + self.step_scan
 
 
@@ -41,10 +41,22 @@ def block_flops(config: ModelConfig, dim: int) -> tuple[float, float]:
     return matmul, ways * inner * (SCAN_FLOPS * config.d_state + 2 * config.d_conv)
 
 
+def block_visits(config: ModelConfig, tokens: Sequence[float], seen: Sequence[float]) -> list[float]:
+    """Return how many tokens go through a block of each stage, every block of encoder and decoder counted."""
+    visits = [depth * rows for depth, rows in zip(config.depths, seen, strict=True)]
+    for i, depth in enumerate(config.decoder_depths[::-1] if config.decoder else ()):
+        visits[i] += depth * tokens[i]
+    return visits
+
+
 def clip_flops(
-    config: ModelConfig, tokens: Sequence[float], patch_voxels: int, seen: Sequence[float] | None = None
+    config: ModelConfig,
+    tokens: Sequence[float],
+    patch_voxels: int,
+    seen: Sequence[float] | None = None,
+    checkpointed: bool = False,
 ) -> Flops:
-    """Count the operations of one clip.
+    """Count the operations of one clip; prompts and redundancy dropout are not counted.
 
     Parameters
     ----------
@@ -56,22 +68,28 @@ def clip_flops(
         P, voxels in a patch.
     seen
         Tokens that the encoder computes at every stage, where ``encoder_sees: visible``; None: all.
+    checkpointed
+        Whether the backward pass computes every block's forward again.
     """
     seen = tokens if seen is None else seen
     dims = [config.embed_dim * 2**i for i in range(config.n_stages)]
     joined = config.frames_joined
     embedding = 2.0 * seen[0] * patch_voxels * dims[0]
-    matmul = scan = 0.0
-    visits = [depth * rows for depth, rows in zip(config.depths, seen, strict=True)]
+    matmul = scan = in_blocks = 0.0
     if config.decoder:
-        for i, depth in enumerate(config.decoder_depths[::-1]):
-            visits[i] += depth * tokens[i]
+        for i in range(len(config.decoder_depths)):
             matmul += 2 * tokens[i + 1] * dims[i + 1] * 4 * joined[i] * dims[i + 1]
         matmul += 2 * tokens[0] * dims[0] * patch_voxels
-    for i, (dim, rows) in enumerate(zip(dims, visits, strict=True)):
+    for i, (dim, rows) in enumerate(zip(dims, block_visits(config, tokens, seen), strict=True)):
         products, rest = block_flops(config, dim)
-        matmul += rows * products
+        in_blocks += rows * products
         scan += rows * rest
         if i + 1 < config.n_stages:
             matmul += 2 * seen[i + 1] * 8 * joined[i] * dim * 2 * dim
-    return Flops(matmul=embedding + matmul, scan=scan, step_matmul=2 * embedding + 3 * matmul, step_scan=3 * scan)
+    passes = 4 if checkpointed else 3
+    return Flops(
+        matmul=embedding + matmul + in_blocks,
+        scan=scan,
+        step_matmul=2 * embedding + 3 * matmul + passes * in_blocks,
+        step_scan=passes * scan,
+    )

@@ -121,7 +121,7 @@ def plan_training(config: PretrainConfig, prepared: Prepared, world_size: int) -
         seen=seen,
         hidden=float(masks_BL.float().mean()),
         micro_batch=micro_batch,
-        flops=clip_flops(config.model, tokens, patch, seen),
+        flops=clip_flops(config.model, tokens, patch, seen, config.checkpoint_activations),
         frames=config.model.frames,
         memory={stage: rank_memory(parameters, stage, world_size, activations) for stage in range(4)},
     )
@@ -191,4 +191,5 @@ def estimate_speed(
         config.batch_size // world_size,
         config.precision == "bf16",
         device,
+        config.checkpoint_activations,
     )

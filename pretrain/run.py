@@ -17,14 +17,13 @@ from boldforge.configs.durable import write_atomic
 from boldforge.data_shards import Atlas, ClipStream, Manifest
 from boldforge.pretrain.checks import Checked, Standing, check_folder, check_place, check_scales
 from boldforge.pretrain.config import PretrainConfig
-from boldforge.pretrain.datasets import identity
 from boldforge.pretrain.draws import ClipKey
 from boldforge.pretrain.evaluate import HeldoutClips, HeldoutError
 from boldforge.pretrain.loss import Objective
 from boldforge.pretrain.masking import MaskSampler
 from boldforge.pretrain.model import NeuroStorm
 from boldforge.pretrain.regions import RegionTokens, RegionVoxels
-from boldforge.pretrain.run_folder import Checkpoint, read_finished, record
+from boldforge.pretrain.run_folder import Checkpoint, read_finished
 from boldforge.pretrain.tokens import TokenGrid
 from boldforge.pretrain.training_state import read_weights
 
@@ -156,7 +155,7 @@ def claim_folder(config: PretrainConfig, checked: Checked, stack: ExitStack) -> 
         return check_folder(config, checked)
     check_place(config.out)
     check_scales(checked)
-    content = record(config, identity(config.shards, checked.data.manifests))
+    content = checked.record(config)
     try:
         stack.enter_context(folder_lock(config.out, "pretraining"))
         standing = check_folder(config, checked)

@@ -23,7 +23,9 @@ LISTING = "checkpoint.json"
 """Of a checkpoint's files, with their sizes and hashes."""
 # Keys that may change between the parts of one run without making it another run.
 _FREE_KEYS = {"shards", "shard_cache", "out", "num_workers", "checkpoint_every", "keep_checkpoints", "evaluate_every"}
-_FREE_KEYS |= {"zero_stage", "micro_batch_size", "checkpoint_activations"}
+_FREE_KEYS |= {"zero_stage", "micro_batch_size", "checkpoint_activations", "model.backend"}
+# Known by what the files hold, of which `atlas_hash` tells.
+_ATLAS_FILES = {"mask.atlas", "mask.labels", "mask.groups"}
 
 
 class CheckpointError(BoldForgeError):
@@ -114,7 +116,7 @@ def check_same_run(config: PretrainConfig, datasets: Mapping[str, Any]) -> None:
     config
         The recipe; its ``out`` is the folder.
     datasets
-        What `boldforge.pretrain.datasets.identity` says of its datasets.
+        What `boldforge.pretrain.datasets` says of its datasets (`identity`) and its atlas (`atlas_identity`).
 
     Raises
     ------
@@ -128,9 +130,10 @@ def check_same_run(config: PretrainConfig, datasets: Mapping[str, Any]) -> None:
             "another out folder."
         )
     before = _as_of_today(_read_record(path))
-    now = {key: value for key, value in record(config, datasets).items() if key not in _FREE_KEYS}
-    now |= dict.fromkeys(before.keys() - now.keys() - _FREE_KEYS)  # weights of a mixture that is none any more
-    if changed := changes(before, now):
+    now = record(config, datasets)
+    now |= dict.fromkeys(before.keys() - now.keys())  # weights of a mixture that is none any more
+    free = _FREE_KEYS | ({"atlas_hash"} if "atlas_hash" not in before else _ATLAS_FILES)
+    if changed := [change for change in changes(before, now) if change[0] not in free]:
         key, old, new = changed[0]
         raise ConfigError(
             f"{path}: this run was started with {key} = {old}, now it is {new}; use another out folder, or the old "
@@ -139,7 +142,7 @@ def check_same_run(config: PretrainConfig, datasets: Mapping[str, Any]) -> None:
 
 
 def record(config: PretrainConfig, datasets: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run folder's ``config.yaml`` says: the recipe and its datasets."""
+    """Return what a run folder's ``config.yaml`` says: the recipe, its datasets and its atlas."""
     return {**config.model_dump(mode="json"), **datasets}
 
 

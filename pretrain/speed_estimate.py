@@ -1,8 +1,9 @@
 """How fast a recipe would train on this machine: an estimate from a few blocks that are run for a moment.
 
 A block of each stage's width runs forward and backward on few tokens, and an optimiser steps over some parameters; the
-rest follows from the numbers of tokens, operations and parameters. Reading clips and communication are left out.
-Everything is timed several times over, in turns, so that the spread shows how far the machine can be trusted.
+rest follows from the numbers of tokens, operations and parameters. Reading clips and communication are left out, and so
+are prompts and redundancy dropout. Everything is timed several times over, in turns: the spread is that of these
+measurements, and says nothing of how far a whole step lies from them.
 """
 
 import statistics
@@ -11,9 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from boldforge.kernels import window_index
-from boldforge.pretrain.flops import block_flops, clip_flops
+from boldforge.pretrain.flops import block_flops, block_visits, clip_flops
 from boldforge.pretrain.mamba import Block, ShiftedMamba
 from boldforge.pretrain.model_config import ModelConfig
 
@@ -46,6 +48,7 @@ def measure_speed(
     batch_size: int,
     bf16: bool,
     device: str,
+    checkpointed: bool = False,
 ) -> Speed:
     """Estimate the time that one rank takes for a frame: forward, backward, and its share of the optimiser's step.
 
@@ -65,17 +68,17 @@ def measure_speed(
         Whether products are computed under autocast to bf16.
     device
         ``cpu`` or ``cuda``.
+    checkpointed
+        Whether blocks keep their input only, and compute the rest again.
     """
-    visits = [depth * rows for depth, rows in zip(config.depths, seen, strict=True)]
-    for i, depth in enumerate(config.decoder_depths[::-1] if config.decoder else ()):
-        visits[i] += depth * tokens[i]
+    visits, passes = block_visits(config, tokens, seen), 4 if checkpointed else 3
     dims = [config.embed_dim * 2**i for i in range(config.n_stages)]
-    operations = [3 * rows * sum(block_flops(config, dim)) for rows, dim in zip(visits, dims, strict=True)]
+    operations = [passes * rows * sum(block_flops(config, dim)) for rows, dim in zip(visits, dims, strict=True)]
     # Embedding, merging, expanding and the last layer are products like those in blocks.
-    rest = clip_flops(config, tokens, patch_voxels, seen).step / sum(operations)
+    rest = clip_flops(config, tokens, patch_voxels, seen, checkpointed).step / sum(operations)
     widths = [min(dim, WIDEST) for dim in dims]
-    probes = {width: _block(config, width, bf16, device) for width in widths}
-    of_block = {width: 3 * _block_tokens(width, device) * sum(block_flops(config, width)) for width in widths}
+    probes = {width: _block(config, width, bf16, device, checkpointed) for width in widths}
+    of_block = {width: passes * _block_tokens(width, device) * sum(block_flops(config, width)) for width in widths}
     update = _update(device)
     found = []
     for round_ in _timed([*probes.values(), update], device):
@@ -92,7 +95,7 @@ def _block_tokens(dim: int, device: str) -> int:
     return max(_WINDOW, _TOKENS[device] * 64 // max(dim, 64) // _WINDOW * _WINDOW)
 
 
-def _block(config: ModelConfig, dim: int, bf16: bool, device: str) -> Callable[[], object]:
+def _block(config: ModelConfig, dim: int, bf16: bool, device: str, checkpointed: bool) -> Callable[[], object]:
     """Return the forward and backward pass of a block of this width."""
     tokens = _block_tokens(dim, device)
     mixer = ShiftedMamba(dim, config.d_state, config.d_conv, config.expand, config.backend, config.bidirectional)
@@ -102,7 +105,7 @@ def _block(config: ModelConfig, dim: int, bf16: bool, device: str) -> Callable[[
 
     def work() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            y_BLC = block(x_BLC, index)
+            y_BLC = checkpoint(block, x_BLC, index, use_reentrant=False) if checkpointed else block(x_BLC, index)
         y_BLC.backward(torch.ones_like(y_BLC))
 
     return work

@@ -4,7 +4,9 @@ import re
 
 import pytest
 
+from boldforge.configs import load_config
 from boldforge.launch import planning
+from boldforge.pretrain import PretrainConfig
 from boldforge.pretrain.speed_estimate import Speed
 
 SMALL = [
@@ -37,7 +39,11 @@ def test_it_prints_memory_operations_and_speed_and_writes_nothing(dry_run, real_
         assert total == pytest.approx(sum(parts), abs=0.004)
     assert re.search(r"GFLOP a frame, forward and backward; \d+% of them in scans", done.stdout)
     speed = r"About ([\d.,]+) frames/s on this machine, where 2 ranks of \d+ threads? share \d+ cores? "
-    speed += r"\(([\d.,]+) to ([\d.,]+) in 7 measurements\), [\d.,]+ \w+ for 200 steps: an estimate"
+    speed = (
+        speed.rstrip()
+        + r", [\d.,]+ \w+ for 200 steps: an estimate from single blocks, without reading and communication\. "
+    )
+    speed += r"7 measurements of the blocks gave ([\d.,]+) to ([\d.,]+), which is the range of the probes"
     found = re.search(speed, done.stdout)
     assert found
     rate, low, high = (float(number.replace(",", "")) for number in found.groups())
@@ -66,6 +72,13 @@ def test_ranks_that_the_machine_has_no_core_for_add_no_speed(monkeypatch, ranks,
     said = planning._speed(Speed(median=2.0, shortest=1.0, longest=4.0), ranks, "cpu", 300, 6000)
     assert said.startswith(f"About {rate} frames/s on this machine, where {ranks} rank")
     assert f"{lasts} for 300 steps" in said
+
+
+@pytest.mark.parametrize(("key", "name"), [("redundancy_dropout", "STRD"), ("prompts", "prompts")])
+def test_what_the_estimate_leaves_out_is_said(key, name):
+    config = load_config(PretrainConfig, "pretrain/tiny.yaml", ["shards=s", "out=o", f"model.{key}=1"])
+    said = planning._speed(Speed(2.0, 1.0, 4.0), 1, "cpu", 0, 0, planning._left_out(config))
+    assert f"without reading and communication, {name} (not counted in operations and memory either)." in said
 
 
 @pytest.mark.parametrize(

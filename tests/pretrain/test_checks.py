@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +17,8 @@ from boldforge.configs import BoldForgeError, folder_lock, load_config
 from boldforge.data_shards import DataRecipe, Segments, ShardReader, build_shards, find_runs, split_segments
 from boldforge.pretrain import PretrainConfig, checks, gather_patches, train
 from boldforge.pretrain.checks import Standing, check_recipe, check_run, parameter_shapes
-from boldforge.pretrain.datasets import identity
 from boldforge.pretrain.run import Run
-from boldforge.pretrain.run_folder import file_hash, read_finished, record
+from boldforge.pretrain.run_folder import file_hash, read_finished
 
 DATA = Path(__file__).parents[1] / "data"
 SMALL = [
@@ -48,8 +47,8 @@ def recipe(real_shards: Path, tmp_path: Path) -> Callable[..., PretrainConfig]:
 def train_until(recipe: Callable[..., PretrainConfig]) -> Callable[..., Path]:
     """Leave a run folder as a run stopped at these steps leaves it, with untrained weights."""
 
-    def train_until(*steps: int) -> Path:
-        config = recipe()
+    def train_until(*steps: int, overrides: Sequence[str] = ()) -> Path:
+        config = recipe(*overrides)
         checked = check_recipe(config, 1)
         folder = config.out / "checkpoints"
         shapes = parameter_shapes(config, checked.prepared.token_grid)
@@ -62,7 +61,7 @@ def train_until(recipe: Callable[..., PretrainConfig]) -> Callable[..., Path]:
             listing = {"step": step, "world_size": 1, "state": {"stream": checked.stream.state_dict()}}
             listing["files"] = {state.name: [state.stat().st_size, file_hash(state)]}
             (checkpoint / "checkpoint.json").write_text(json.dumps(listing))
-        content = record(config, identity(config.shards, checked.data.manifests))
+        content = checked.record(config)
         (config.out / "config.yaml").write_text(yaml.safe_dump(content))
         return folder
 
@@ -176,6 +175,55 @@ def test_a_summary_of_another_form_is_none(
     path = recipe().out / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": steps}))
     assert read_finished(recipe().out) is None
+
+
+def test_an_atlas_is_known_by_what_it_holds_not_by_its_path(
+    recipe: Callable[..., PretrainConfig],
+    train_until: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own, names, groups = (tmp_path / name for name in ("small.nii.gz", "names.txt", "groups.txt"))
+    names.write_text("".join(f"{n} r{n}\n" for n in range(1, 9)))
+    groups.write_text("".join(f"r{n} {'odd' if n % 2 else 'even'}\n" for n in range(1, 9)))
+    group = ["mask.strategy=group", "mask.labels=names.txt", "mask.groups=groups.txt"]
+    monkeypatch.chdir(tmp_path)
+    train_until(50, overrides=group)
+    image = nib.load(own)
+    nib.save(image, "moved.nii")
+    names.rename("other.txt")
+    check_run(recipe(*group, "mask.atlas=moved.nii", "mask.labels=other.txt", "model.backend=torch"), 1)
+
+    def refused(what: str) -> None:
+        with pytest.raises(BoldForgeError, match=f"was started with atlas_hash.{what} = .*; use another out folder"):
+            check_run(recipe(*group), 1)
+
+    shutil.copy("other.txt", names)
+    names.write_text(names.read_text().replace("8 r8", "8 r7").replace("7 r7", "7 r8", 1))
+    refused("labels")
+    shutil.copy("other.txt", names)
+    groups.write_text(groups.read_text().replace("r8 even", "r8 odd"))
+    refused("groups")
+    groups.write_text(groups.read_text().replace("r8 odd", "r8 even"))
+    check_run(recipe(*group), 1)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[::-1], image.affine), own)
+    refused("volume")
+
+
+def test_a_record_without_the_atlas_content_goes_by_its_path(
+    recipe: Callable[..., PretrainConfig], train_until: Callable[..., Path], tmp_path: Path
+) -> None:
+    train_until(50)
+    path = recipe().out / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    del content["atlas_hash"]
+    path.write_text(yaml.safe_dump(content))
+    check_run(recipe(), 1)
+    shutil.copy(tmp_path / "small.nii.gz", tmp_path / "moved.nii.gz")
+    with pytest.raises(
+        BoldForgeError, match=r"started with mask\.atlas = .*small\.nii\.gz, now it is .*moved\.nii\.gz"
+    ):
+        check_run(recipe(f"mask.atlas={tmp_path / 'moved.nii.gz'}"), 1)
 
 
 def test_a_folder_of_something_else_is_refused(recipe: Callable[..., PretrainConfig], real_shards: Path) -> None:

@@ -20,6 +20,8 @@ from boldforge.pretrain.activations import block_bytes
 from boldforge.pretrain.checks import Prepared, check_run, prepare_masks
 from boldforge.pretrain.config import BUCKET_ELEMENTS
 from boldforge.pretrain.evaluate import counted_voxels
+from boldforge.pretrain.flops import block_flops
+from boldforge.pretrain.mamba import Block
 from boldforge.pretrain.plan import TrainingPlan, clip_bytes, estimate_speed, plan_training, rank_memory
 from boldforge.pretrain.regions import RegionVoxels, region_voxels
 
@@ -180,6 +182,44 @@ def test_the_speed_is_estimated_from_what_was_measured() -> None:
     more = estimate_speed(wide, planned(wide)[0], patch, 1, "cpu")
     assert 0 < narrow.shortest <= narrow.median <= narrow.longest
     assert narrow.median < more.median
+
+
+@pytest.mark.parametrize("seen", ["all", "visible"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_estimate_is_the_sum_over_the_blocks_that_a_forward_pass_visits(
+    seen: str, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = [f"model.encoder_sees={seen}", f"checkpoint_activations={str(checkpointed).lower()}", "model.patch_mm=24"]
+    config = recipe("tiny", *SMALL, *ways, "model.depths=[1,3,2]", "model.decoder_depths=[2,1]")
+    plan, prepared = planned(config)
+    model, patch = NeuroStorm(config.model, prepared.token_grid), prepared.token_grid.patch_voxels.shape[1]
+    visited: list[tuple[int, int]] = []
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.register_forward_hook(
+                lambda _, given, __: visited.append((given[0].shape[2], given[0][..., 0].numel()))
+            )
+    masks_BL = prepared.sampler.sample([(9, config.seed, number) for number in range(8)])
+    with torch.no_grad():
+        model(torch.zeros(8, 4, prepared.token_grid.n_voxels), masks_BL)
+    assert len(visited) == 6 + 3
+    # As if a block of every width took this long, forward and backward, and the optimiser 10 s.
+    seconds = {16: 1.0, 32: 3.0, 64: 7.0}
+    monkeypatch.setattr(speed_estimate, "_timed", lambda *_: [[*seconds.values(), 10.0]] * 7)
+    found = estimate_speed(config, plan, patch, 1, "cpu")
+    blocks = sum(seconds[dim] * rows / speed_estimate._block_tokens(dim, "cpu") for dim, rows in visited) / 8
+    passes = 4 if checkpointed else 3
+    counted = passes * sum(rows * sum(block_flops(config.model, dim)) for dim, rows in visited) / 8
+    step = 10.0 * plan.parameters / (1 << 20)
+    wanted = (blocks * plan.flops.step / counted + step / config.batch_size) / 4
+    assert found.median == found.shortest == found.longest == pytest.approx(wanted)
+    assert 1 < plan.flops.step / counted < 2
+
+
+def test_what_is_computed_again_counts() -> None:
+    once, again = (planned(recipe("tiny", *SMALL, f"checkpoint_activations={way}"))[0] for way in ("false", "true"))
+    assert again.flops.step_scan == once.flops.step_scan * 4 / 3 and again.flops.matmul == once.flops.matmul
+    assert 1.2 < again.flops.step / once.flops.step < 4 / 3
 
 
 def test_every_piece_of_work_runs_in_every_round_after_warming_up() -> None:
