@@ -36,7 +36,14 @@ from boldforge.pretrain.evaluate import HeldoutClips
 from boldforge.pretrain.masking import MaskSampler
 from boldforge.pretrain.model import NeuroStorm
 from boldforge.pretrain.regions import RegionTokens, RegionVoxels, region_tokens, region_voxels
-from boldforge.pretrain.run_folder import Checkpoint, check_same_run, read_finished, read_newest, record
+from boldforge.pretrain.run_folder import (
+    Checkpoint,
+    check_not_foreign,
+    check_same_run,
+    read_finished,
+    read_newest,
+    record,
+)
 from boldforge.pretrain.tokens import TokenGrid
 
 _RUNS_LOOKED_AT = 256
@@ -264,6 +271,8 @@ def check_folder(config: PretrainConfig, checked: Checked) -> Standing:
     checkpoint = None if finished else read_newest(config.out / "checkpoints")
     if finished or checkpoint:
         check_same_run(config, identity(config.shards, checked.data.manifests) | checked.prepared.identity)
+    else:
+        check_not_foreign(config.out)
     if checkpoint:
         _check_shapes(checkpoint.folder, parameter_shapes(config, checked.prepared.token_grid))
         checked.stream.load_state_dict(checkpoint.state["stream"])

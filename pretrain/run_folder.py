@@ -141,6 +141,19 @@ def check_same_run(config: PretrainConfig, datasets: Mapping[str, Any]) -> None:
         )
 
 
+def check_not_foreign(out: Path) -> None:
+    """Refuse a folder whose ``config.yaml`` is somebody else's: a run would replace it.
+
+    Raises
+    ------
+    ConfigError
+        If there is one that is no pretraining recipe.
+    """
+    path = out / "config.yaml"
+    if path.is_file() and not {"shards", "steps", "model"} <= _read_record(path).keys():
+        raise ConfigError(f"{path}: is no recipe of a pretraining run, which would replace it; choose another out.")
+
+
 def record(config: PretrainConfig, datasets: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run folder's ``config.yaml`` says: the recipe, its datasets and its atlas."""
     return {**config.model_dump(mode="json"), **datasets}

@@ -231,6 +231,14 @@ def test_a_folder_of_something_else_is_refused(recipe: Callable[..., PretrainCon
         check_run(recipe(f"out={real_shards}"), 1)
 
 
+def test_somebody_else_s_config_is_not_replaced(recipe: Callable[..., PretrainConfig]) -> None:
+    config = recipe()
+    config.out.mkdir()
+    (config.out / "config.yaml").write_text("learning_rate: 1\n")
+    with pytest.raises(BoldForgeError, match=r"config.yaml: is no recipe of a pretraining run, which would replace it"):
+        check_run(config, 1)
+
+
 def test_a_finished_run_is_known_though_its_checkpoints_are_gone(
     recipe: Callable[..., PretrainConfig], train_until: Callable[..., Path]
 ) -> None:
