@@ -80,7 +80,7 @@ def _speed(speed: Speed, ranks: int, device: str, steps: int, frames: int, left_
     at_once = min(ranks, max(1, units // threads))
     rate, low, high = (two_digits(at_once / seconds) for seconds in (speed.median, speed.longest, speed.shortest))
     owners = count_of(ranks, "rank") + ("" if on_gpu else f" of {count_of(threads, 'thread')}")
-    share = f"{owners} {'share' if ranks > 1 else 'uses'} {count_of(units, 'GPU' if on_gpu else 'core')}"
+    share = f"{owners} {'run' if ranks > 1 else 'runs'} on {count_of(units, 'GPU' if on_gpu else 'core')}"
     lasts = f", {duration(frames * speed.median / at_once)} for {steps:,} steps" if steps else ""
     return (
         f"About {rate} frames/s on this machine, where {share}{lasts}: an estimate from single blocks, "
