@@ -38,7 +38,7 @@ def test_it_prints_memory_operations_and_speed_and_writes_nothing(dry_run, real_
         *parts, total = map(float, numbers.split())
         assert total == pytest.approx(sum(parts), abs=0.004)
     assert re.search(r"GFLOP a frame, forward and backward; \d+% of them in scans", done.stdout)
-    speed = r"About ([\d.,]+) frames/s on this machine, where 2 ranks of \d+ threads? share \d+ cores? "
+    speed = r"About ([\d.,]+) frames/s on this machine, where 2 ranks of \d+ threads? run on \d+ cores? "
     speed = (
         speed.rstrip()
         + r", [\d.,]+ \w+ for 200 steps: an estimate from single blocks, without reading and communication\. "
