@@ -215,21 +215,32 @@ class Fit:
         Raises
         ------
         DivergedError
-            If the loss is not a finite number.
+            If the loss, a trained weight or a validation score is not a finite number.
         """
-        config, number = self._config, self._number
+        number = self._number
         if not math.isfinite(loss):
-            raise DivergedError(
-                f"the training loss is {loss} in epoch {number}; set training.lr below {config.lr:g} and "
-                f"training.head_lr below {config.head_lr:g}."
-            )
+            raise self._diverged(f"the training loss is {loss}")
+        # The last step of an epoch may break what no training loss has seen.
+        if not all(bool(p.isfinite().all()) for group in self._optimizer.param_groups for p in group["params"]):
+            raise self._diverged("a trained weight is not a finite number")
         if self._validating is None:
             return Epoch(number, loss, None, None, improved=True)
-        loss_now, figures = _measure(self._validating, self._criterion, embed())
+        embeddings_NC = embed()
+        with torch.no_grad():
+            if not bool(self._classifier.head(embeddings_NC).isfinite().all()):
+                raise self._diverged("a validation score is not a finite number")
+        loss_now, figures = _measure(self._validating, self._criterion, embeddings_NC)
         rank = (float(figures[self._classifier.task.selects_by]), -loss_now)
         improved = self._best is None or rank > self._best
         self._best = rank if improved else self._best
         return Epoch(number, loss, loss_now, figures, improved)
+
+    def _diverged(self, what: str) -> DivergedError:
+        config = self._config
+        return DivergedError(
+            f"{what} in epoch {self._number}; set training.lr below {config.lr:g} and training.head_lr below "
+            f"{config.head_lr:g}."
+        )
 
     def _everything_to_validate(self) -> Tensor:
         assert self._validating is not None

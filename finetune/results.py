@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from boldforge.configs.durable import write_atomic
 from boldforge.data_shards import Manifest
 from boldforge.finetune.images import ImageTable
 from boldforge.finetune.subjects import Subject
@@ -28,7 +29,7 @@ class Prediction:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write readable, standard JSON (no NaN)."""
-    path.write_text(json.dumps(content, indent=1, allow_nan=False, default=str) + "\n")
+    write_atomic(path, (json.dumps(content, indent=1, allow_nan=False, default=str) + "\n").encode())
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -114,7 +114,7 @@ class _StackedLinear(nn.Module):
         weight = self.base.weight
         down_KRI, up_KOR = _padded(layers, weight)
         x_KnI = x_NI.reshape(len(layers), -1, weight.shape[1])
-        dropped = [layer is not None and layer.lora_dropout["default"].training for layer in layers]
+        dropped = [layer is not None and _drops(layer.lora_dropout["default"]) for layer in layers]
         if not any(dropped):
             y_KnO = _StackedLowRank.apply(x_KnI, weight, self.base.bias, down_KRI, up_KOR)
             return y_KnO.view(*x_NI.shape[:-1], weight.shape[0])
@@ -129,6 +129,11 @@ class _StackedLinear(nn.Module):
         dropped_KnI = torch.cat(parts).view_as(x_KnI)
         update_KnO = (dropped_KnI @ down_KRI.mT) @ up_KOR.mT
         return self.base(x_NI) + update_KnO.view(*x_NI.shape[:-1], weight.shape[0])
+
+
+def _drops(dropout: nn.Module) -> bool:
+    # Without dropout peft puts an identity there, which says that it is training at all times.
+    return dropout.training and not isinstance(dropout, nn.Identity)
 
 
 class _StackedLowRank(torch.autograd.Function):

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from boldforge.finetune import AdapterConfig, Classifier, FinetuneError, TrainingConfig, get_task, load_backbone
+from boldforge.finetune import (
+    AdapterConfig,
+    Classifier,
+    FinetuneError,
+    TrainingConfig,
+    get_task,
+    load_backbone,
+    stacked_lora,
+)
 from boldforge.finetune.cohort import ClipSet
 from boldforge.finetune.fit import DivergedError, Fit
 from boldforge.finetune.lockstep import Lockstep, embed_untrained
@@ -20,6 +28,7 @@ TRIALS = (
     ({"rank": 3, "rank_stabilised": True, "dropout": 0.1}, {"head_lr": 2e-2}, 7),
     ({"rank": 2, "targets": ("x_proj", "out_proj"), "ranks": {"out_proj": 6}}, {"clip_norm": 0.05}, 1),
 )
+WITHOUT_DROPOUT = (({"rank": 1}, {"lr": 1e-2}, 0), ({"rank": 3, "alpha": 2.0}, {"lr": 1e-3}, 1))
 SAME_CLIPS = tuple((adapter, training, 4) for adapter, training, _ in TRIALS)
 # The state after two epochs: AdamW divides by gradients' size, so rounding of a small gradient shows in a weight.
 NEAR = {torch.float64: {"rtol": 1e-7, "atol": 1e-9}, torch.float32: {"rtol": 2e-3, "atol": 2e-4}}
@@ -89,6 +98,7 @@ def _same(epoch, wanted, near):
         pytest.param(TRIALS, STAGE, torch.float64, id="own clips"),
         pytest.param(SAME_CLIPS, STAGE, torch.float64, id="same clips"),
         pytest.param(TRIALS, STAGE, torch.float32, id="float32"),
+        pytest.param(WITHOUT_DROPOUT, STAGE, torch.float64, id="without dropout"),
         pytest.param(TRIALS[1:3], 0, torch.float64, id="all stages"),
     ],
 )
@@ -103,6 +113,34 @@ def test_every_trial_is_what_it_is_alone(encoder, clips_at, trials, stage, dtype
         torch.testing.assert_close(fit.state(), wanted.state(), **NEAR[dtype])
         assert fit.classifier.trainable == wanted.classifier.trainable
         assert fit.classifier.total == wanted.classifier.total
+
+
+def test_trials_without_dropout_train_by_the_one_product(encoder, clips, monkeypatch):
+    with_gradients = []
+    apply = stacked_lora._StackedLowRank.apply
+    monkeypatch.setattr(
+        stacked_lora._StackedLowRank,
+        "apply",
+        lambda *given: with_gradients.append(torch.is_grad_enabled()) or apply(*given),
+    )
+    _, lockstep = _together(encoder, clips, WITHOUT_DROPOUT, STAGE, torch.float32)
+    lockstep.step(range(len(WITHOUT_DROPOUT)))
+    assert any(with_gradients)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_an_epoch_s_last_step_that_breaks_the_weights_is_a_divergence(encoder, clips, grouped):
+    """With one step in an epoch no training loss has seen what it did."""
+    wild = ({"rank": 2, "alpha": 1024.0}, {"lr": 1.0, "head_lr": 1.0, "batch_size": 64, "clip_norm": 1e30}, 0)
+    if grouped:
+        fits, lockstep = _together(encoder, clips, (wild, wild), STAGE, torch.float32)
+        ended = [epoch for _ in range(8) for epoch in lockstep.step(range(len(fits)))]
+        assert any(isinstance(epoch, DivergedError) for epoch in ended)
+        return
+    fit = _fit(_backbone(encoder, torch.float32), clips, wild, STAGE, torch.float32)
+    with pytest.raises(DivergedError, match="in epoch"):
+        for _ in range(8):
+            fit.step()
 
 
 def test_who_has_left_rests_and_the_others_go_on_as_alone(encoder, clips):
