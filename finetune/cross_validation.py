@@ -15,7 +15,7 @@ from boldforge.finetune.classifier import Classifier, save_adapter
 from boldforge.finetune.cohort import ClipSet, OnProgress
 from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.fit import fit, predict_subjects
-from boldforge.finetune.fold_models import clear_folds, keep_fold, read_results
+from boldforge.finetune.fold_models import FOLDER, clear_folds, keep_fold, read_results
 from boldforge.finetune.folds import Fold
 from boldforge.finetune.harmonise import check_installed
 from boldforge.finetune.metrics import roc_points
@@ -149,7 +149,10 @@ def _finished(study: Study) -> dict[str, Any] | None:
         If they are those of another one.
     """
     out = study.config.out
-    if not (out / "metrics.json").is_file():
+    if not all((out / name).is_file() for name in ("metrics.json", "adapter/task.json", "predictions.tsv")):
+        return None
+    kept = getattr(study.config, "keep_folds", False) and _shards_hash(study) is not None
+    if kept and not (out / FOLDER).is_dir():
         return None
     results = read_results(out)
     now = study.config.model_dump(mode="json", exclude=_NOT_COMPARED) | study.made_from()

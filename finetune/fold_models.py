@@ -89,5 +89,6 @@ def read_results(out: Path) -> dict[str, Any]:
     except OSError:
         raise ConfigError(f"{path}: no such file; give the folder of a finished boldforge finetune.") from None
     except ValueError as error:
-        raise ConfigError(f"{path}: is damaged ({' '.join(str(error).split())}); finetune again.") from None
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{path}: is damaged ({problem}); remove it and finetune again.") from None
     return results

@@ -79,8 +79,11 @@ class ImageTable:
 
     @property
     def content_hash(self) -> str:
-        """Hash of all images' voxels and phenotypes."""
-        content = [(image.sha256, image.subject, image.site, sorted(image.phenotype.items())) for image in self.images]
+        """Hash of all images' voxels, what they are read as, and phenotypes."""
+        content = [
+            (image.sha256, image.kind, image.subject, image.site, sorted(image.phenotype.items()))
+            for image in self.images
+        ]
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
     @property

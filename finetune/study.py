@@ -1,5 +1,6 @@
 """What a fine-tuning and a sweep have in common: shards, encoder, task, subjects and folds that fit together."""
 
+import hashlib
 import logging
 import shutil
 import tempfile
@@ -126,8 +127,10 @@ class Study:
         return self.deal(self.config.seed)
 
     def made_from(self) -> dict[str, str]:
-        """Return the content hashes of the data and of the weights that the study starts from."""
-        return {"data": self.source.content_hash, "backbone": self._backbone(self.config.seed).weights_hash}
+        """Return the content hashes of the data, of the rows and labels made of it, and of the weights."""
+        rows = hashlib.sha256(repr(self.cohort.subjects).encode()).hexdigest()
+        weights = self._backbone(self.config.seed).weights_hash
+        return {"data": self.source.content_hash, "rows": rows, "backbone": weights}
 
     @contextmanager
     def claim_out(self, doing: str) -> Iterator[Path]:
