@@ -93,7 +93,7 @@ class _Course:
         self.error: SweepError | None = None
         self._waiting, self._rounds, self._folder = deque(first), rounds, folder
         self._running: dict[str, Segment] = {}
-        self._deaths: Counter[tuple[int, int]] = Counter()
+        self._deaths: Counter[tuple[int, bool, int]] = Counter()
         self._ray, self._ended_at = RayProcesses(), Counter[int]()
 
     @property
@@ -150,7 +150,9 @@ class _Course:
 
     def _died(self, segment: Segment) -> None:
         # Counted per epoch, so that a long sweep on a machine with troubles still comes to its end.
-        place = (segment.trial.number, len(read_curve(segment.folder(self._folder))))
+        trials = (segment.trial, *segment.beside)
+        curves = [Segment(trial, segment.until, segment.anew).folder(self._folder) for trial in trials]
+        place = (segment.trial.number, segment.anew, sum(len(read_curve(curve)) for curve in curves))
         self._deaths[place] += 1
         if self._deaths[place] < _ATTEMPTS:
             self._waiting.append(segment)
@@ -211,18 +213,6 @@ def _fit(
         def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
             return tune.Callback, ()
 
-    class StopOnFailure(tune.Stopper):
-        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-            return False
-
-        def stop_all(self) -> bool:
-            if course.ray_ended:
-                raise _RayEndedError
-            return course.error is not None
-
-        def __reduce__(self) -> tuple[Any, tuple[()]]:
-            return tune.stopper.NoopStopper, ()
-
     tuner = tune.Tuner(
         tune.with_resources(partial(_ray_trial, spec, folder), {"cpu": config.cpus, "gpu": config.gpus}),
         tune_config=tune.TuneConfig(
@@ -234,7 +224,7 @@ def _fit(
         run_config=tune.RunConfig(
             name="sweep",
             storage_path=str(scratch.resolve()),
-            stop=StopOnFailure(),
+            stop=_stop_on_failure(course),
             verbose=0,
             callbacks=[Collect()],
         ),
@@ -247,6 +237,25 @@ def _fit(
         # Of a Ray that is not there any more, Tune may fail in many ways.
         if not course.ray_ended:
             raise
+
+
+def _stop_on_failure(course: _Course) -> Any:
+    """Return what ends Tune's run once the course has failed or its Ray has ended."""
+    from ray import tune
+
+    class StopOnFailure(tune.Stopper):
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            if course.ray_ended:
+                raise _RayEndedError
+            return course.error is not None
+
+        def __reduce__(self) -> tuple[Any, tuple[()]]:
+            return tune.stopper.NoopStopper, ()
+
+    return StopOnFailure()
 
 
 def _ray_trial(spec: TrialSpec, folder: Path, parameters: Mapping[str, Any]) -> None:

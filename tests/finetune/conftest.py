@@ -1,3 +1,6 @@
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -6,6 +9,7 @@ import pytest
 import torch
 
 from boldforge.data_shards import DataRecipe, Run, brain_mask, build_shards, get_grid, mask_hash
+from boldforge.finetune import SweepConfig, fit, sweep
 from boldforge.pretrain import ModelConfig, build_model, write_export
 
 GRID = "mni4mm"
@@ -105,3 +109,48 @@ def build_cohort(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cohort(build_cohort) -> Path:
     return build_cohort(subjects=24, effect=2.0, unlabelled=2)
+
+
+@pytest.fixture(scope="session")
+def sweep_and_die() -> Callable[..., bool]:
+    """Sweep in a child that kills itself before its n-th durable step; say whether it came to its end.
+
+    Every epoch begun leaves a line in the log, if there is one: the trial's rank (or ``chosen``) and its number.
+    """
+
+    def counting(work, step, done):
+        def do(*arguments, **keywords):
+            done[0] += 1
+            if done[0] == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return work(*arguments, **keywords)
+
+        return do
+
+    def logging(work, log):
+        def do(fitting):
+            with log.open("a") as stream:
+                called = "chosen" if fitting.validation is None else fitting.classifier.adapter.rank
+                stream.write(f"{called} {fitting._number + 1}\n")
+            return work(fitting)
+
+        return do
+
+    def sweep_and_die(config: SweepConfig, step: int, log: Path | None = None) -> bool:
+        child = os.fork()
+        if child == 0:
+            done = [0]
+            for name in ("fsync", "replace", "unlink", "rename"):
+                setattr(os, name, counting(getattr(os, name), step, done))
+            if log is not None:
+                fit.Fit.begin_epoch = logging(fit.Fit.begin_epoch, log)
+            try:
+                sweep(config)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, -signal.SIGKILL)
+        return status == 0
+
+    return sweep_and_die

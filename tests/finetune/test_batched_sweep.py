@@ -2,13 +2,10 @@
 
 import csv
 import json
-import os
 import random
 import shutil
-import signal
 import tempfile
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -68,49 +65,12 @@ def test_the_table_is_that_of_trials_alone(cohort, encoder, tmp_path, undisturbe
     assert mine["settings"]["batch_trials"] == 3 and "batch_trials" not in results["settings"]
 
 
-def _sweep_and_die(config, step: int, log: Path) -> bool:
-    """Sweep in a child that kills itself before its n-th durable step; say whether it came to its end."""
-    child = os.fork()
-    if child == 0:
-        steps = 0
-
-        def counted(work):
-            def do(*arguments, **keywords):
-                nonlocal steps
-                steps += 1
-                if steps == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return work(*arguments, **keywords)
-
-            return do
-
-        def logged(work):
-            def do(fitting):
-                with log.open("a") as stream:
-                    called = "chosen" if fitting.validation is None else fitting.classifier.adapter.rank
-                    stream.write(f"{called} {fitting._number + 1}\n")
-                return work(fitting)
-
-            return do
-
-        os.fsync, os.replace, os.unlink, os.rename = map(counted, (os.fsync, os.replace, os.unlink, os.rename))
-        fit.Fit.begin_epoch = logged(fit.Fit.begin_epoch)
-        try:
-            sweep(config)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, -signal.SIGKILL)
-    return status == 0
-
-
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_at_random_steps_it_ends_with_the_same_files(cohort, encoder, tmp_path, undisturbed, seed):
+def test_killed_at_random_steps_it_ends_the_same(cohort, encoder, tmp_path, undisturbed, seed, sweep_and_die):
     generator, log, out = random.Random(seed), tmp_path / "log", tmp_path / "out"
     config = _config(cohort, encoder, out)
     kills = 0
-    while not _sweep_and_die(config, generator.randint(1, 40) if kills < MOST_KILLS else -1, log):
+    while not sweep_and_die(config, generator.randint(1, 40) if kills < MOST_KILLS else -1, log):
         kills += 1
     assert kills > 2
     assert _read(out) == _read(undisturbed)
@@ -121,11 +81,11 @@ def test_killed_at_random_steps_it_ends_with_the_same_files(cohort, encoder, tmp
     assert sum(started.values()) - len(started) <= 3 * kills
 
 
-def test_a_lost_state_is_one_sentence(cohort, encoder, tmp_path):
+def test_a_lost_state_is_one_sentence(cohort, encoder, tmp_path, sweep_and_die):
     out, log = tmp_path / "out", tmp_path / "log"
     config, step = _config(cohort, encoder, out, grace=3), 20
     while not read_curve(out / "trials" / "0003"):
-        assert not _sweep_and_die(config, step, log)
+        assert not sweep_and_die(config, step, log)
         step += 4
     for path in (out / "trials").glob("0002/state-*"):
         path.write_bytes(b"")

@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import random
-import signal
 from functools import partial
 
 import pytest
@@ -112,38 +110,11 @@ def test_the_command_prints_what_each_search_chose_and_the_pooled_figures(nested
     assert " ".join(results["verdict"].split()) in " ".join(done.output.split())
 
 
-def _run_and_die(config: SweepConfig, step: int) -> bool:
-    """Run in a child that kills itself before its n-th durable step; say whether it came to its end."""
-    child = os.fork()
-    if child == 0:
-        steps = 0
-
-        def counted(work):
-            def do(*arguments, **keywords):
-                nonlocal steps
-                steps += 1
-                if steps == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return work(*arguments, **keywords)
-
-            return do
-
-        os.fsync, os.replace, os.unlink, os.rename = map(counted, (os.fsync, os.replace, os.unlink, os.rename))
-        try:
-            sweep(config)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, -signal.SIGKILL)
-    return status == 0
-
-
 @pytest.mark.slow
-def test_killed_at_random_steps_it_ends_with_the_same_files(nested, cohort, encoder, tmp_path):
+def test_killed_at_random_steps_it_ends_with_the_same_files(nested, cohort, encoder, tmp_path, sweep_and_die):
     whole, generator, out = nested[0], random.Random(0), tmp_path / "out"
     config, kills = _config(cohort, encoder, out), 0
-    while not _run_and_die(config, generator.randint(1, 40) if kills < 12 else -1):
+    while not sweep_and_die(config, generator.randint(1, 40) if kills < 12 else -1):
         kills += 1
     assert kills > 4
     for name in FILES:

@@ -1,16 +1,13 @@
 """A sweep that is killed and started again, at any moment and any number of times, ends with the same files."""
 
 import json
-import os
 import random
-import signal
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from boldforge.configs import load_config
-from boldforge.finetune import SweepConfig, SweepError, fit, sweep
+from boldforge.finetune import SweepConfig, SweepError, sweep
 
 FILES = (
     "sweep.json",
@@ -37,43 +34,6 @@ def _config(cohort, encoder, out, **changes):
     return load_config(SweepConfig, {"shards": cohort, "backbone": encoder, "out": out, **SMALL, **changes})
 
 
-def _sweep_and_die(config: SweepConfig, step: int, log: Path) -> bool:
-    """Sweep in a child that kills itself before its n-th durable step; say whether it came to its end."""
-    child = os.fork()
-    if child == 0:
-        steps = 0
-
-        def counted(work):
-            def do(*arguments, **keywords):
-                nonlocal steps
-                steps += 1
-                if steps == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return work(*arguments, **keywords)
-
-            return do
-
-        def logged(work):
-            def do(fitting):
-                with log.open("a") as stream:
-                    called = "chosen" if fitting._validating is None else fitting._classifier.adapter.rank
-                    stream.write(f"{called} {fitting._number + 1}\n")
-                return work(fitting)
-
-            return do
-
-        os.fsync, os.replace, os.unlink, os.rename = map(counted, (os.fsync, os.replace, os.unlink, os.rename))
-        fit.Fit.step = logged(fit.Fit.step)
-        try:
-            sweep(config)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, -signal.SIGKILL)
-    return status == 0
-
-
 @pytest.fixture(scope="module")
 def undisturbed(cohort, encoder, tmp_path_factory):
     out = tmp_path_factory.mktemp("sweep") / "out"
@@ -82,11 +42,11 @@ def undisturbed(cohort, encoder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killed_at_random_steps_it_ends_with_the_same_files(cohort, encoder, tmp_path, undisturbed, seed):
+def test_killed_at_random_steps_it_ends_the_same(cohort, encoder, tmp_path, undisturbed, seed, sweep_and_die):
     generator, log, out = random.Random(seed), tmp_path / "log", tmp_path / "out"
     config = _config(cohort, encoder, out)
     kills = 0
-    while not _sweep_and_die(config, generator.randint(1, 22) if kills < MOST_KILLS else -1, log):
+    while not sweep_and_die(config, generator.randint(1, 22) if kills < MOST_KILLS else -1, log):
         kills += 1
     assert kills > 2
     for name in FILES:
@@ -113,9 +73,9 @@ def test_the_journal_says_what_was_decided(undisturbed):
     assert records[-1] == {"finished": True}
 
 
-def test_another_recipe_does_not_go_on_from_an_unfinished_sweep(cohort, encoder, tmp_path):
+def test_another_recipe_does_not_go_on_from_an_unfinished_sweep(cohort, encoder, tmp_path, sweep_and_die):
     out = tmp_path / "out"
-    assert not _sweep_and_die(_config(cohort, encoder, out), 20, tmp_path / "log")
+    assert not sweep_and_die(_config(cohort, encoder, out), 20, tmp_path / "log")
     with pytest.raises(SweepError, match=r"unfinished sweep with other settings \(seed\)"):
         sweep(_config(cohort, encoder, out, seed=1))
     # Who does the work is not part of the recipe.
@@ -123,11 +83,11 @@ def test_another_recipe_does_not_go_on_from_an_unfinished_sweep(cohort, encoder,
 
 
 @pytest.mark.parametrize("what", ["state", "best"])
-def test_a_trial_whose_files_are_damaged_is_trained_again(cohort, encoder, tmp_path, undisturbed, what):
+def test_a_trial_whose_files_are_damaged_is_trained_again(cohort, encoder, tmp_path, undisturbed, what, sweep_and_die):
     out, log = tmp_path / "out", tmp_path / "log"
     config, step = _config(cohort, encoder, out), 30
     while not (out / "trials" / "0001").is_dir():
-        assert not _sweep_and_die(config, step, log)
+        assert not sweep_and_die(config, step, log)
     damaged = sorted((out / "trials").glob(f"*/{what}-*"))
     for path in damaged:
         path.write_bytes(path.read_bytes()[:-1])
