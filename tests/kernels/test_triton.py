@@ -54,9 +54,9 @@ def assert_no_worse(pairs: list[tuple[str, dict, dict]]) -> None:
     triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
     reason="the interpreter of Triton 3.6 cannot loop up to a tensor with numpy 2.4 or newer",
 )
-def test_the_interpreted_kernel_matches_the_oracle():
-    cases = [str(Path(__file__).with_name(name)) for name in ("triton_cases.py", "triton_backward_cases.py")]
-    passed = run("-m", "pytest", *cases, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("cases", ["triton_cases.py", pytest.param("triton_backward_cases.py", marks=pytest.mark.slow)])
+def test_the_interpreted_kernel_matches_the_oracle(cases):
+    passed = run("-m", "pytest", str(Path(__file__).with_name(cases)), TRITON_INTERPRET="1")
     assert "passed" in passed
     assert "skipped" not in passed
 

@@ -161,6 +161,7 @@ def test_finetuning_reads_from_addresses_too(real_shards: Path, tmp_path: Path, 
     assert (tmp_path / "c").is_dir() and recipe.shard_cache == CacheConfig(folder=tmp_path / "c", gib=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_pretraining_over_http_is_pretraining_from_the_folder(real_shards: Path, tmp_path: Path, serve) -> None:
     settings = ("steps=3", "checkpoint_every=3", "evaluate_every=3", "num_workers=1")

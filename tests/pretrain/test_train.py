@@ -145,6 +145,7 @@ def test_the_demo_reconstructs_hidden_regions_better_than_the_mean_frame(
     assert rows[-1]["heldout_error"] < 0.95 * rows[-1]["heldout_baseline"]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_another_recipe_in_the_same_folder_is_refused(finished: Path, real_shards: Path) -> None:
     done = launch(real_shards, finished, "seed=5", ranks=1)
@@ -153,6 +154,7 @@ def test_another_recipe_in_the_same_folder_is_refused(finished: Path, real_shard
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_folder_that_another_run_writes_to_is_refused(real_shards: Path, tmp_path: Path) -> None:
     with folder_lock(tmp_path, "pretraining"):
