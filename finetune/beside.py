@@ -1,6 +1,7 @@
 """The plain models of a study, measured fold by fold beside what is trained."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,3 +77,35 @@ class Beside:
             )
             line = threshold_of(study.task, np.asarray(self._labels)[validation], checked)
             kept.put(repeat, test, tested, line)
+
+
+def beside_chosen(
+    study: Study,
+    folds: Sequence[Fold],
+    asked: tuple[str, ...] | None,
+    scratch: Path,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Scores]:
+    """Measure baselines beside what a search has chosen: like that, fitted anew on all subjects but those of the test.
+
+    Everybody's scans are read for it, so it comes after the choice.
+
+    Parameters
+    ----------
+    study
+        Whose rows.
+    folds
+        Those with a test.
+    asked
+        See `plain_models`.
+    scratch
+        Folder for clips, where a baseline reads embeddings.
+    advance
+        Called after each subject.
+    """
+    beside = Beside(study, plain_models(study, asked), anew=True)
+    alone = study.lifted(AdapterConfig(kind="probe"))
+    beside.read(advance, lambda: (study.gather(study.cohort.subjects, scratch / "beside", adapter=alone), alone))
+    for fold in folds:
+        beside.run(fold)
+    return beside.scores

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from boldforge.finetune.adapters import AdapterConfig
-from boldforge.finetune.beside import Beside, plain_models
+from boldforge.finetune.beside import beside_chosen
 from boldforge.finetune.cohort import OnProgress
 from boldforge.finetune.cross_validation import check_harmonised
 from boldforge.finetune.metrics import roc_points
@@ -51,9 +50,9 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
     study = open_study(config)
     if not config.gpus and torch.cuda.is_available():
         logger.warning("There is a GPU, but gpus=0 trains the trials on CPU threads; gpus=0.5 lets two share it.")
+    check_harmonised(config.baselines)
     if config.outer_folds == 1:
         return search_once(study, None, on_progress)
-    check_harmonised(config.baselines)
     metrics = config.out / "metrics.json"
     with (
         study.claim_out("running a nested sweep") as scratch,
@@ -98,22 +97,18 @@ def _pool(study: Study, config: SweepConfig, searches: list[dict[str, Any]], scr
     """Measure the winners' scores of all outer folds together, and the baselines in the same folds."""
     subjects, binary = study.cohort.subjects, study.task.kind == "binary"
     model = Scores.empty(study.task, 1, len(subjects))
-    # Like the winners, they are fitted anew on all subjects but those of the test.
-    beside = Beside(study, plain_models(study, config.baselines), anew=True)
-    alone = study.lifted(AdapterConfig(kind="probe"))
-    beside.read(lambda: None, lambda: (study.gather(subjects, scratch / "clips", adapter=alone), alone))
+    beside = beside_chosen(study, study.folds[: config.outer_folds], config.baselines, scratch)
     of_fold: dict[int, int] = {}
     per_fold = []
     for number, (fold, found) in enumerate(zip(study.folds, searches, strict=False)):
         test = study.positions(fold.test)
         tested = json.loads((_fold_folder(config, number) / TESTED).read_text())
         model.put(0, test, tested["scores"], tested["threshold"])
-        beside.run(fold)
         of_fold |= dict.fromkeys(test, number + 1)
         per_fold.append(_describe(number, found, study.task.selects_by))
     kept = sorted(of_fold)
     labels = [subjects[i].label for i in kept]
-    model, others = _cut(model, kept), {name: _cut(scores, kept) for name, scores in beside.scores.items()}
+    model, others = model.select(kept), {name: scores.select(kept) for name, scores in beside.items()}
     tests = f"{config.outer_folds} of " if config.outer_folds < config.folds else ""
     results = {
         "task": study.task.name,
@@ -141,10 +136,6 @@ def _pool(study: Study, config: SweepConfig, searches: list[dict[str, Any]], scr
     write_json(scratch / "metrics.json", results)
     (scratch / "metrics.json").replace(config.out / "metrics.json")
     return results
-
-
-def _cut(scores: Scores, kept: list[int]) -> Scores:
-    return Scores(scores.task, scores.score[:, kept], scores.threshold_RN[:, kept])
 
 
 def _describe(number: int, found: dict[str, Any], figure: str) -> dict[str, Any]:

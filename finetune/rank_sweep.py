@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from boldforge.finetune.adapters import AdapterConfig
 from boldforge.finetune.backbone import load_backbone
 from boldforge.finetune.baselines import check_names
+from boldforge.finetune.beside import beside_chosen
 from boldforge.finetune.cohort import ClipSet, OnProgress, Subject
 from boldforge.finetune.embedded import head_on_embeddings, read_labels
 from boldforge.finetune.embedding_cache import EmbeddingCache
@@ -87,7 +89,7 @@ class SweepConfig(StudyConfig):
     )
     baselines: tuple[str, ...] | None = Field(
         None,
-        description="Where outer_folds is above 1: plain models measured in the same folds; None takes the task's own.",
+        description="Plain models fitted and tested on the winners' own subjects; None takes the task's own.",
     )
     batch_trials: int = Field(
         1,
@@ -161,8 +163,6 @@ class SweepConfig(StudyConfig):
             raise ValueError("space.rank is searched, so ranks has no meaning; remove one of the two")
         if self.outer_folds > self.folds:
             raise ValueError(f"outer_folds is {self.outer_folds}, but folds deals {self.folds}; set folds higher")
-        if self.baselines is not None and self.outer_folds == 1:
-            raise ValueError("baselines stand beside a nested search; set outer_folds above 1, or take baselines out")
         if self.adapter.kind != "lora":
             raise ValueError("a sweep over LoRA ranks needs adapter.kind lora")
         if self.batch_trials > 1 and self.adapter.dora:
@@ -180,7 +180,8 @@ class SweepConfig(StudyConfig):
         # A sweep begun before these keys goes on.
         unread |= {"frames": True} if self.frames is None else {}
         unread |= {"batch_trials": True} if self.batch_trials == 1 else {}
-        unread |= {"outer_folds": True, "baselines": True} if self.outer_folds == 1 else {}
+        unread |= {"outer_folds": True} if self.outer_folds == 1 else {}
+        unread |= {"baselines": True} if self.outer_folds == 1 and self.baselines is None else {}
         return self.model_dump(mode="json", exclude=unread)
 
     def propose(self, batch: int, seen: list[tuple[dict[str, Any], float | None]]) -> list[dict[str, Any]]:
@@ -263,7 +264,9 @@ def _search_and_test(
     }
     seen = parts["train"] + parts["validation"]
     reading, epoch_size = len(seen) * config.clips * sum(config.trains), len(parts["train"]) * config.clips
-    total = reading + epoch_size * config.training.epochs * config.n_trials
+    # A search inside a nested one is tested without baselines; they are measured in all of its folds together.
+    beside = len(study.cohort.subjects) if number is None else 0
+    total = reading + epoch_size * config.training.epochs * config.n_trials + beside
     done: dict[int, int] = {}
 
     def on_epoch(trial: int, epoch: int) -> None:
@@ -284,12 +287,19 @@ def _search_and_test(
     drive(config, spec, _course(rounds, study.task.selects_by, folder), folder, on_epoch, scratch)
     trials, best = _standing(rounds, study.task.selects_by)
     tested = _test(study, spec, best, folder, parts["test"], cache, scratch)
+    others = None
+    if number is None:
+        read = count(total - beside + 1)
+        advance = (lambda: on_progress(next(read), total)) if on_progress else (lambda: None)
+        test = study.positions(fold.test)
+        found = beside_chosen(study, [fold], config.baselines, scratch, advance)
+        others = {name: scores.select(test) for name, scores in found.items()}
     if on_progress:
         on_progress(total, total)
     if number is not None:
         kept = {"scores": tested.scores.tolist(), "threshold": tested.threshold}
         write_whole(config.out / TESTED, json.dumps(kept).encode())
-    return write_results(study, config.settings(), parts, trials, best, tested, scratch)
+    return write_results(study, config.settings(), parts, trials, best, tested, scratch, others)
 
 
 def _course(rounds: Rounds, figure: str, folder: Path) -> Iterator[list[Segment]]:

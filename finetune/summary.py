@@ -43,6 +43,10 @@ class Scores:
         self.score[repeat, list(subjects)] = scores
         self.threshold_RN[repeat, list(subjects)] = threshold
 
+    def select(self, subjects: Sequence[int]) -> "Scores":
+        """Return those of some subjects, by position."""
+        return Scores(self.task, self.score[:, list(subjects)], self.threshold_RN[:, list(subjects)])
+
     def mean(self) -> Floats:
         """Return every subject's mean over repetitions, [N] or [N, K]."""
         return self.score.mean(axis=0)

@@ -1,6 +1,6 @@
 """What a sweep found: the choice, the table of trials, and the chosen one's figures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,11 @@ import numpy as np
 
 from boldforge.finetune.classifier import Classifier, save_adapter
 from boldforge.finetune.cohort import Subject
-from boldforge.finetune.evaluation import bootstrap_intervals
-from boldforge.finetune.intervals import auc_interval, score_intervals
+from boldforge.finetune.intervals import auc_interval
 from boldforge.finetune.metrics import roc_points
 from boldforge.finetune.results import Prediction, write_json, write_predictions, write_table
 from boldforge.finetune.study import Study
+from boldforge.finetune.summary import Scores, summarise
 from boldforge.finetune.sweep_journal import SweepError
 from boldforge.finetune.sweep_rungs import Curve, Trial
 from boldforge.finetune.tasks import describe_labels, named_classes
@@ -62,12 +62,17 @@ def write_results(
     best: TrialResult,
     tested: Tested,
     scratch: Path,
+    baselines: Mapping[str, Scores] | None = None,
 ) -> dict[str, Any]:
-    """Write ``best/``, ``trials.tsv`` and, last, ``sweep.json``, whose content is returned."""
+    """Write ``best/``, ``trials.tsv`` and, last, ``sweep.json``, whose content is returned.
+
+    ``baselines`` are their scores on the same test subjects; None leaves all comparison out.
+    """
     config, classifier, scores, threshold = study.config, tested.classifier, tested.scores, tested.threshold
     figure = study.task.selects_by
     labels = [subject.label for subject in parts["test"]]
-    figures = study.task.metrics(labels, scores, threshold)
+    summary = _summarise(study, parts["test"], tested, baselines)
+    figures = summary["figures"]
     rows = [_row(trial, figure, study, parts["validation"]) for trial in trials]
     shared: dict[str, Any] = {
         "task": study.task.name,
@@ -77,14 +82,7 @@ def write_results(
         "simulated": study.cohort.simulated,
         "pretrained_on_these_shards": study.pretrained_on_these_shards,
         "measured_by": "test subjects held out of a sweep, scored once",
-        "figures": figures,
-        "intervals": score_intervals(
-            bootstrap_intervals(
-                labels, scores, lambda truth, score: study.task.metrics(truth, score, threshold), config.seed
-            ),
-            figures,
-            labels,
-        ),
+        **{name: summary[name] for name in ("figures", "intervals", "rows", "baselines", "verdict") if name in summary},
         "threshold": threshold,
         "subjects": {
             name: describe_labels(study.task, [subject.label for subject in subjects])
@@ -94,6 +92,7 @@ def write_results(
     chosen = next(row for row in rows if row["trial"] == best.trial.number)
     results = {
         **shared,
+        **summary,
         "sentence": _sentence(rows, chosen, best.trial, figures, shared["intervals"], parts, study),
         "best": chosen,
         "trials": rows,
@@ -119,12 +118,24 @@ def write_results(
         "adapter_rank": best.trial.values["rank"],
         "trainable_parameters": classifier.trainable,
     }
-    write_json(folder / "metrics.json", {**shared, **own, "total_parameters": classifier.total})
+    write_json(folder / "metrics.json", {**shared, **summary, **own, "total_parameters": classifier.total})
     columns = [name for name in rows[0] if name != "name" and not name.endswith(("_by_epoch", "_interval"))]
     write_table(config.out / "trials.tsv", columns, [[_cell(row[name]) for name in columns] for row in rows])
     write_json(scratch / "sweep.json", results)
     (scratch / "sweep.json").replace(config.out / "sweep.json")
     return results
+
+
+def _summarise(
+    study: Study, test: Sequence[Subject], tested: Tested, baselines: Mapping[str, Scores] | None
+) -> dict[str, Any]:
+    """Return the figures of the chosen one with intervals and, where there are baselines, all that stands beside."""
+    labels, seed = [subject.label for subject in test], study.config.seed
+    model = Scores.empty(study.task, 1, len(test))
+    model.put(0, range(len(test)), tested.scores, tested.threshold)
+    if baselines is None:
+        return {"figures": model.figures(labels), "intervals": model.intervals(labels, seed)}
+    return summarise(model, baselines, labels, [subject.site for subject in test], seed)
 
 
 def best_epoch(trial: TrialResult) -> dict[str, Any]:

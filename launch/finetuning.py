@@ -70,7 +70,7 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
 def print_figures(results: Mapping[str, Any], console: Console) -> None:
     """Print every figure with its interval, the baselines beside it, and the verdict."""
     figures = results["figures"]
-    people = len(results["people"] or ())
+    people = len(results.get("people") or ())
     of = results["rows"] + (f" of {people} {'person' if people == 1 else 'people'}" if people else "")
     simulated = "simulated " if results["simulated"] else ""
     _say(f"Test on {figures['n']} {simulated}{of}, {results['measured_by']}{_left_out(results)}:", console)

@@ -52,6 +52,8 @@ def render_card(config: Mapping[str, Any], summary: Mapping[str, Any], task: Map
         tested=[row for row in tested_figures(adapted) if row["value"] is not None],
         compared_by=call_figure(adapted.get("compared_by", ""), adapted),
         baselines=_baselines(adapted),
+        # An older sweep's sentence is the only verdict there is.
+        sentence=adapted.get("sentence") if adapted.get("verdict") else None,
         verdict=adapted.get("verdict") or adapted.get("sentence"),
     )
 

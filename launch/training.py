@@ -107,7 +107,10 @@ def sweep_and_print(recipe: str, overrides: Sequence[str], console: Console) -> 
         diverged = ", diverged" if trial["diverged"] else ""
         console.print(f"{trial['name']}: {figures}{diverged}", highlight=False)
     console.print(results["sentence"], highlight=False, soft_wrap=True)
-    _print_figures(results, console)
+    if "baselines" in results:
+        print_figures(results, console)
+    else:  # a sweep of a boldforge that measured none
+        _print_figures(results, console)
     console.print(f"Adapter: {config.out / 'best' / 'adapter'}", highlight=False, soft_wrap=True)
     return config.out
 

@@ -33,6 +33,7 @@ def measure(scratch: Path, subjects: int, clips: int, trials: tuple[int, int]) -
         settings = {"shards": shards, "backbone": encoder, "out": scratch / name, "clips": clips, "folds": 4}
         settings |= {"ranks": [0], "sampler": "random", "trials": n, "driver": "serial", "cache": scratch / "cache"}
         settings |= {"space": {"head_lr": {"low": 1e-4, "high": 1e-1, "log": True}}, "training": {"epochs": 20}}
+        settings |= {"baselines": []}  # what they take has nothing to do with the trials
         config = load_config(SweepConfig, settings)
         start = time.perf_counter()
         sweep(config)

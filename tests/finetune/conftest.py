@@ -1,6 +1,7 @@
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from boldforge.data_shards import DataRecipe, Run, brain_mask, build_shards, get_grid, mask_hash
-from boldforge.finetune import SweepConfig, fit, sweep
+from boldforge.finetune import SweepConfig, fit, summary, sweep
 from boldforge.pretrain import ModelConfig, build_model, write_export
 
 GRID = "mni4mm"
@@ -30,6 +31,15 @@ TINY = ModelConfig(
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def few_draws():
+    """For tests in which intervals and p only have to be the same again."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("bootstrap_intervals", "permutation_test", "compare"):
+            patch.setattr(summary, name, partial(getattr(summary, name), draws=50))
+        yield
 
 
 @pytest.fixture(scope="session")

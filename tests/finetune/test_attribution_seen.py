@@ -10,7 +10,15 @@ from boldforge.data_shards import load_manifest
 from boldforge.finetune import AttributionConfig, FinetuneError, SweepConfig, attribute_regions, sweep
 
 # The winner of a sweep is trained on what is in the sweep's shards, as a fine-tuning's adapter is on its own.
-SETTINGS = {"driver": "serial", "clips": 1, "ranks": [0], "folds": 3, "training": {"epochs": 1}, "grace": 1}
+SETTINGS = {
+    "driver": "serial",
+    "clips": 1,
+    "ranks": [0],
+    "folds": 3,
+    "training": {"epochs": 1},
+    "grace": 1,
+    "baselines": [],
+}
 
 
 @pytest.fixture(scope="module")

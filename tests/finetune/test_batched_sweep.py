@@ -22,10 +22,12 @@ SMALL = {
     "grace": 1,
     "adapter": {"first_stage": 1, "dropout": 0.1},
     "training": {"epochs": 3},
+    "baselines": [],
     "driver": "serial",
     "batch_trials": 3,
 }
 MOST_KILLS = 8
+pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 def _config(cohort, encoder, out, **changes):

@@ -133,8 +133,10 @@ HEADS = {
     "grace": 1,
     "space": {"head_lr": [1e-3, 1e-2], "weight_decay": [0.0, 0.1]},
     "training": {"epochs": 3},
+    "baselines": [],
     "driver": "serial",
 }
+pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 def _sweep(cohort, encoder, out, **changes):

@@ -3,14 +3,13 @@
 import csv
 import json
 import random
-from functools import partial
 
 import pytest
 from typer.testing import CliRunner
 
 from boldforge.configs import ConfigError, load_config
 from boldforge.data_shards import load_manifest
-from boldforge.finetune import FinetuneConfig, SweepConfig, SweepError, finetune, rank_sweep, summary, sweep
+from boldforge.finetune import FinetuneConfig, SweepConfig, SweepError, finetune, rank_sweep, sweep
 from boldforge.finetune.study import open_study
 from boldforge.launch.cli import app
 from boldforge.launch.report import write_report
@@ -26,20 +25,12 @@ SMALL = {
     "baselines": ["site", "embedding"],
     "driver": "serial",
 }
+pytestmark = pytest.mark.usefixtures("few_draws")
 FILES = ("metrics.json", "predictions.tsv", "outer/1/sweep.json", "outer/2/best/adapter/head.safetensors")
 
 
 def _config(shards, encoder, out, **changes):
     return load_config(SweepConfig, {"shards": shards, "backbone": encoder, "out": out, **SMALL, **changes})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_draws():
-    """Intervals and p are tested elsewhere; here they only have to be the same again."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("bootstrap_intervals", "permutation_test", "compare"):
-            patch.setattr(summary, name, partial(getattr(summary, name), draws=50))
-        yield
 
 
 @pytest.fixture(scope="module")

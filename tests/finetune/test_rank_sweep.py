@@ -25,9 +25,11 @@ SMALL = {
     "grace": 2,
     "adapter": {"first_stage": 1},
     "training": {"epochs": 8},
+    "baselines": [],
 }
 
 
+pytestmark = pytest.mark.usefixtures("few_draws")
 # The shortest sweep there is, in this process.
 BRIEF = {"driver": "serial", "training": {"epochs": 1}}
 

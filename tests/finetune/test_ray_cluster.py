@@ -22,6 +22,7 @@ SMALL = {
     "grace": 1,
     "adapter": {"first_stage": 1},
     "training": {"epochs": 2},
+    "baselines": [],
 }
 _MARK = "BOLDFORGE_TEST_CLUSTER"
 

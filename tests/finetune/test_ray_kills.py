@@ -14,6 +14,7 @@ SMALL = {
     "grace": 2,
     "adapter": {"first_stage": 1, "dropout": 0.1},
     "training": {"epochs": 6},
+    "baselines": ["site"],
     "concurrency": 2,
 }
 

@@ -25,9 +25,11 @@ SMALL = {
     "grace": 1,
     "adapter": {"first_stage": 1, "dropout": 0.1},
     "training": {"epochs": 3},
+    "baselines": ["site"],
     "driver": "serial",
 }
 MOST_KILLS = 8
+pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 def _config(cohort, encoder, out, **changes):

@@ -20,6 +20,7 @@ WIDE = {
     "targets": [["in_proj"], ["fc1", "fc2"]],
     "lr": {"low": 1e-4, "high": 1e-1, "log": True},
 }
+pytestmark = pytest.mark.usefixtures("few_draws")
 RECIPE = {"shards": "shards", "backbone": "encoder", "out": "out"}
 
 
@@ -187,7 +188,15 @@ def test_a_searched_recipe_is_recorded_so_that_it_can_be_read_again():
 
 
 def test_tpe_over_all_dimensions_end_to_end(cohort, encoder, tmp_path):
-    recipe = {"shards": cohort, "backbone": encoder, "out": tmp_path, "clips": 1, "folds": 3, "driver": "serial"}
+    recipe = {
+        "shards": cohort,
+        "backbone": encoder,
+        "out": tmp_path,
+        "clips": 1,
+        "folds": 3,
+        "driver": "serial",
+        "baselines": [],
+    }
     recipe |= {"adapter": {"first_stage": 1}, "training": {"epochs": 2}, "grace": 1}
     recipe |= {"sampler": "tpe", "trials": 5, "batch": 3, "space": WIDE}
     results = sweep(load_config(SweepConfig, recipe))
@@ -209,7 +218,15 @@ def test_a_trial_that_diverges_stops_and_the_others_go_on(cohort, encoder, tmp_p
         return end_epoch(fitting, math.nan if burst_now else loss, embed)
 
     monkeypatch.setattr(fit.Fit, "end_epoch", explode)
-    recipe = {"shards": cohort, "backbone": encoder, "clips": 1, "folds": 3, "driver": "serial", "ranks": [0, 1]}
+    recipe = {
+        "shards": cohort,
+        "backbone": encoder,
+        "clips": 1,
+        "folds": 3,
+        "driver": "serial",
+        "baselines": [],
+        "ranks": [0, 1],
+    }
     recipe |= {"adapter": {"first_stage": 1}, "training": {"epochs": 3}, "grace": 3}
     burst = 1
     results = sweep(load_config(SweepConfig, recipe | {"out": tmp_path / "one"}))
