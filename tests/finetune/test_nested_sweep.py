@@ -124,7 +124,6 @@ def test_the_result_is_the_same_on_ray(nested, cohort, encoder, tmp_path):
     ("changes", "message"),
     [
         ({"outer_folds": 4}, "outer_folds is 4, but folds deals 2"),
-        ({"outer_folds": 1}, "baselines stand beside a nested search"),
         ({"baselines": ["sites"]}, "'sites' is not a baseline"),
     ],
 )
