@@ -130,6 +130,7 @@ def test_every_adapter_tensor_learns_within_two_steps(write_encoder, values_BTV,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_every_adapter_tensor_learns_under_the_triton_kernels():
     """In a process of its own: whether Triton interprets is decided when it is imported."""
     command = [
