@@ -1,13 +1,15 @@
 """Embeddings of a frozen backbone, computed once and kept: every trial of a head alone reads the same file.
 
 A cache is a folder; an entry is a folder in it, named by the hash of its key, with ``embeddings.npy`` and
-``entry.json``. Whoever wants room may remove the cache, or entries of it, at any moment.
+``entry.json``. Whoever wants room may remove the cache, or entries of it, at any moment. Nothing else belongs into the
+folder: one that holds other things is refused, and what is no entry is never removed.
 """
 
 import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -20,13 +22,14 @@ import numpy as np
 
 from boldforge.configs import FolderInUseError, folder_lock
 from boldforge.configs.durable import sync_folder
-from boldforge.finetune.sweep_journal import checksum, write_whole
+from boldforge.finetune.sweep_journal import SweepError, checksum, write_whole
 
 logger = logging.getLogger(__name__)
 _FORMAT = 1
 _VALUES, _ENTRY = "embeddings.npy", "entry.json"
 _YOUNG_S = 60.0
-_PARTIAL, _GONE = ".partial-", ".gone-"
+_PARTIAL, _GONE = ".boldforge-partial-", ".boldforge-gone-"
+_NAME = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,22 @@ class EmbeddingCache:
         Made when something is kept. Several sweeps may use it at once.
     limit
         Bytes that it may hold; what was not used for longest goes first.
+
+    Raises
+    ------
+    SweepError
+        If the folder holds anything but entries; hidden files aside, which some disks put everywhere.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._folder, self._limit = folder, limit
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+        others = sorted(name for name in names if not name.startswith(".") and not _NAME.fullmatch(name))
+        if others:
+            raise SweepError(
+                f"{folder}: holds {others[0]}, which is none of an embedding cache's entries, so no embeddings are "
+                "kept there; let cache name an empty folder, or a new one."
+            )
 
     def get(self, key: Mapping[str, Any], compute: Callable[[], np.ndarray], place: Path) -> Embeddings:
         """Put the embeddings of a key at `place`: a link to the cache's file, which stays when the cache is emptied.
@@ -142,6 +157,8 @@ class EmbeddingCache:
             shutil.rmtree(left, ignore_errors=True)
         sizes: list[tuple[float, int, Path]] = []
         for entry in self._folder.iterdir():
+            if not _is_entry(entry):
+                continue
             with contextlib.suppress(OSError):
                 used_at = float("inf") if entry == used else entry.stat().st_mtime
                 sizes.append((used_at, sum(path.stat().st_size for path in entry.iterdir()), entry))
@@ -159,6 +176,17 @@ class EmbeddingCache:
         with contextlib.suppress(OSError):
             entry.rename(gone / "entry")
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def _is_entry(folder: Path) -> bool:
+    """Say whether a folder is one that the cache made, whole, and nothing was put into it."""
+    if not _NAME.fullmatch(folder.name):
+        return False
+    try:
+        described = json.loads((folder / _ENTRY).read_text())
+        return described.keys() == {"key", "xxh3"} and {path.name for path in folder.iterdir()} <= {_VALUES, _ENTRY}
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _link(source: Path, place: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +106,44 @@ def test_an_entry_larger_than_the_bound_serves_its_sweep_and_is_not_kept(tmp_pat
     found = EmbeddingCache(tmp_path / "cache", 10).get(KEY, Counted(), tmp_path / "x.npy")
     np.testing.assert_array_equal(found.load(), VALUES)
     assert _entries(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("name", ["thesis", "0" * 32])
+def test_what_the_cache_did_not_make_is_never_removed(tmp_path, name):
+    """A folder that was put there later: its name does not make it an entry."""
+    cache = EmbeddingCache(tmp_path / "cache", 10)
+    mine = tmp_path / "cache" / name / "model.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"years of work")
+    os.utime(mine.parent, (1, 1))
+    cache.get(KEY, Counted(), tmp_path / "x.npy")
+    assert _entries(tmp_path / "cache") == [mine.parent] and mine.read_bytes() == b"years of work"
+
+
+@pytest.mark.parametrize("name", ["bigmodel/model.safetensors", "notes.txt"])
+def test_a_folder_of_other_things_is_no_cache(cohort, encoder, tmp_path, name):
+    mine = tmp_path / "models" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"0")
+    first = name.split("/")[0]
+    with pytest.raises(SweepError, match=f"models: holds {first}, which is none of an embedding cache's .*; let cache"):
+        _sweep(cohort, encoder, tmp_path / "out", cache=tmp_path / "models", cache_gb=0)
+    assert [path for path in (tmp_path / "models").rglob("*") if path.is_file()] == [mine]
+
+
+def test_a_sweep_does_not_disturb_another_that_is_keeping_something(tmp_path, monkeypatch):
+    one, other = (EmbeddingCache(tmp_path / "cache", 1) for _ in range(2))
+    save = np.save
+
+    def interrupted(path, values):
+        save(path, values)
+        monkeypatch.setattr(np, "save", save)
+        other.get({"number": 1}, Counted(), tmp_path / "other.npy")
+
+    monkeypatch.setattr(np, "save", interrupted)
+    found = one.get({"number": 0}, Counted(), tmp_path / "one.npy")
+    np.testing.assert_array_equal(found.load(), VALUES)
+    np.testing.assert_array_equal(np.load(tmp_path / "other.npy"), VALUES)
 
 
 def test_nothing_of_a_computation_that_fails_is_left(cache, tmp_path):
