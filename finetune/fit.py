@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,8 @@ class Epoch:
         Measured after the epoch, per clip and per subject; None without validation clips.
     improved
         Whether this is the best epoch so far: higher selection figure, or as high with a lower validation loss.
+    scores
+        Of the validation subjects, [N] or [N, K]; None without them.
     """
 
     number: int
@@ -67,6 +69,7 @@ class Epoch:
     validation_loss: float | None
     figures: dict[str, Any] | None
     improved: bool
+    scores: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 def fit(
@@ -229,11 +232,11 @@ class Fit:
         with torch.no_grad():
             if not bool(self._classifier.head(embeddings_NC).isfinite().all()):
                 raise self._diverged("a validation score is not a finite number")
-        loss_now, figures = _measure(self._validating, self._criterion, embeddings_NC)
+        loss_now, figures, scores = _measure(self._validating, self._criterion, embeddings_NC)
         rank = (float(figures[self._classifier.task.selects_by]), -loss_now)
         improved = self._best is None or rank > self._best
         self._best = rank if improved else self._best
-        return Epoch(number, loss, loss_now, figures, improved)
+        return Epoch(number, loss, loss_now, figures, improved, scores)
 
     def _diverged(self, what: str) -> DivergedError:
         config = self._config
@@ -309,12 +312,15 @@ class _Embedder:
 
 
 @torch.no_grad()
-def _measure(source: _Embedder, criterion: Criterion, embeddings_NC: Tensor) -> tuple[float, dict[str, Any]]:
-    """Return the mean loss per clip and the task's figures per subject."""
+def _measure(
+    source: _Embedder, criterion: Criterion, embeddings_NC: Tensor
+) -> tuple[float, dict[str, Any], np.ndarray]:
+    """Return the mean loss per clip, the task's figures per subject, and the subjects' scores."""
     classifier, clips = source.classifier, source.clips
     logits_NK = classifier.head(embeddings_NC)
     loss = float(criterion(logits_NK, source.labels(np.arange(len(clips)))))
-    return loss, classifier.task.metrics(clips.labels, _pool_subjects(classifier, clips, logits_NK))
+    scores = _pool_subjects(classifier, clips, logits_NK)
+    return loss, classifier.task.metrics(clips.labels, scores), scores
 
 
 def _pool_subjects(classifier: Classifier, clips: ClipSet, logits_NK: Tensor) -> np.ndarray:

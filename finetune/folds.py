@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,11 +12,16 @@ from boldforge.finetune.errors import FoldError
 
 @dataclass(frozen=True)
 class Fold:
-    """Three disjoint sets of subjects; together they are all subjects. Each is sorted by name."""
+    """Three disjoint sets of subjects; together they are all subjects. Each is sorted by name.
+
+    ``parts``: the parts into which those not tested were dealt, the validation subjects first; none where whole runs or
+    people were dealt.
+    """
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
+    parts: tuple[tuple[str, ...], ...] = ()
 
 
 def subject_folds(
@@ -33,7 +38,7 @@ def subject_folds(
     diagnosis together, and the row is dealt to the folds like cards. So the number of subjects in any two test sets
     differs by at most one, and so do their numbers per diagnosis and per stratum, however small a stratum is. The
     validation subjects are dealt in the same way from those not tested; there are as many as in a test set, or fewer
-    parts when a class is too small for that.
+    parts when a class is too small for that. `inner_folds` lets further parts validate.
 
     Parameters
     ----------
@@ -70,6 +75,44 @@ def subject_folds(
     _check_enough(strata, n_folds, classes)
     return [
         _fold(strata, set(test), n_folds, np.random.default_rng([seed, n_folds, i])) for i, test in enumerate(parts)
+    ]
+
+
+def inner_folds(fold: Fold, count: int) -> list[Fold]:
+    """Split those who are not tested several times: each of their first parts in turn validates, the others train.
+
+    Parameters
+    ----------
+    fold
+        Dealt by `subject_folds` or `site_folds`.
+    count
+        Number of inner folds. Nobody validates twice and, with as many as there are parts, everybody once.
+
+    Returns
+    -------
+    list of Fold
+        The first is the fold itself. Train and validation hold every class in every one.
+
+    Raises
+    ------
+    FoldError
+        If there are fewer parts, for lack of subjects of a class.
+    """
+    if count == 1:
+        return [fold]
+    if count > len(fold.parts):
+        raise FoldError(
+            f"inner_folds is {count}, but those who are not tested are dealt into {len(fold.parts)} parts, for every "
+            f"part needs a subject of every class; set inner_folds to {max(len(fold.parts), 1)} or less, or add "
+            "subjects of the smallest class."
+        )
+    return [
+        replace(
+            fold,
+            train=tuple(sorted(name for part in (*fold.parts[:i], *fold.parts[i + 1 :]) for name in part)),
+            validation=fold.parts[i],
+        )
+        for i in range(count)
     ]
 
 
@@ -203,7 +246,8 @@ def group_folds(
                 f"fold {number + 1} would train without {_called(min(set(labels) - kept), classes)}; set folds higher, "
                 "or add runs in which it occurs."
             )
-        folds.append(Fold(*(tuple(sorted(part)) for part in parts)))
+        train, checked, tested = (tuple(sorted(part)) for part in parts)
+        folds.append(Fold(train, checked, tested))
     return folds
 
 
@@ -247,7 +291,8 @@ def _fold(strata: dict[str, tuple[int, str]], test: set[str], n_folds: int, gene
     n_parts = max(2, min(n_folds - 1, smallest))
     parts = _deal(strata, rest, n_parts, generator)
     train = sorted(subject for part in parts[1:] for subject in part)
-    return Fold(tuple(train), tuple(sorted(parts[0])), tuple(sorted(test)))
+    dealt = tuple(tuple(sorted(part)) for part in parts)
+    return Fold(tuple(train), dealt[0], tuple(sorted(test)), dealt)
 
 
 def _deal(

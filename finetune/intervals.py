@@ -72,11 +72,28 @@ def auc_interval(auc: float, n_positive: int, n_negative: int) -> list[float]:
     Method 5 of Newcombe 2006 (Statistics in Medicine 25, 559): all areas θ that lie within 1.96 standard errors of the
     one measured, the error that of Hanley and McNeil 1982 at θ itself, so that an AUC of 1 has an interval too.
     """
-    n = (n_positive + n_negative) / 2 - 1
+    return mean_auc_interval(auc, [(n_positive, n_negative)])
+
+
+def mean_auc_interval(auc: float, sizes: Sequence[tuple[int, int]]) -> list[float]:
+    """Return the 95 % interval of the mean of AUCs of different subjects, as `auc_interval` does of one.
+
+    Parameters
+    ----------
+    auc
+        The mean.
+    sizes
+        Positive and negative subjects behind each AUC. The variance of the mean is the sum of theirs at the same θ,
+        over the square of their number.
+    """
+
+    def variance(theta: float, n_positive: int, n_negative: int) -> float:
+        n = (n_positive + n_negative) / 2 - 1
+        spread = 1 + n * (1 - theta) / (2 - theta) + n * theta / (1 + theta)
+        return theta * (1 - theta) * spread / (n_positive * n_negative)
 
     def outside(theta: float) -> bool:
-        spread = 1 + n * (1 - theta) / (2 - theta) + n * theta / (1 + theta)
-        error = math.sqrt(theta * (1 - theta) * spread / (n_positive * n_negative))
+        error = math.sqrt(sum(variance(theta, *size) for size in sizes)) / len(sizes)
         return abs(theta - auc) > _Z95 * error
 
     ends = []

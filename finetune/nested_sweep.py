@@ -110,11 +110,14 @@ def _pool(study: Study, config: SweepConfig, searches: list[dict[str, Any]], scr
     labels = [subjects[i].label for i in kept]
     model, others = model.select(kept), {name: scores.select(kept) for name, scores in beside.items()}
     tests = f"{config.outer_folds} of " if config.outer_folds < config.folds else ""
+    deal = f"{tests}{config.folds}-fold nested cross-validation over subjects"
+    inner = {"inner_folds": config.inner_folds} if config.inner_folds > 1 else {}
     results = {
         "task": study.task.name,
         "simulated": study.cohort.simulated,
         "pretrained_on_these_shards": study.pretrained_on_these_shards,
-        "measured_by": f"{tests}{config.folds}-fold nested cross-validation over subjects, a search in each fold",
+        "measured_by": f"{deal}, a search{f' over {config.inner_folds} inner folds' if inner else ''} in each fold",
+        **inner,
         **summarise(model, others, labels, [subjects[i].site for i in kept], config.seed),
         "people": None,
         "roc": roc_points(labels, model.mean()) if binary else None,

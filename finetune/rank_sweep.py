@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import count
 from pathlib import Path
@@ -22,6 +22,8 @@ from boldforge.finetune.embedded import head_on_embeddings, read_labels
 from boldforge.finetune.embedding_cache import EmbeddingCache
 from boldforge.finetune.evaluation import best_threshold
 from boldforge.finetune.fit import TrainingConfig, predict_subjects
+from boldforge.finetune.folds import Fold, inner_folds
+from boldforge.finetune.merged_curves import pooled_scores
 from boldforge.finetune.networks import BackboneSpec, shard_data
 from boldforge.finetune.ray_driver import RayConfig, run_on_ray
 from boldforge.finetune.serial_driver import run_serially
@@ -29,10 +31,10 @@ from boldforge.finetune.study import Study, StudyConfig
 from boldforge.finetune.sweep_clips import SeenClips, embed_unseen, gather_seen
 from boldforge.finetune.sweep_journal import Journal, SweepError, write_whole
 from boldforge.finetune.sweep_results import Tested, TrialResult, best_epoch, choose, write_results
-from boldforge.finetune.sweep_rungs import Halving, Rounds, Segment
+from boldforge.finetune.sweep_rungs import Halving, Report, Rounds, Segment
 from boldforge.finetune.sweep_space import OF_TRAINING, Sampler, SpaceConfig, Span, ask_tpe, draw, grid
 from boldforge.finetune.tasks import OF_PARTS
-from boldforge.finetune.trial import TrialSpec, has_diverged, read_best, read_curve
+from boldforge.finetune.trial import Split, TrialSpec, has_diverged, read_best
 
 logger = logging.getLogger(__name__)
 _JOURNAL, _TRIALS, _SEEN, _EMBEDDINGS = "journal.jsonl", "trials", "seen", "embeddings"
@@ -86,6 +88,13 @@ class SweepConfig(StudyConfig):
         ge=1,
         description="Folds whose test subjects are scored, each by the winner of a search of its own (nested "
         "cross-validation); at most folds. 1: a single search and test.",
+    )
+    inner_folds: int = Field(
+        1,
+        ge=1,
+        description="Parts of the subjects who are not tested that validate in turn, while the others train; at most "
+        "folds - 1, where all of them validate, once each. Every trial trains so many times and is judged by the mean. "
+        "1: one part validates.",
     )
     baselines: tuple[str, ...] | None = Field(
         None,
@@ -161,6 +170,11 @@ class SweepConfig(StudyConfig):
             raise ValueError(f"a grid needs lists, but space.{spans[0]} has bounds; list values, or set sampler=tpe")
         if self.space.rank is not None and "ranks" in self.model_fields_set:
             raise ValueError("space.rank is searched, so ranks has no meaning; remove one of the two")
+        if self.inner_folds > self.folds - 1:
+            raise ValueError(
+                f"inner_folds is {self.inner_folds}, but beside the part that tests folds deals {self.folds - 1}; set "
+                "inner_folds lower or folds higher"
+            )
         if self.outer_folds > self.folds:
             raise ValueError(f"outer_folds is {self.outer_folds}, but folds deals {self.folds}; set folds higher")
         if self.adapter.kind != "lora":
@@ -180,6 +194,7 @@ class SweepConfig(StudyConfig):
         # A sweep begun before these keys goes on.
         unread |= {"frames": True} if self.frames is None else {}
         unread |= {"batch_trials": True} if self.batch_trials == 1 else {}
+        unread |= {"inner_folds": True} if self.inner_folds == 1 else {}
         unread |= {"outer_folds": True} if self.outer_folds == 1 else {}
         unread |= {"baselines": True} if self.outer_folds == 1 and self.baselines is None else {}
         return self.model_dump(mode="json", exclude=unread)
@@ -211,9 +226,11 @@ def search_once(study: Study, number: int | None = None, on_progress: OnProgress
     """Train one adapter per point, choose by validation AUC (ties: the lower rank), and test the chosen one once.
 
     Before its test the chosen one is trained anew on training and validation subjects, for as many epochs as were best
-    for it. Trials get a folder that holds training and validation subjects only; the test subjects' clips and labels
-    are read after the choice is made. Curves, decisions and results are pure functions of the recipe: how many trials
-    run at a time, on what, and how often the sweep was killed and continued by the same command, changes nothing.
+    for it. With ``inner_folds`` above 1 every trial trains once in each of them, and all that is said of it here and in
+    the table is the mean. Trials get a folder that holds training and validation subjects only; the test subjects'
+    clips and labels are read after the choice is made. Curves, decisions and results are pure functions of the recipe:
+    how many trials run at a time, on what, and how often the sweep was killed and continued by the same command,
+    changes nothing.
 
     Parameters
     ----------
@@ -263,27 +280,31 @@ def _search_and_test(
         for name, subjects in (("train", fold.train), ("validation", fold.validation), ("test", fold.test))
     }
     seen = parts["train"] + parts["validation"]
-    reading, epoch_size = len(seen) * config.clips * sum(config.trains), len(parts["train"]) * config.clips
+    inner = _splits(fold, seen, config.inner_folds)
+    reading = len(seen) * config.clips * sum(config.trains)
+    # What is trained anew, numbered 0, is not among several inner folds and not in the total.
+    first = 1 if len(inner) > 1 else 0
+    sizes = {part: len(split.train) * config.clips for part, split in enumerate(inner, start=first)}
     # A search inside a nested one is tested without baselines; they are measured in all of its folds together.
     beside = len(study.cohort.subjects) if number is None else 0
-    total = reading + epoch_size * config.training.epochs * config.n_trials + beside
-    done: dict[int, int] = {}
+    total = reading + sum(sizes.values()) * config.training.epochs * config.n_trials + beside
+    done: dict[tuple[int, int], int] = {}
 
-    def on_epoch(trial: int, epoch: int) -> None:
-        done[trial] = max(epoch, done.get(trial, 0))
+    def on_epoch(trial: int, part: int, epoch: int) -> None:
+        done[trial, part] = max(epoch, done.get((trial, part), 0))
         if on_progress:
-            on_progress(reading + epoch_size * sum(done.values()), total)
+            on_progress(reading + sum(sizes.get(each, 0) * there for (_, each), there in done.items()), total)
 
     cache = EmbeddingCache(config.cache or config.out / _EMBEDDINGS, int(config.cache_gb * 1e9))
     place = (config.out / _SEEN).resolve()
     clips = gather_seen(
         study, seen, config.trains, place, cache, scratch, on_progress and (lambda n, _: on_progress(n, total))
     )
-    spec = _trial_spec(config, study, clips, len(parts["train"]), len(seen))
+    spec = _trial_spec(config, study, clips, inner)
     folder = (config.out / _TRIALS).resolve()
     folder.mkdir(exist_ok=True)
     halving = Halving(study.task.selects_by, config.training.epochs, config.grace, config.reduction)
-    rounds = Rounds(halving, config.propose, journal, folder, config.batch_trials)
+    rounds = Rounds(halving, config.propose, journal, folder, config.batch_trials, spec.inner_numbers)
     drive(config, spec, _course(rounds, study.task.selects_by, folder), folder, on_epoch, scratch)
     trials, best = _standing(rounds, study.task.selects_by)
     tested = _test(study, spec, best, folder, parts["test"], cache, scratch)
@@ -299,7 +320,17 @@ def _search_and_test(
     if number is not None:
         kept = {"scores": tested.scores.tolist(), "threshold": tested.threshold}
         write_whole(config.out / TESTED, json.dumps(kept).encode())
-    return write_results(study, config.settings(), parts, trials, best, tested, scratch, others)
+    validating = [[seen[place] for place in split.validation] for split in inner]
+    return write_results(study, config.settings(), parts, validating, trials, best, tested, scratch, others)
+
+
+def _splits(fold: Fold, seen: Sequence[Subject], count: int) -> list[Split]:
+    """Return the inner folds as positions among the subjects seen."""
+    place_of = {subject.name: place for place, subject in enumerate(seen)}
+    return [
+        Split(tuple(place_of[name] for name in part.train), tuple(place_of[name] for name in part.validation))
+        for part in inner_folds(fold, count)
+    ]
 
 
 def _course(rounds: Rounds, figure: str, folder: Path) -> Iterator[list[Segment]]:
@@ -307,7 +338,7 @@ def _course(rounds: Rounds, figure: str, folder: Path) -> Iterator[list[Segment]
     yield from rounds
     _, best = _standing(rounds, figure)
     last = Segment(best.trial, best_epoch(best)["epoch"], anew=True)
-    curve = read_curve(last.folder(folder))
+    (curve,) = last.curves(folder)
     if len(curve) < last.until and not has_diverged(curve):
         yield [last]
 
@@ -327,19 +358,19 @@ def _test(
     cache: EmbeddingCache,
     scratch: Path,
 ) -> Tested:
-    """Set the threshold where the chosen trial separates the validation subjects; score the test subjects once.
+    """Set the threshold where the chosen trial separates all who validated; score the test subjects once.
 
     They are scored, and read, after that, by the trial trained anew on training and validation subjects.
     """
     adapter, size = best.trial.spec(spec).adapter, spec.training.batch_size
-    last = Segment(best.trial, best_epoch(best)["epoch"], anew=True).folder(folder)
-    curve = read_curve(last)
+    last = Segment(best.trial, best_epoch(best)["epoch"], anew=True)
+    (place,), (curve,) = last.folders(folder), last.curves(folder)
     if has_diverged(curve):
         raise SweepError(
             f"The chosen trial, at {best.trial.name}, diverged when it was trained anew on more subjects; "
             f"remove {folder.parent} or choose another out, and set training.lr or space.lr lower."
         )
-    state = read_best(last, curve)
+    state = read_best(place, curve)
     classifier = study.classifier(adapter)
     scorer = classifier
     kept = spec.embedded if adapter.frozen else None
@@ -348,10 +379,13 @@ def _test(
         scorer = head_on_embeddings(study.task, seen.x.shape[1], spec.seed)
     else:
         seen = ClipSet.load(spec.clips)
-    validation = seen.select(spec.validation)
-    scorer.load_state(read_best(best.trial.folder(folder), best.curve))
-    checked = predict_subjects(scorer, validation, size)
-    threshold = best_threshold(validation.labels, checked) if study.task.kind == "binary" else 0.5
+    threshold = 0.5
+    if study.task.kind == "binary" and spec.inner:
+        threshold = best_threshold(*pooled_scores(spec, seen.labels, best_epoch(best)))
+    elif study.task.kind == "binary":
+        validation = seen.select(spec.validation)
+        scorer.load_state(read_best(best.trial.folder(folder), best.curve))
+        threshold = best_threshold(validation.labels, predict_subjects(scorer, validation, size))
     classifier.load_state(state)
     scorer.load_state(state)
     read = kept is None
@@ -364,7 +398,7 @@ def drive(
     spec: TrialSpec,
     rounds: Iterator[list[Segment]],
     folder: Path,
-    on_epoch: Callable[[int, int], None],
+    on_epoch: Report,
     scratch: Path,
 ) -> None:
     """Do all rounds of work with the recipe's driver."""
@@ -426,7 +460,7 @@ def _clear_work(out: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _trial_spec(config: SweepConfig, study: Study, clips: SeenClips, n_train: int, n_seen: int) -> TrialSpec:
+def _trial_spec(config: SweepConfig, study: Study, clips: SeenClips, inner: Sequence[Split]) -> TrialSpec:
     assert isinstance(config.backbone, Path)
     return TrialSpec(
         backbone=config.backbone.resolve(),
@@ -435,12 +469,13 @@ def _trial_spec(config: SweepConfig, study: Study, clips: SeenClips, n_train: in
         data=shard_data(study.manifest, config.frames),
         classes=study.task.classes,
         clips=clips.folder,
-        train=tuple(range(n_train)),
-        validation=tuple(range(n_train, n_seen)),
+        train=inner[0].train,
+        validation=inner[0].validation,
         adapter=config.adapter,
         training=config.training,
         seed=config.seed,
         threads=config.cpus,
         device="cuda" if config.gpus else "cpu",
         embedded=clips.embedded,
+        inner=tuple(inner) if len(inner) > 1 else (),
     )

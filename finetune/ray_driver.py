@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Any
 from boldforge.data_shards.ray_session import ray_session
 from boldforge.finetune.ray_processes import RayProcesses
 from boldforge.finetune.sweep_journal import SweepError
-from boldforge.finetune.sweep_rungs import Segment, Trial, failed, one_line
-from boldforge.finetune.trial import TrialSpec, read_curve
+from boldforge.finetune.sweep_rungs import Report, Segment, Trial, failed, one_line
+from boldforge.finetune.trial import JOURNAL, TrialSpec, read_curve
 
 logger = logging.getLogger(__name__)
 # No files are written that nobody reads, and Ctrl-C ends the sweep like any program.
@@ -40,7 +40,7 @@ def run_on_ray(
     spec: TrialSpec,
     rounds: Iterator[list[Segment]],
     folder: Path,
-    on_epoch: Callable[[int, int], None],
+    on_epoch: Report,
     config: RayConfig,
     scratch: Path,
 ) -> None:
@@ -55,7 +55,7 @@ def run_on_ray(
     folder
         Of the trials; on a cluster all nodes must see it under the same path.
     on_epoch
-        Called with trial id and epoch after every epoch of every trial.
+        Called with trial id, inner fold and epoch after every epoch of every trial.
     config
         Where and with what.
     scratch
@@ -93,7 +93,7 @@ class _Course:
         self.error: SweepError | None = None
         self._waiting, self._rounds, self._folder = deque(first), rounds, folder
         self._running: dict[str, Segment] = {}
-        self._deaths: Counter[tuple[int, bool, int]] = Counter()
+        self._deaths: Counter[tuple[int, bool, int, int]] = Counter()
         self._ray, self._ended_at = RayProcesses(), Counter[int]()
 
     @property
@@ -115,7 +115,7 @@ class _Course:
             return
         self._waiting.extendleft(reversed(self._running.values()))
         self._running.clear()
-        epochs = sum(len(read_curve(path)) for path in self._folder.glob("*") if path.is_dir())
+        epochs = sum(len(read_curve(path.parent)) for path in self._folder.rglob(JOURNAL))
         self._ended_at[epochs] += 1
         if self._ended_at[epochs] >= _ATTEMPTS:
             self.error = SweepError(
@@ -150,9 +150,8 @@ class _Course:
 
     def _died(self, segment: Segment) -> None:
         # Counted per epoch, so that a long sweep on a machine with troubles still comes to its end.
-        trials = (segment.trial, *segment.beside)
-        curves = [Segment(trial, segment.until, segment.anew).folder(self._folder) for trial in trials]
-        place = (segment.trial.number, segment.anew, sum(len(read_curve(curve)) for curve in curves))
+        epochs = sum(len(curve) for curve in segment.curves(self._folder))
+        place = (segment.trial.number, segment.anew, segment.inner, epochs)
         self._deaths[place] += 1
         if self._deaths[place] < _ATTEMPTS:
             self._waiting.append(segment)
@@ -167,7 +166,7 @@ def _fit(
     spec: TrialSpec,
     course: _Course,
     folder: Path,
-    on_epoch: Callable[[int, int], None],
+    on_epoch: Report,
     config: RayConfig,
     scratch: Path,
 ) -> None:
@@ -188,6 +187,7 @@ def _fit(
                 "until": segment.until,
                 "anew": segment.anew,
                 "beside": [(trial.number, trial.values) for trial in segment.beside],
+                "inner": segment.inner,
             }
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -208,7 +208,7 @@ def _fit(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
             if "epoch" in result:
-                on_epoch(result["trial"], result["epoch"])
+                on_epoch(result["trial"], result["inner"], result["epoch"])
 
         def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
             return tune.Callback, ()
@@ -263,9 +263,13 @@ def _ray_trial(spec: TrialSpec, folder: Path, parameters: Mapping[str, Any]) -> 
 
     beside = tuple(Trial(number, values) for number, values in parameters["beside"])
     trial = Trial(parameters["trial"], parameters["values"])
-    segment = Segment(trial, parameters["until"], parameters["anew"], beside)
+    segment = Segment(trial, parameters["until"], parameters["anew"], beside, parameters["inner"])
+
+    def report(number: int, inner: int, epoch: int) -> None:
+        tune.report({"trial": number, "inner": inner, "epoch": epoch})
+
     try:
-        segment.run(spec, folder, lambda number, epoch: tune.report({"trial": number, "epoch": epoch}))
+        segment.run(spec, folder, report)
     except Exception as error:
         # Handed over as a result: Tune would tell it from a killed process only by its own classes.
         tune.report({"failed": one_line(error)})

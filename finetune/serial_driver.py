@@ -1,12 +1,12 @@
 """Run a sweep's trials one after the other in this process, without Ray."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from boldforge.finetune.errors import FinetuneError
-from boldforge.finetune.sweep_rungs import Segment, failed, one_line
+from boldforge.finetune.sweep_rungs import Report, Segment, failed, one_line
 from boldforge.finetune.trial import TrialSpec
 
 
@@ -14,7 +14,7 @@ def run_serially(
     spec: TrialSpec,
     rounds: Iterator[list[Segment]],
     folder: Path,
-    on_epoch: Callable[[int, int], None],
+    on_epoch: Report,
 ) -> None:
     """Do all rounds of work.
 
@@ -27,7 +27,7 @@ def run_serially(
     folder
         Of the trials.
     on_epoch
-        Called with trial id and epoch after every epoch of every trial.
+        Called with trial id, inner fold and epoch after every epoch of every trial.
 
     Raises
     ------

@@ -9,7 +9,7 @@ import numpy as np
 
 from boldforge.finetune.classifier import Classifier, save_adapter
 from boldforge.finetune.cohort import Subject
-from boldforge.finetune.intervals import auc_interval
+from boldforge.finetune.intervals import mean_auc_interval
 from boldforge.finetune.metrics import roc_points
 from boldforge.finetune.results import Prediction, write_json, write_predictions, write_table
 from boldforge.finetune.study import Study
@@ -58,6 +58,7 @@ def write_results(
     study: Study,
     settings: dict[str, Any],
     parts: dict[str, list[Subject]],
+    validating: Sequence[Sequence[Subject]],
     trials: Sequence[TrialResult],
     best: TrialResult,
     tested: Tested,
@@ -66,14 +67,24 @@ def write_results(
 ) -> dict[str, Any]:
     """Write ``best/``, ``trials.tsv`` and, last, ``sweep.json``, whose content is returned.
 
-    ``baselines`` are their scores on the same test subjects; None leaves all comparison out.
+    ``validating``: who validates, in every inner fold. Where there are several, ``train`` of the result's subjects
+    counts all who are not tested, and ``validation`` those of them who validate in one of the folds. ``baselines`` are
+    their scores on the same test subjects; None leaves all comparison out.
     """
     config, classifier, scores, threshold = study.config, tested.classifier, tested.scores, tested.threshold
     figure = study.task.selects_by
     labels = [subject.label for subject in parts["test"]]
     summary = _summarise(study, parts["test"], tested, baselines)
     figures = summary["figures"]
-    rows = [_row(trial, figure, study, parts["validation"]) for trial in trials]
+    rows = [_row(trial, figure, study, validating) for trial in trials]
+    inner = len(validating)
+    averaged = f", mean of {inner} inner folds" if inner > 1 else ""
+    if inner > 1:
+        parts = {
+            "train": parts["train"] + parts["validation"],
+            "validation": [subject for part in validating for subject in part],
+            "test": parts["test"],
+        }
     shared: dict[str, Any] = {
         "task": study.task.name,
         "column": study.task.column,
@@ -81,7 +92,12 @@ def write_results(
         "compared_by": figure,
         "simulated": study.cohort.simulated,
         "pretrained_on_these_shards": study.pretrained_on_these_shards,
-        "measured_by": "test subjects held out of a sweep, scored once",
+        "measured_by": (
+            "test subjects held out of a sweep, scored once"
+            if inner == 1
+            else f"test subjects held out of a sweep that chose by the mean of {inner} inner folds, scored once"
+        ),
+        **({"inner_folds": inner} if inner > 1 else {}),
         **{name: summary[name] for name in ("figures", "intervals", "rows", "baselines", "verdict") if name in summary},
         "threshold": threshold,
         "subjects": {
@@ -102,7 +118,7 @@ def write_results(
         "n_duplicates": study.cohort.n_duplicates,
         "n_repeated": study.cohort.n_repeated,
         "n_several_sites": study.cohort.n_several_sites,
-        "selected_by": f"validation {figure}, ties to the lower rank",
+        "selected_by": f"validation {figure}{averaged}, ties to the lower rank",
         "settings": settings,
     }
     folder = config.out / "best"
@@ -119,7 +135,7 @@ def write_results(
         "trainable_parameters": classifier.trainable,
     }
     write_json(folder / "metrics.json", {**shared, **summary, **own, "total_parameters": classifier.total})
-    columns = [name for name in rows[0] if name != "name" and not name.endswith(("_by_epoch", "_interval"))]
+    columns = [name for name in rows[0] if name != "name" and not name.endswith(("_by_epoch", "_interval", "_by_fold"))]
     write_table(config.out / "trials.tsv", columns, [[_cell(row[name]) for name in columns] for row in rows])
     write_json(scratch / "sweep.json", results)
     (scratch / "sweep.json").replace(config.out / "sweep.json")
@@ -143,7 +159,7 @@ def best_epoch(trial: TrialResult) -> dict[str, Any]:
     return next((epoch for epoch in reversed(trial.curve) if epoch.get("improved")), {})
 
 
-def _row(result: TrialResult, figure: str, study: Study, validation: list[Subject]) -> dict[str, Any]:
+def _row(result: TrialResult, figure: str, study: Study, validating: Sequence[Sequence[Subject]]) -> dict[str, Any]:
     adapter, training, values = study.config.adapter, study.config.training, result.trial.values
     best, curve = best_epoch(result), [epoch for epoch in result.curve if "diverged" not in epoch]
     return {
@@ -164,18 +180,32 @@ def _row(result: TrialResult, figure: str, study: Study, validation: list[Subjec
         "head_lr": values.get("head_lr", training.head_lr),
         "weight_decay": values.get("weight_decay", training.weight_decay),
         "diverged": has_diverged(result.curve),
-        **_interval(best, figure, study, validation),
+        **_of_inner_folds(best, figure, validating),
+        **_interval(best, figure, study, validating),
         f"validation_{figure}_by_epoch": [epoch[figure] for epoch in curve],
         "train_loss_by_epoch": [epoch["train_loss"] for epoch in curve],
     }
 
 
-def _interval(best: dict[str, Any], figure: str, study: Study, validation: list[Subject]) -> dict[str, Any]:
+def _of_inner_folds(best: dict[str, Any], figure: str, validating: Sequence[Sequence[Subject]]) -> dict[str, Any]:
+    """Say how many inner folds a trial's figures are the mean of, and how many subjects these count."""
+    if len(validating) == 1:
+        return {}
+    return {
+        "inner_folds": len(validating),
+        "validation_subjects": sum(map(len, validating)),
+        f"validation_{figure}_by_fold": best.get(f"{figure}_by_fold"),
+    }
+
+
+def _interval(
+    best: dict[str, Any], figure: str, study: Study, validating: Sequence[Sequence[Subject]]
+) -> dict[str, Any]:
     if study.task.kind != "binary":
         return {}
-    n_positive = sum(subject.label == 1 for subject in validation)
-    found = auc_interval(best[figure], n_positive, len(validation) - n_positive) if best else None
-    return {f"validation_{figure}_interval": found}
+    positive = [sum(subject.label == 1 for subject in part) for part in validating]
+    sizes = [(n, len(part) - n) for n, part in zip(positive, validating, strict=True)]
+    return {f"validation_{figure}_interval": mean_auc_interval(best[figure], sizes) if best else None}
 
 
 def _cell(value: object) -> object:
@@ -203,10 +233,15 @@ def _sentence(
         among = (
             f"Of {len(rows)} trials at LoRA ranks from {ranks[0]} to {ranks[-1]}, trial {trial.number} ({trial.name})"
         )
+    n, folds = len(parts["validation"]), chosen.get("inner_folds", 1)
+    counted, seen = f"{n} subjects", "these and the training subjects"
+    if folds > 1:
+        counted = f"the mean of {folds} inner folds, in which {n} subjects validated once each"
+        seen = "these" if n == len(parts["train"]) else f"all {len(parts['train'])} who are not tested"
     sentence = (
         f"{among} had the highest validation {called} "
-        f"({chosen[f'validation_{figure}']:.2f}, {len(parts['validation'])} subjects); "
-        f"trained anew on these and the training subjects for "
+        f"({chosen[f'validation_{figure}']:.2f}, {counted}); "
+        f"trained anew on {seen} for "
         f"{chosen['best_epoch']} epoch{'' if chosen['best_epoch'] == 1 else 's'} and tested once on "
         f"{len(parts['test'])} subjects that no trial has seen, "
         f"its {called} is {figures[figure]:.2f}{interval}{beside}."

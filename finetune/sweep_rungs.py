@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from boldforge.finetune.merged_curves import merge_curves
 from boldforge.finetune.sweep_journal import Journal, SweepError
 from boldforge.finetune.sweep_space import OF_TRAINING
 from boldforge.finetune.trial import TrialSpec, has_diverged, read_curve, run_trial
 from boldforge.finetune.trial_group import Member, run_group
 
 logger = logging.getLogger(__name__)
-Report = Callable[[int, int], None]
+# Trial id, inner fold, epoch.
+Report = Callable[[int, int, int], None]
 Curve = tuple[dict[str, Any], ...]
 
 
@@ -29,9 +31,10 @@ class Trial:
         parts = ((k, "+".join(v) if isinstance(v, list) else f"{v:g}") for k, v in self.values.items())
         return ", ".join(f"{name} {value}" for name, value in parts)
 
-    def folder(self, above: Path) -> Path:
-        """Where the trial keeps its epochs."""
-        return above / f"{self.number:04d}"
+    def folder(self, above: Path, inner: int = 0) -> Path:
+        """Where the trial keeps its epochs, or those of an inner fold, counted from 1."""
+        own = above / f"{self.number:04d}"
+        return own / str(inner) if inner else own
 
     def spec(self, spec: TrialSpec) -> TrialSpec:
         """Return the trial that trains at this point."""
@@ -49,13 +52,15 @@ class Segment:
     """A piece of work: train a trial up to an epoch.
 
     ``anew``: the chosen trial, from its beginning, on training and validation subjects together. ``beside``: trials
-    that train together with it as one batched model.
+    that train together with it as one batched model. ``inner``: the inner fold, counted from 1; 0 where there is a
+    single split.
     """
 
     trial: Trial
     until: int
     anew: bool = False
     beside: tuple[Trial, ...] = ()
+    inner: int = 0
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -63,19 +68,25 @@ class Segment:
         return (self.trial, *self.beside)
 
     def run(self, spec: TrialSpec, folder: Path, report: Report) -> None:
-        """Do the work; `folder` is the one of all trials, `report` is called with trial id and epoch."""
+        """Do the work; `folder` is the one of all trials, `report` is called with trial id, inner fold and epoch."""
+        spec = spec.anew() if self.anew else spec.in_fold(self.inner)
         if self.beside:
-            members = [Member(trial.number, trial.spec(spec), trial.folder(folder)) for trial in self.trials]
-            run_group(members, self.until, report)
+            members = [
+                Member(trial.number, trial.spec(spec), place, folder.parent)
+                for trial, place in zip(self.trials, self.folders(folder), strict=True)
+            ]
+            run_group(members, self.until, lambda number, epoch: report(number, self.inner, epoch))
             return
-        spec = self.trial.spec(spec)
-        if self.anew:
-            spec = replace(spec, train=(*spec.train, *spec.validation), validation=())
-        run_trial(spec, self.folder(folder), self.until, lambda epoch: report(self.trial.number, epoch))
+        (place,) = self.folders(folder)
+        run_trial(self.trial.spec(spec), place, self.until, lambda epoch: report(self.trial.number, self.inner, epoch))
 
-    def folder(self, above: Path) -> Path:
-        """Where the work is kept."""
-        return above / "chosen" if self.anew else self.trial.folder(above)
+    def folders(self, above: Path) -> list[Path]:
+        """Where the work on each of its trials is kept."""
+        return [above / "chosen" if self.anew else trial.folder(above, self.inner) for trial in self.trials]
+
+    def curves(self, above: Path) -> list[Curve]:
+        """Return what each of its trials has recorded of this work."""
+        return [read_curve(folder) for folder in self.folders(above)]
 
 
 @dataclass(frozen=True)
@@ -138,21 +149,35 @@ class Rounds:
         Of the trials.
     together
         How many trials train as one batched model; see `batched`.
+    inner
+        Numbers of the inner folds in which every trial trains; what follows from a trial follows from the mean.
     """
 
-    def __init__(self, halving: Halving, propose: Propose, journal: Journal, folder: Path, together: int = 1) -> None:
+    def __init__(
+        self,
+        halving: Halving,
+        propose: Propose,
+        journal: Journal,
+        folder: Path,
+        together: int = 1,
+        inner: Sequence[int] = (0,),
+    ) -> None:
         self.trials: list[Trial] = []
-        self._together = together
+        self._together, self._inner = together, tuple(inner)
         self._halving, self._propose, self._journal, self._folder = halving, propose, journal, folder
 
     def __iter__(self) -> Iterator[list[Segment]]:
-        """Yield the segments of a round, sorted by trial id; all of them must be done before the next is asked for."""
+        """Yield the segments of a round, sorted by trial id and inner fold.
+
+        All of them must be done before the next round is asked for, also where another inner fold of a trial diverged:
+        else what is recorded would depend on which came first.
+        """
         batch = 0
         while trials := self._batch(batch):
             alive = {trial.number: trial for trial in trials}
             for epoch in [*self._halving.rungs(), self._halving.epochs]:
-                work = batched(list(alive.values()), epoch, self._together)
-                segments = [each for each in work if not all(self._there(trial, epoch) for trial in each.trials)]
+                work = batched(list(alive.values()), epoch, self._together, self._inner)
+                segments = [each for each in work if not self._there(each)]
                 if segments:
                     yield segments
                 if epoch == self._halving.epochs:
@@ -163,8 +188,9 @@ class Rounds:
             batch += 1
 
     def curve(self, trial: Trial) -> Curve:
-        """Return what the trial has recorded."""
-        return read_curve(trial.folder(self._folder))
+        """Return what the trial has recorded, see `merge_curves`."""
+        curves = [read_curve(trial.folder(self._folder, inner)) for inner in self._inner]
+        return merge_curves(curves, self._halving.figure)
 
     def best(self, trial: Trial) -> float | None:
         """Return the best figure so far; None if the trial has diverged."""
@@ -188,21 +214,20 @@ class Rounds:
         logger.info("after epoch %d trials %s go on, %s stop", epoch, decided["stays"], stopped)
         return decided["stays"]
 
-    def _there(self, trial: Trial, epoch: int) -> bool:
-        curve = self.curve(trial)
-        return len(curve) >= epoch or has_diverged(curve)
+    def _there(self, work: Segment) -> bool:
+        return all(len(curve) >= work.until or has_diverged(curve) for curve in work.curves(self._folder))
 
 
-def batched(trials: Sequence[Trial], until: int, together: int) -> list[Segment]:
-    """Put neighbouring trials into groups of at most so many, which train as one batched model.
+def batched(trials: Sequence[Trial], until: int, together: int, inner: Sequence[int] = (0,)) -> list[Segment]:
+    """Put neighbouring trials into groups of at most so many, which train as one batched model in every inner fold.
 
     A head alone (rank 0) trains by itself. The groups depend on the trials alone, never on what is done already.
     """
-    alone = [Segment(trial, until) for trial in trials if together == 1 or trial.values["rank"] == 0]
+    alone = [(trial,) for trial in trials if together == 1 or trial.values["rank"] == 0]
     rest = [trial for trial in trials if together > 1 and trial.values["rank"] > 0]
-    groups = [rest[first : first + together] for first in range(0, len(rest), together)]
-    segments = [*alone, *(Segment(first, until, beside=tuple(others)) for first, *others in groups)]
-    return sorted(segments, key=lambda segment: segment.trial.number)
+    groups = [*alone, *(tuple(rest[first : first + together]) for first in range(0, len(rest), together))]
+    segments = [Segment(first, until, beside=tuple(others), inner=part) for first, *others in groups for part in inner]
+    return sorted(segments, key=lambda segment: (segment.trial.number, segment.inner))
 
 
 def failed(trial: Trial, message: str) -> SweepError:

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,14 @@ Report = Callable[[int], None]
 
 
 @dataclass(frozen=True)
+class Split:
+    """Positions of the subjects that train and of those that validate."""
+
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class TrialSpec:
     """All that a trial needs; what is not in here, such as the test subjects' labels, it cannot know.
 
@@ -44,6 +52,9 @@ class TrialSpec:
         ``cuda``, where the trial was given a share of a GPU, or ``cpu``.
     embedded
         Embeddings of the clips, for a trial that trains a head alone; None where it computes them itself.
+    inner
+        Where a trial trains once in each of several inner folds: their splits, of which `train` and `validation` are
+        the first. Its epochs then keep the validation subjects' scores.
     """
 
     backbone: Path
@@ -60,6 +71,23 @@ class TrialSpec:
     threads: int
     device: str
     embedded: EmbeddedClips | None = None
+    inner: tuple[Split, ...] = ()
+
+    @property
+    def inner_numbers(self) -> tuple[int, ...]:
+        """Numbers of the inner folds, from 1; a single split is number 0."""
+        return tuple(range(1, len(self.inner) + 1)) or (0,)
+
+    def in_fold(self, number: int) -> "TrialSpec":
+        """Return the trial in one of its inner folds."""
+        if number == 0:
+            return self
+        split = self.inner[number - 1]
+        return replace(self, train=split.train, validation=split.validation)
+
+    def anew(self) -> "TrialSpec":
+        """Return the trial on all that it may see: training and validation subjects together."""
+        return replace(self, train=(*self.train, *self.validation), validation=(), inner=())
 
 
 def run_trial(spec: TrialSpec, folder: Path, until: int, report: Report) -> None:
@@ -73,7 +101,8 @@ def run_trial(spec: TrialSpec, folder: Path, until: int, report: Report) -> None
         The trial; its curve is a pure function of it.
     folder
         The trial's own. After every epoch a line is added to ``epochs.jsonl``: ``epoch``, ``train_loss``,
-        ``validation_loss``, the selection figure, ``improved`` and the numbers of parameters.
+        ``validation_loss``, the selection figure, ``improved`` and the numbers of parameters; in an inner fold also
+        the validation subjects' ``scores`` where there are two classes.
     until
         Epoch to stop after, counted from 1.
     report
@@ -145,7 +174,7 @@ def _epochs(spec: TrialSpec, folder: Path, journal: Journal, until: int) -> Iter
             epoch: Epoch | DivergedError = fitting.step()
         except DivergedError as error:
             epoch = error
-        record = keep_epoch(folder, journal, fitting, epoch, kept_elsewhere)
+        record = keep_epoch(folder, journal, fitting, epoch, kept_elsewhere, scores=bool(spec.inner))
         if has_diverged(records):
             return
         drop_older(folder, records)
@@ -169,9 +198,14 @@ def best_so_far(records: Sequence[dict[str, Any]], figure: str) -> tuple[float, 
 
 
 def keep_epoch(
-    folder: Path, journal: Journal, fitting: Fit, epoch: Epoch | DivergedError, kept_elsewhere: int = 0
+    folder: Path,
+    journal: Journal,
+    fitting: Fit,
+    epoch: Epoch | DivergedError,
+    kept_elsewhere: int = 0,
+    scores: bool = False,
 ) -> dict[str, Any]:
-    """Put an epoch on the disk and return its line.
+    """Put an epoch on the disk and return its line, if asked with the scores of which a threshold is made.
 
     Files first, then the line that names them: a line never stands for what is not there.
     """
@@ -187,6 +221,8 @@ def keep_epoch(
         figure: None if epoch.figures is None else float(epoch.figures[figure]),
         "improved": epoch.improved,
     }
+    if scores and epoch.scores is not None and classifier.task.kind == "binary":
+        figures["scores"] = epoch.scores.tolist()
     sums = {"state": write_whole(folder / STATE.format(epoch.number), safetensors.torch.save(fitting.state()))}
     if epoch.improved:
         sums["best"] = write_whole(folder / BEST.format(epoch.number), safetensors.torch.save(classifier.state()))

@@ -34,11 +34,12 @@ from boldforge.finetune.trial import (
 
 @dataclass(frozen=True)
 class Member:
-    """A trial of a group: its id, what it trains, and its own folder."""
+    """A trial of a group: its id, what it trains, its own folder, and that of the whole sweep."""
 
     number: int
     spec: TrialSpec
     folder: Path
+    sweep: Path
 
 
 def run_group(members: Sequence[Member], until: int, report: Callable[[int, int], None]) -> None:
@@ -103,7 +104,7 @@ def _begin(members: Sequence[Member], journals: Sequence[Journal], done: int) ->
             if state is None:
                 raise SweepError(
                     f"{path}: is missing or damaged, and its trial trains beside others from there; remove "
-                    f"{member.folder.parent.parent} and run the same command again."
+                    f"{member.sweep} and run the same command again."
                 )
         best = best_so_far(records, task.selects_by) if validation else None
         fits.append(
@@ -135,7 +136,8 @@ def _train(
         ended = lockstep.step(trials)
         for trial, epoch in zip(trials, ended, strict=True):
             if len(journals[trial].records) < number:
-                keep_epoch(members[trial].folder, journals[trial], fits[trial], epoch)
+                member = members[trial]
+                keep_epoch(member.folder, journals[trial], fits[trial], epoch, scores=bool(member.spec.inner))
         # The states before this epoch go only when no trial needs to do it again.
         for trial, epoch in zip(trials, ended, strict=True):
             drop_older(members[trial].folder, journals[trial].records)

@@ -48,7 +48,7 @@ def render_card(config: Mapping[str, Any], summary: Mapping[str, Any], task: Map
         rows=adapted.get("rows", "subjects"),
         n_tested=figures.get("n"),
         n_positive=figures.get("n_positive"),
-        n_subjects=count_subjects(adapted.get("subjects", {})),
+        n_subjects=count_subjects(adapted.get("subjects", {}), adapted.get("inner_folds", 1)),
         tested=[row for row in tested_figures(adapted) if row["value"] is not None],
         compared_by=call_figure(adapted.get("compared_by", ""), adapted),
         baselines=_baselines(adapted),
@@ -105,8 +105,11 @@ def describe_overlap(results: Mapping[str, Any]) -> str:
     return "The encoder was pretrained on other shards; whether some of the same people are in them was not checked."
 
 
-def count_subjects(subjects: Mapping[str, Any]) -> int:
-    """Return how many subjects an adapter saw or was tested on: counted in all, or per part of a split."""
+def count_subjects(subjects: Mapping[str, Any], inner_folds: int = 1) -> int:
+    """Return how many subjects an adapter saw or was tested on: counted in all, or per part of a split.
+
+    Of several inner folds those who validate are among those who train.
+    """
     if "n" in subjects:
         return int(subjects["n"])
-    return sum(int(part["n"]) for part in subjects.values())
+    return sum(int(part["n"]) for name, part in subjects.items() if inner_folds == 1 or name != "validation")

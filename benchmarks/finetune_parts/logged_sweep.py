@@ -16,7 +16,8 @@ _now: list[str] = []
 
 
 def _noted_run(segment: sweep_rungs.Segment, spec: TrialSpec, folder: Path, report: sweep_rungs.Report) -> None:
-    _now[:] = ["chosen" if segment.anew else str(segment.trial.number)]
+    inner = f"/{segment.inner}" if segment.inner else ""
+    _now[:] = ["chosen" if segment.anew else f"{segment.trial.number}{inner}"]
     _run_segment(segment, spec, folder, report)
 
 

@@ -136,6 +136,12 @@ def test_groups_follow_from_the_trials_alone():
     assert numbers(64) == [[0, 3, 5, 7], [2], [9]]
 
 
+def test_groups_are_of_one_inner_fold():
+    trials = [Trial(number, {"rank": rank}) for number, rank in enumerate((4, 0, 1, 2))]
+    found = [([trial.number for trial in each.trials], each.inner) for each in batched(trials, 2, 2, (1, 2))]
+    assert found == [([0, 2], 1), ([0, 2], 2), ([1], 1), ([1], 2), ([3], 1), ([3], 2)]
+
+
 def test_dora_is_refused(cohort, encoder, tmp_path):
     with pytest.raises(ConfigError, match=r"batch_trials batches plain LoRA, but adapter\.dora is set"):
         _config(cohort, encoder, tmp_path, adapter={"dora": True})

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from boldforge.finetune.errors import FoldError
-from boldforge.finetune.folds import site_folds, subject_folds
+from boldforge.finetune.folds import group_folds, inner_folds, site_folds, subject_folds
 
 
 @st.composite
@@ -47,6 +47,43 @@ def test_test_sets_are_balanced_to_within_one_by_size_class_and_stratum(cohort, 
         assert spread(lambda stratum, label=label: stratum[0] == label) <= 1
     for wanted in set(stratum_of.values()):
         assert spread(lambda stratum, wanted=wanted: stratum == wanted) <= 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(cohorts(), st.integers(0, 2**31), st.data())
+def test_in_inner_folds_nobody_validates_twice_and_with_all_of_them_everybody_once(cohort, seed, data):
+    subjects, labels, sites, n_folds = cohort
+    label_of = dict(zip(subjects, labels, strict=True))
+    stratum_of = dict(zip(subjects, zip(labels, sites, strict=True), strict=True))
+    count = data.draw(st.integers(1, n_folds - 1))
+    for fold in subject_folds(subjects, labels, sites, n_folds, seed):
+        inner = inner_folds(fold, count)
+        assert inner[0] == fold and len(inner) == count
+        for one in inner:
+            assert one.test == fold.test
+            assert sorted(one.train + one.validation + one.test) == subjects
+            for part in (one.train, one.validation):
+                assert list(part) == sorted(part) and {label_of[s] for s in part} == {0, 1}
+        times = Counter(s for one in inner for s in one.validation)
+        assert set(times.values()) == {1} and not times.keys() & set(fold.test)
+        if 2 < n_folds == count + 1:
+            assert sorted(times) == sorted(set(subjects) - set(fold.test))
+        for kept in [None, 0, 1, *set(stratum_of.values())]:
+            sizes = [sum(kept in (None, label_of[s], stratum_of[s]) for s in one.validation) for one in inner]
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_more_inner_folds_than_there_are_parts_are_refused():
+    names = [f"s{i}" for i in range(12)]
+    folds = site_folds(names, [0, 1] * 6, ["a"] * 4 + ["b"] * 8, 5, seed=0)
+    assert [len(fold.parts) for fold in folds] == [4, 2]
+    assert [len(inner_folds(fold, 2)) for fold in folds] == [2, 2]
+    with pytest.raises(FoldError, match=r"inner_folds is 3, but .* dealt into 2 parts.*; set inner_folds to 2 or less"):
+        inner_folds(folds[1], 3)
+    whole = group_folds(names, [0, 1] * 6, [n[-1] for n in names], names, 3, seed=0)[0]
+    assert inner_folds(whole, 1) == [whole]
+    with pytest.raises(FoldError, match="set inner_folds to 1 or less"):
+        inner_folds(whole, 2)
 
 
 def test_runs_of_a_subject_stay_together_and_row_order_does_not_matter():

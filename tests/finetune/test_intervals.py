@@ -6,7 +6,13 @@ from scipy.stats import binomtest
 
 from boldforge.finetune import AdhdDiagnosis, get_task
 from boldforge.finetune.evaluation import bootstrap_intervals
-from boldforge.finetune.intervals import auc_interval, mean_share_interval, score_intervals, share_interval
+from boldforge.finetune.intervals import (
+    auc_interval,
+    mean_auc_interval,
+    mean_share_interval,
+    score_intervals,
+    share_interval,
+)
 from boldforge.finetune.metrics import binary_metrics, multiclass_metrics
 from boldforge.finetune.summary import Scores
 
@@ -25,6 +31,25 @@ def test_the_interval_of_a_mean_of_shares_lies_around_it_within_the_widest(rows)
     assert -1e-9 <= low <= np.mean(shares) <= high <= 1 + 1e-9
     if len(rows) == 1:
         assert [low, high] == pytest.approx(share_interval(shares[0], sizes[0]))
+
+
+@given(st.floats(0, 1), st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=5))
+def test_the_interval_of_a_mean_of_aucs_holds_every_area_within_two_errors(auc, sizes):
+    def error(theta):
+        variances = []
+        for m, n in sizes:
+            q = (m + n) / 2 - 1
+            spread = 1 + q * (1 - theta) / (2 - theta) + q * theta / (1 + theta)
+            variances.append(theta * (1 - theta) * spread / (m * n))
+        return np.sqrt(np.sum(variances)) / len(sizes)
+
+    low, high = mean_auc_interval(auc, sizes)
+    assert 0 <= low <= auc <= high <= 1
+    for theta in np.linspace(0, 1, 101)[1:-1]:
+        if min(abs(theta - low), abs(theta - high)) > 1e-9:
+            assert (low <= theta <= high) == (abs(theta - auc) <= 1.959964 * error(theta))
+    if len(sizes) == 1:
+        assert [low, high] == auc_interval(auc, *sizes[0])
 
 
 def test_seven_subjects_told_apart_without_error_do_not_make_certainty():

@@ -60,6 +60,32 @@ def test_a_worker_that_dies_is_replaced_until_it_gets_nowhere(tmp_path):
     assert course.finished and "was killed 3 times in the same epoch" in str(course.error)
 
 
+def test_deaths_in_different_inner_folds_are_counted_apart(tmp_path):
+    trial = Trial(0, {"rank": 0})
+    course = _course(tmp_path, [Segment(trial, 9, inner=1), Segment(trial, 9, inner=2)])
+    for death in range(4):
+        assert course.take(str(death)).inner == 1 + death % 2
+        course.done(str(death), None, error=True)
+    assert course.error is None
+    course.take("last")
+    course.done("last", None, error=True)
+    assert "was killed 3 times in the same epoch" in str(course.error)
+
+
+def test_epochs_of_inner_folds_count_when_ray_itself_dies(tmp_path, watched):
+    course = _course(tmp_path, [Segment(Trial(0, {"rank": 0}), 9, inner=2)])
+    journal = Journal(tmp_path / "0000" / "2" / "epochs.jsonl")
+    for epoch in range(3):
+        for _ in range(2):
+            course.watch()
+            course.take("a")
+            watched[-1].ended = True
+            course.put_back()
+        journal.append({"epoch": epoch + 1})
+    journal.close()
+    assert course.error is None and not course.finished
+
+
 def test_a_trial_that_fails_ends_the_course_with_its_message(tmp_path):
     course = _course(tmp_path, _segments(0, 1), _segments(2))
     course.take("a"), course.take("b")

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from boldforge.finetune.intervals import auc_interval
+from boldforge.launch.model_card import count_subjects
 from boldforge.launch.report import write_report
 from boldforge.launch.sweep_figures import parallel_figure, rank_figure, say, searched
 
@@ -94,5 +95,17 @@ def test_the_report_shows_the_table_and_both_figures(tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps(_results(lr=[1], targets=LAYERS) | more))
     page = write_report([tmp_path], tmp_path / "r.html").read_text()
     assert page.count("<svg") == 2
+    assert "20 subjects trained, 20 validated, 20 tested." in page and "inner folds" not in page
     assert re.search(r"<th>LoRA rank.*layers.*step size.*trainable", page)
     assert f'<td class="n">{say(LAYERS[1])}</td>' in page and '<td class="n">0.01</td>' in page
+
+
+def test_the_report_and_the_card_say_who_validated_in_inner_folds(tmp_path):
+    more = {"simulated": True, "measured_by": "once", "sentence": "Said.", "selected_by": "validation auc", "roc": None}
+    parts = {"train": {"n": 44}, "validation": {"n": 33}, "test": {"n": 11}}
+    more |= {"subjects": parts, "inner_folds": 3}
+    (tmp_path / "sweep.json").write_text(json.dumps(_results() | more))
+    page = write_report([tmp_path], tmp_path / "r.html").read_text()
+    assert "Of 44 subjects 33 validated, once each in 3 inner folds, and trained in the others; 11 tested." in page
+    assert "on the validation subjects, the mean of 3 inner folds" in page
+    assert count_subjects(parts, 3) == 55 and count_subjects(parts) == 88
