@@ -139,7 +139,7 @@ class Classifier(nn.Module):
         return self.task.scores(self(values_BTV))
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Switch the adapter's dropout; the frozen backbone itself never leaves evaluation mode.
+        """Switch the adapter's dropout; the backbone itself never leaves evaluation mode, recurrent layers apart.
 
         An adapter that was merged is taken off the weights first: merged, it would not learn, and nothing would say so.
         """
@@ -147,7 +147,8 @@ class Classifier(nn.Module):
         if mode:
             unmerge_adapter(self.backbone)
         for name, module in self.network.named_modules():
-            if "lora_dropout" not in name:
+            # On a GPU a recurrent layer has a backward pass in training mode only; ours do the same in both.
+            if "lora_dropout" not in name and not isinstance(module, nn.RNNBase):
                 module.training = False
         return self
 

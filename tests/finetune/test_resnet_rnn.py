@@ -17,7 +17,7 @@ from boldforge.finetune import (
     load_classifier,
     save_adapter,
 )
-from boldforge.finetune.resnet_rnn import DEPTHS, ResnetRnn, ResnetRnnConfig
+from boldforge.finetune.resnet_rnn import DEPTHS, ResnetRnn, ResnetRnnBackbone, ResnetRnnConfig
 
 MASK = brain_mask(get_grid("mni4mm"))
 
@@ -88,6 +88,41 @@ def test_a_network_is_trained_from_nothing_and_loads_without_an_encoder(cohort, 
         load_classifier(tmp_path, tmp_path / "adapter")
     with pytest.raises(FinetuneError, match=r"has no pretrained weights to adapt; set adapter\.kind to full"):
         finetune(load_config(FinetuneConfig, {**settings, "adapter": {"rank": 2}}))
+
+
+def _classifier(rnn):
+    torch.manual_seed(0)
+    config = ResnetRnnConfig(kind="resnet-rnn", depth="A", rnn=rnn, width=4, hidden=5, clip_length=3)
+    backbone = ResnetRnnBackbone(config, MASK, {"grid": "mni4mm"}, seed=0)
+    return Classifier(backbone, AdhdDiagnosis(), AdapterConfig(kind="full"))
+
+
+@pytest.mark.parametrize("rnn", ["lstm", "gru"])
+def test_only_the_recurrent_layer_is_in_training_mode_and_it_does_the_same_in_both(rnn):
+    """cuDNN has no backward pass of recurrent layers in evaluation mode."""
+    classifier = _classifier(rnn)
+    clips = torch.randn(2, 3, int(MASK.sum()))
+    outputs = {}
+    for training in (True, False):
+        classifier.train(training)
+        found = [name for name, module in classifier.network.named_modules() if module.training]
+        assert found == (["rnn"] if training else [])
+        outputs[training] = classifier(clips)
+    assert torch.equal(outputs[True], outputs[False])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("rnn", ["lstm", "gru"])
+def test_a_step_on_a_gpu_moves_every_tensor(rnn):
+    classifier = _classifier(rnn).to("cuda").train()
+    parameters = dict(classifier.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = torch.optim.Adam(parameters.values(), lr=1e-3)
+    logits = classifier(torch.randn(2, 3, int(MASK.sum())).to("cuda"))
+    classifier.task.criterion([0, 1])(logits, torch.tensor([0.0, 1.0], device="cuda")).backward()
+    optimizer.step()
+    assert [name for name, tensor in parameters.items() if torch.equal(tensor, before[name])] == []
 
 
 def test_full_and_partial_training_of_an_encoder(encoder, values_BTV, tmp_path):
