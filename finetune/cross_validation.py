@@ -289,7 +289,7 @@ def _write(
             model, baselines, labels, [subject.site for subject in cohort.subjects], config.seed, _blocks(study)
         ),
         "people": _per_person(study, model),
-        "roc": roc_points(labels, scores) if binary else None,
+        "roc": roc_points(labels, model.by_row()) if binary else None,
         "folds": per_fold,
         "subjects": describe_labels(study.task, labels),
         "n_unlabelled": cohort.n_unlabelled,

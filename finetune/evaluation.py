@@ -1,6 +1,8 @@
 """How sure a figure is: intervals, chance, calibration, sites, and whether one model beats another.
 
-Everything here resamples or permutes subjects, never clips or runs.
+Everything here resamples or permutes subjects, never clips or runs. Scores from several repetitions of a
+cross-validation, [N, R], stay apart: a figure is its mean over repetitions, not that of their averaged scores, which
+would be another model's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -97,7 +99,7 @@ def permutation_test(
     Parameters
     ----------
     labels, scores, sites
-        One per subject.
+        One per subject; scores may be several, of repetitions or classes, as the headline takes them.
     seed, draws
         Of the permutations.
     headline
@@ -128,16 +130,25 @@ def permutation_test(
 def calibration(labels: npt.ArrayLike, scores: npt.ArrayLike, bins: int = 5) -> list[dict[str, float]]:
     """Compare what was predicted with what was so, in groups of about equally many subjects by score.
 
+    Parameters
+    ----------
+    labels, scores
+        One per subject, or scores [N, R]: every repetition has its own groups, and each group's figures are the means.
+    bins
+        Number of groups.
+
     Returns
     -------
     list of dict
         ``predicted`` (mean score), ``observed`` (share of class 1) and ``n``, lowest scores first.
     """
     truth, score = np.asarray(labels), np.asarray(scores, dtype=np.float64)
-    order = np.argsort(score, kind="stable")
+    score_NR = score.reshape(len(truth), -1)
+    order_NR = np.argsort(score_NR, axis=0, kind="stable")
+    sorted_NR, truth_NR = np.take_along_axis(score_NR, order_NR, axis=0), truth[order_NR]
     return [
-        {"predicted": float(score[part].mean()), "observed": float(truth[part].mean()), "n": len(part)}
-        for part in np.array_split(order, min(bins, len(order)))
+        {"predicted": float(sorted_NR[part].mean()), "observed": float(truth_NR[part].mean()), "n": len(part)}
+        for part in np.array_split(np.arange(len(truth)), min(bins, len(truth)))
     ]
 
 
@@ -170,7 +181,7 @@ def compare(
     labels
         One per subject.
     scores, others
-        The model's and the baseline's, in the same order of subjects.
+        The model's and the baseline's, in the same order of subjects; [N, R] of repetitions.
     seed, draws
         Of the resamplings.
     headline
@@ -188,7 +199,7 @@ def compare(
     truth = np.asarray(labels)
     one, two = np.asarray(scores, dtype=np.float64), np.asarray(others, dtype=np.float64)
     if headline is auc:
-        one, two = rankdata(one), rankdata(two)
+        one, two = rankdata(one, axis=0), rankdata(two, axis=0)
     observed = headline(truth, one) - headline(truth, two)
     generator = np.random.default_rng([seed, len(truth), 2])
     resampled, as_far = [], 0

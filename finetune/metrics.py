@@ -54,12 +54,16 @@ def binary_metrics(
 
 
 def auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
-    """Return the probability that a subject of class 1 scores above one of class 0, ties counting half."""
+    """Return the probability that a subject of class 1 scores above one of class 0, ties counting half.
+
+    Of scores [N, R], from R repetitions, the mean over repetitions.
+    """
     truth, score = np.asarray(labels) == 1, np.asarray(scores, dtype=np.float64)
     positive, negative = int(truth.sum()), int((~truth).sum())
     if not positive or not negative:
         raise ValueError("an AUC needs subjects of both classes")
-    return float((rankdata(score)[truth].sum() - positive * (positive + 1) / 2) / (positive * negative))
+    above = rankdata(score, axis=0)[truth].sum(axis=0) - positive * (positive + 1) / 2
+    return float(np.mean(above / (positive * negative)))
 
 
 def multiclass_auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
@@ -153,7 +157,8 @@ def roc_points(labels: npt.ArrayLike, scores: npt.ArrayLike) -> dict[str, list[f
     Parameters
     ----------
     labels, scores
-        As in `binary_metrics`; both classes must be present.
+        As in `binary_metrics`; both classes must be present. Of scores [N, R], from R repetitions, the curves' mean
+        sensitivity at every specificity, whose area is the mean of theirs.
 
     Returns
     -------
@@ -165,11 +170,25 @@ def roc_points(labels: npt.ArrayLike, scores: npt.ArrayLike) -> dict[str, list[f
     ValueError
         As `binary_metrics`, and if a class is absent.
     """
-    truth, score = _checked(labels, scores)
-    if truth.min() == truth.max():
-        raise ValueError("a ROC curve needs subjects of both classes")
-    fpr, tpr, _ = roc_curve(truth, score)
-    return {"fpr": fpr.tolist(), "tpr": tpr.tolist()}
+    curves = []
+    for column in np.asarray(scores, dtype=np.float64).reshape(len(np.asarray(scores)), -1).T:
+        truth, score = _checked(labels, column)
+        if truth.min() == truth.max():
+            raise ValueError("a ROC curve needs subjects of both classes")
+        curves.append(roc_curve(truth, score)[:2])
+    if len(curves) == 1:
+        return {"fpr": curves[0][0].tolist(), "tpr": curves[0][1].tolist()}
+    at = np.unique(np.concatenate([fpr for fpr, _ in curves]))
+    # A curve rises on the spot wherever somebody of class 1 comes next: it has a lower and an upper end there.
+    ends = np.mean([_ends(at, fpr, tpr) for fpr, tpr in curves], axis=0)
+    return {"fpr": np.repeat(at, 2).tolist(), "tpr": ends.T.ravel().tolist()}
+
+
+def _ends(at: np.ndarray, fpr: np.ndarray, tpr: np.ndarray) -> np.ndarray:
+    """Return the lowest and the highest sensitivity of a ROC curve at some places, [2, places]."""
+    between = np.interp(at, fpr, tpr)
+    places = np.searchsorted(fpr, at, "left"), np.searchsorted(fpr, at, "right") - 1
+    return np.stack([np.where(fpr[place] == at, tpr[place], between) for place in places])
 
 
 def _checked(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -47,6 +47,10 @@ class Scores:
         """Return those of some subjects, by position."""
         return Scores(self.task, self.score[:, list(subjects)], self.threshold_RN[:, list(subjects)])
 
+    def by_row(self) -> Floats:
+        """Return every subject's scores of all repetitions, [N, R] or [N, R, K]."""
+        return np.moveaxis(self.score, 0, 1)
+
     def mean(self) -> Floats:
         """Return every subject's mean over repetitions, [N] or [N, K]."""
         return self.score.mean(axis=0)
@@ -70,10 +74,14 @@ class Scores:
             self.task.metrics(truth, score[subjects], line[subjects])
             for score, line in zip(self.score, self.threshold_RN, strict=True)
         ]
-        return {
-            name: float(np.mean([row[name] for row in per_repeat])) if isinstance(value, float) else value
-            for name, value in per_repeat[0].items()
-        }
+        return {name: _mean([row[name] for row in per_repeat]) for name in per_repeat[0]}
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Return the mean over repetitions; None if it is undefined in one, and the first of what is no figure."""
+    if any(value is None for value in values):
+        return None
+    return float(np.mean(values)) if isinstance(values[0], float) else values[0]
 
 
 @dataclass(frozen=True)
@@ -114,11 +122,11 @@ def summarise(
         The task's ``column`` and ``classes``, ``figures``, ``intervals``, ``permutation``, ``sites``, ``baselines`` and
         ``verdict``, as ``metrics.json`` holds them; ``calibration`` where there are two classes.
     """
-    truth, score, task = np.asarray(labels), model.mean(), model.task
+    truth, score, task = np.asarray(labels), model.by_row(), model.task
     clusters = None if blocks is None else blocks.clusters
     permuted = permutation_test(truth, score, sites if blocks is None else blocks.runs, seed, headline=_headline(task))
     if hasattr(task, "chance_test"):
-        permuted = {"p_within_sites": task.chance_test(truth, model.score[0], seed)["p"]}
+        permuted = {"p_within_sites": task.chance_test(truth, score, seed)["p"]}
     figures = model.figures(truth)
     summary: dict[str, Any] = {
         "rows": task.rows,
@@ -142,7 +150,7 @@ def summarise(
             "figures": {key: None if key in undefined else value for key, value in other.figures(truth).items()},
             "intervals": {key: ends for key, ends in intervals.items() if key not in undefined},
             "model_minus_baseline": compare(
-                truth, score, other.mean(), seed, headline=_headline(task), clusters=clusters
+                truth, score, other.by_row(), seed, headline=_headline(task), clusters=clusters
             ),
         }
     summary["verdict"] = verdict(summary)
@@ -184,4 +192,9 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 
 def _headline(task: Task) -> Callable[[npt.ArrayLike, npt.ArrayLike], float]:
-    return auc if task.kind == "binary" else task.headline
+    """Return what models are compared by: of labels and of scores by row, the mean over repetitions."""
+    if task.kind == "binary":
+        return auc
+    return lambda truth, score: float(
+        np.mean([task.headline(truth, one) for one in np.moveaxis(np.asarray(score), 1, 0)])
+    )

@@ -86,7 +86,7 @@ def roc_figure(fpr: Sequence[float], tpr: Sequence[float], auc: float, n: int) -
     """Draw a ROC curve with its area and the number of subjects behind it."""
     figure, axes = plot_axes(3.6, 3.4)
     axes.plot([0, 1], [0, 1], color=INK, lw=1, ls=(0, (4, 3)), label="chance")
-    axes.plot(fpr, tpr, color=ORANGE, lw=2, drawstyle="steps-post", label=f"AUC {auc:.2f}, n = {n}")
+    axes.plot(fpr, tpr, color=ORANGE, lw=2, label=f"AUC {auc:.2f}, n = {n}")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="1 − specificity", ylabel="sensitivity", aspect="equal")
     add_legend(axes, loc="lower right")
     return inline_svg(figure, "roc")

@@ -16,7 +16,8 @@ class Task(Protocol):
     """One question asked of a subject, or of a part of one.
 
     It may also be `Matching`, `Comparing` or `Arranging`. ``every_class_trains`` is false where a label may be missing
-    among the training rows; ``chance_test(labels, scores, seed)`` takes the place of permuted labels.
+    among the training rows; ``chance_test(labels, scores, seed)``, of scores by row and repetition, takes the place of
+    permuted labels.
     """
 
     name: str

@@ -117,16 +117,17 @@ class Reidentification:
         return float((np.asarray(scores)[:, 0] == 1).mean())
 
     def chance_test(self, labels: npt.ArrayLike, scores: npt.NDArray[Any], seed: int) -> dict[str, float]:
-        """Say how often guessing among the candidates finds as many people.
+        """Say how often guessing among the candidates finds as many people; scores [N, 3], of repetitions [N, R, 3].
 
-        Recordings of one person are often each other's best match, so a guess is right for all of them or for none.
+        Recordings of one person are often each other's best match, so a guess is right for all of them or for none,
+        and in all repetitions or in none.
         """
-        rank, candidates, matches = np.asarray(scores, dtype=np.float64).T
         names, person = np.unique(np.asarray(labels), return_inverse=True)
-        generator = np.random.default_rng([seed, len(rank), 4])
+        rank_RN, candidates_RN, matches_RN = np.asarray(scores, dtype=np.float64).reshape(len(person), -1, 3).T
+        generator = np.random.default_rng([seed, len(person), 4])
         drawn = generator.random((_DRAWS, len(names)))[:, person]
-        guessed = (drawn < matches / candidates).sum(axis=1)
-        return {"p": float((1 + (guessed >= (rank == 1).sum()).sum()) / (1 + _DRAWS))}
+        guessed = sum((drawn < share_N).sum(axis=1) for share_N in matches_RN / candidates_RN)
+        return {"p": float((1 + (guessed >= (rank_RN == 1).sum()).sum()) / (1 + _DRAWS))}
 
     def strata(self, labels: Sequence[float]) -> list[int]:
         """Return the people."""

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, recall_score, roc_auc_score
 
-from boldforge.finetune.metrics import binary_metrics, roc_points
+from boldforge.finetune.metrics import auc, binary_metrics, roc_points
 
 
 def test_a_case_worked_by_hand():
@@ -42,3 +42,14 @@ def test_an_absent_class_gives_none_not_a_wrong_number():
 def test_nonsense_is_refused(labels, scores):
     with pytest.raises(ValueError, match="must be"):
         binary_metrics(labels, scores)
+
+
+def test_the_mean_of_roc_curves_has_the_mean_of_their_areas():
+    generator = np.random.default_rng(4)
+    labels = (np.arange(31) % 3 == 0).astype(int)
+    scores = np.round(generator.normal(0.3 * labels[:, None], 0.5, size=(31, 7)), 1)
+    areas = [binary_metrics(labels, column)["auc"] for column in scores.T]
+    roc = roc_points(labels, scores)
+    assert np.trapezoid(roc["tpr"], roc["fpr"]) == pytest.approx(np.mean(areas)) == pytest.approx(auc(labels, scores))
+    assert roc["tpr"][0] == 0 and roc["tpr"][-1] == 1 and (np.diff(roc["tpr"]) >= 0).all()
+    assert roc_points(labels, scores[:, :1]) == roc_points(labels, scores[:, 0])

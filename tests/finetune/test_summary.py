@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from boldforge.finetune import AdhdDiagnosis, get_task, summary
+from boldforge.finetune.metrics import roc_points
 from boldforge.finetune.summary import Scores, summarise
 
 
@@ -55,3 +56,48 @@ def test_a_margin_has_no_brier_score(monkeypatch):
         and "brier" not in beside["connectivity-svm"]["intervals"]
     )
     assert beside["connectivity-svm"]["figures"]["auc"] == beside["connectivity"]["figures"]["auc"]
+
+
+@pytest.mark.parametrize("name", ["adhd", "classify:group", "age", "states"])
+def test_repetitions_are_compared_as_their_figures_are_and_not_as_their_mean_scores(name, monkeypatch):
+    """A model that is noisy from one repetition to the next is no better for the noise averaging out."""
+    monkeypatch.setattr(summary, "compare", partial(summary.compare, draws=50))
+    task = get_task(name, classes=("a", "b", "c"))
+    generator = np.random.default_rng(0)
+    labels = np.arange(120) % (2 if name == "adhd" else 3)
+    shape = (120, 3) if task.n_scores > 1 else (120,)
+    told = np.eye(3)[labels] if task.n_scores > 1 else labels - 0.5
+    steady, noisy = 0.9 * told + generator.normal(size=shape), Scores.empty(task, 20, 120)
+    baseline = Scores.empty(task, 20, 120)
+    for repeat in range(20):
+        noisy.put(repeat, range(120), 0.6 * told + generator.normal(size=shape), 0.5)
+        baseline.put(repeat, range(120), steady, 0.5)
+    found = summarise(noisy, {"demographics": baseline}, labels.tolist(), ["KKI"] * 120, 0)
+    beside, key = found["baselines"]["demographics"], task.selects_by
+    difference = found["figures"][key] - beside["figures"][key]
+    assert difference < -0.02 and beside["model_minus_baseline"]["difference"] == pytest.approx(difference)
+    assert "every baseline" not in found["verdict"]
+    if name == "adhd":
+        roc = roc_points(labels, noisy.by_row())
+        assert np.trapezoid(roc["tpr"], roc["fpr"]) == pytest.approx(found["figures"]["auc"])
+        predicted = [row["predicted"] for row in found["calibration"]]
+        assert predicted[0] < np.sort(noisy.score, axis=1)[:, :30].mean(), "groups as far apart as one model's"
+
+
+def test_a_permutation_s_p_is_that_of_the_printed_figure():
+    """Twenty repetitions of next to nothing, whose averaged scores would be told from chance."""
+    generator = np.random.default_rng(1)
+    labels = np.arange(60) % 2
+    model = Scores.empty(AdhdDiagnosis(), 20, 60)
+    for repeat in range(20):
+        model.put(repeat, range(60), 0.25 * labels + generator.normal(size=60), 0.5)
+    found = summarise(model, {}, labels.tolist(), ["KKI"] * 60, 0)
+    drawn = [model.figures(generator.permutation(labels))["auc"] for _ in range(200)]
+    assert found["permutation"]["p"] == pytest.approx(np.mean(np.array(drawn) >= found["figures"]["auc"]), abs=0.15)
+
+
+def test_a_figure_that_one_repetition_does_not_have_is_undefined():
+    model = Scores.empty(get_task("age"), 2, 6)
+    model.put(0, range(6), np.arange(6.0), 0.5)
+    model.put(1, range(6), np.ones(6), 0.5)
+    assert model.figures(np.arange(6.0))["r"] is None
