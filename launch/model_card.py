@@ -39,6 +39,8 @@ def render_card(config: Mapping[str, Any], summary: Mapping[str, Any], task: Map
         training=config.get("training", {}),
         summary=summary,
         task=task,
+        answer=_answer(task),
+        predicted=_predicted(task),
         simulated=adapted.get("simulated"),
         planted=describe_simulated(adapted),
         measured_by=adapted.get("measured_by", "by a procedure that is not recorded"),
@@ -56,6 +58,29 @@ def render_card(config: Mapping[str, Any], summary: Mapping[str, Any], task: Map
         sentence=adapted.get("sentence") if adapted.get("verdict") else None,
         verdict=adapted.get("verdict") or adapted.get("sentence"),
     )
+
+
+def _answer(task: Mapping[str, Any]) -> str:
+    """Say what the adapter's task tells apart; task as ``task.json`` holds it."""
+    classes = [str(name) for name in task.get("classes", ())]
+    if task.get("task") == "reidentify":
+        return "whose brain it is"
+    if task.get("task") == "retrieval":
+        return f"which of {len(classes)} images was shown"
+    return f"{', '.join(classes[:-1])} or {classes[-1]}" if len(classes) > 1 else "a number"
+
+
+def _predicted(task: Mapping[str, Any]) -> str:
+    """Say what ``model.predict`` gives for the adapter's task."""
+    name, classes = task.get("task"), task.get("classes", ())
+    outputs = task.get("head", {}).get("outputs", 1)
+    if name == "reidentify":
+        return f"gives [clips, {outputs}], unit vectors to compare by cosine"
+    if name == "retrieval":
+        return f"gives [clips, {len(classes)}], the cosine with each image"
+    if outputs > 1:
+        return f"gives [clips, {outputs}], probabilities in the order of model.classifier.task.classes"
+    return f"scores {classes[-1]}" if classes else f"predicts {name}"
 
 
 def describe_simulated(results: Mapping[str, Any]) -> str:

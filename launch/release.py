@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from boldforge.pretrain import Pretrained, load_pretrained
 _PROBE_SEED = 0
 # Float32 on another processor, thread count or version of torch: a wrong file is off by far more.
 _ROUNDING = 1e-3
+_MOST_SHOWN = 8
 
 
 class ReleaseError(BoldForgeError):
@@ -84,7 +85,15 @@ class LoadedModel:
         return self.backbone.embed(self._checked(values_BTV, self.backbone))
 
     def predict(self, values_BTV: Tensor | np.ndarray) -> Tensor:
-        """Return the adapter's score of each clip, float32 [B]: the probability of the second class of the task.
+        """Return what the adapter says of each clip.
+
+        Returns
+        -------
+        Tensor
+            float32 [B]: of two classes the probability of the second; of a regression the number, in the column's
+            unit. float32 [B, K]: of several classes the probability of each, in the order of
+            ``classifier.task.classes``; of retrieval the cosine with every image, in that order; of re-identification
+            an embedding of length 1, to be compared by cosine.
 
         Raises
         ------
@@ -220,7 +229,8 @@ def probe(model: LoadedModel) -> dict[str, Any]:
     -------
     dict
         ``seed``, ``shape`` [1, T, V], ``embedding_sha256`` of the float32 values, the first four of them for a reader
-        whose machine rounds differently, the version of torch, and with an adapter its ``prediction``.
+        whose machine rounds differently, the version of torch, and with an adapter its ``prediction``: a number, or a
+        list of as many as it gives per clip.
     """
     clip = _probe_clip(model.backbone)
     threads = torch.get_num_threads()
@@ -228,9 +238,9 @@ def probe(model: LoadedModel) -> dict[str, Any]:
     torch.set_num_threads(1)
     try:
         embedding = model.embed(clip).numpy()
-        predicted = (
-            {"prediction": float(model.predict(_probe_clip(model.classifier.backbone))[0])} if model.classifier else {}
-        )
+        predicted = {}
+        if model.classifier is not None:
+            predicted["prediction"] = model.predict(_probe_clip(model.classifier.backbone))[0].tolist()
     finally:
         torch.set_num_threads(threads)
     return {
@@ -266,7 +276,7 @@ def check_release(folder: Path, console: Console) -> int:
         f"embedding of {model.backbone.dim} values"
         + (f"; adapter for {model.classifier.task.name}." if model.classifier else "; no adapter.")
     )
-    predicted = f", prediction {computed['prediction']:.6f}" if "prediction" in computed else ""
+    predicted = f", prediction {_shown(computed['prediction'])}" if "prediction" in computed else ""
     say(f"Embedding of the probe clip: {computed['embedding_sha256'][:16]}…{predicted}")
     if recorded is None:
         say("No embedding was recorded here (an export, not a release), so there is nothing to compare with.")
@@ -289,6 +299,13 @@ def check_release(folder: Path, console: Console) -> int:
     return 1
 
 
+def _shown(prediction: float | Sequence[float]) -> str:
+    """Write a prediction, of a long one the first numbers."""
+    numbers = prediction if isinstance(prediction, Sequence) else [prediction]
+    end = f" … ({len(numbers)} numbers)" if len(numbers) > _MOST_SHOWN else ""
+    return ", ".join(f"{number:.6f}" for number in numbers[:_MOST_SHOWN]) + end
+
+
 def _relative_difference(recorded: Mapping[str, Any], computed: Mapping[str, Any]) -> float:
     """Return the largest difference of first values or prediction, relative to the largest of each."""
     if not recorded.keys() <= computed.keys() or recorded["shape"] != computed["shape"]:
@@ -296,8 +313,10 @@ def _relative_difference(recorded: Mapping[str, Any], computed: Mapping[str, Any
     worst = 0.0
     for name in ("first_values", "prediction"):
         if name in recorded:
-            expected = np.atleast_1d(recorded[name])
-            found = np.abs(expected - np.atleast_1d(computed[name])).max() / np.abs(expected).max()
+            expected, now = np.atleast_1d(recorded[name]), np.atleast_1d(computed[name])
+            if expected.shape != now.shape:
+                return float("inf")
+            found = np.abs(expected - now).max() / np.abs(expected).max()
             worst = max(worst, float(found)) if np.isfinite(found) else float("inf")
     return worst
 

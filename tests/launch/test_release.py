@@ -17,6 +17,11 @@ from safetensors.torch import load_file, save_file
 import boldforge
 from boldforge.configs import BoldForgeError
 from boldforge.data_shards import DataRecipe, build_shards, find_runs
+from boldforge.finetune import AdapterConfig, Classifier, load_backbone, save_adapter
+from boldforge.finetune.tasks.columns import Number, SeveralClasses
+from boldforge.finetune.tasks.reidentification import Reidentification
+from boldforge.finetune.tasks.retrieval import ImageRetrieval
+from boldforge.finetune.tasks.states import TaskState
 from boldforge.launch.release import ReleaseError, check_release, from_pretrained, probe, write_release
 
 VOXELS = 29773
@@ -79,6 +84,35 @@ def test_embed_leaves_the_adapter_out_and_predict_uses_it(release, pretraining, 
     assert torch.equal(before.embed(clips), after.embed(clips))
     assert not torch.equal(before.predict(clips), after.predict(clips))
     assert ((after.predict(clips) >= 0) & (after.predict(clips) <= 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("task", "shape", "said"),
+    [
+        (SeveralClasses("classify:dx", "dx", ("a", "b", "c")), (2, 3), "`classify:dx` (a, b or c)"),
+        (TaskState(("face", "house")), (2, 2), "gives [clips, 2], probabilities in the order of"),
+        (ImageRetrieval(("cat", "dog", "key"), {"candidates": torch.eye(3, 4)}), (2, 3), "which of 3 images was shown"),
+        (Reidentification(), (2, 64), "gives [clips, 64], unit vectors to compare by cosine"),
+        (Number("age", "age"), (2,), "predicts age"),
+    ],
+    ids=["classes", "states", "retrieval", "reidentify", "age"],
+)
+def test_a_release_predicts_what_its_task_asks(pretraining, clips, say, tmp_path, task, shape, said):
+    classifier = Classifier(load_backbone(pretraining / "export"), task, AdapterConfig(rank=2))
+    expected = classifier.predict(clips)
+    folder = write_release(pretraining, tmp_path / "v1", save_adapter(classifier, tmp_path / "adapter"))
+    predicted = from_pretrained(folder).predict(clips)
+    assert predicted.shape == shape
+    assert torch.equal(predicted, expected)
+    assert check_release(folder, say) == 0
+    assert "bit for bit" in say.file.getvalue()
+    assert said in " ".join((folder / "README.md").read_text().split())
+
+
+def test_a_prediction_of_another_length_does_not_reproduce(copy, say):
+    recorded = json.loads((copy / "config.json").read_text())["probe"]
+    _edit_config(copy, probe={"prediction": [recorded["prediction"]] * 3})
+    assert check_release(copy, say) == 1
 
 
 def test_peft_puts_the_adapter_on_the_public_network(release, pretraining, adapter, clips, tmp_path):
