@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from boldforge.launch import figures
-from boldforge.launch.figure_names import call_figure, show_interval, show_number, tested_figures
+from boldforge.launch.figure_names import call_figure, show_interval, show_number, show_p, tested_figures
 from boldforge.launch.model_card import describe_overlap, describe_simulated
 
 _SITE_FIGURES = ("auc", "balanced_accuracy", "sensitivity", "specificity", "r2", "r", "mae", "top1", "top5")
@@ -82,7 +82,7 @@ def _beside(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         row = {"name": name, "interval": show_interval(entry["intervals"][compared_by]), "difference": "", "p": ""}
         if against:
             sign = "+" if against["difference"] >= 0 else ""
-            row |= {"difference": sign + show_number(against["difference"], 2), "p": f"{against['p']:.3f}"}
+            row |= {"difference": sign + show_number(against["difference"], 2), "p": show_p(against["p"])}
         rows.append(row | {"figure": entry["figures"][compared_by]})
     return rows
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from boldforge.configs import ConfigError, load_config
-from boldforge.launch.attribution_page import TITLES, show_p, shown_methods
+from boldforge.launch.attribution_page import TITLES, shown_methods
+from boldforge.launch.figure_names import show_p
 from boldforge.launch.progress import progress
 
 _SHOWN = 12

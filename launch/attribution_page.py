@@ -2,20 +2,13 @@
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from boldforge.finetune import same_model
 
 TITLES = {"integrated-gradients": "Integrated gradients", "occlusion": "Occlusion"}
-
-
-def show_p(p: float | None) -> str:
-    """Write a p value: of permutations it is never 0."""
-    if p is None:
-        return "–"
-    return "< 0.001" if p < 0.0005 + 1e-9 else f"{p:.3f}"
 
 
 def shown_methods(out: Path, results: Mapping[str, Any], n_regions: int) -> list[dict[str, Any]]:
@@ -36,11 +29,18 @@ def shown_methods(out: Path, results: Mapping[str, Any], n_regions: int) -> list
             "verdict": found["verdict"],
             "gap": found.get("gap"),
             "picture": _picture(out / f"{name}.png"),
-            "regions": [row for row in found["table"] if row["kind"] == "region"][:n_regions],
+            "regions": _with_lowest([row for row in found["table"] if row["kind"] == "region"], n_regions),
             "rest": [row for row in found["table"] if row["kind"] != "region"],
         }
         for name, found in results["methods"].items()
     ]
+
+
+def _with_lowest(rows: Sequence[Mapping[str, Any]], n: int) -> list[Mapping[str, Any]]:
+    """Return the first rows and, where none of them has it, that with the lowest p, of which the verdict speaks."""
+    lowest = min(rows, key=lambda row: row["p"])
+    first = list(rows[:n])
+    return first if min(row["p"] for row in first) <= lowest["p"] else [*first, lowest]
 
 
 def _picture(path: Path) -> str | None:

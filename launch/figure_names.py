@@ -47,6 +47,19 @@ def show_interval(ends: Sequence[float] | None, digits: int = 2) -> str:
     return "" if ends is None else f"{show_number(ends[0], digits)} to {show_number(ends[1], digits)}"
 
 
+def show_p(p: float | None) -> str:
+    """Write a p value: of permutations it is never 0."""
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.0005 + 1e-9 else f"{p:.3f}"
+
+
+def say_p(p: float) -> str:
+    """Write a p value in a sentence: ``p = 0.020`` or ``p < 0.001``."""
+    shown = show_p(p)
+    return f"p {shown}" if shown.startswith("<") else f"p = {shown}"
+
+
 def true_minus(text: str) -> str:
     """Write the negative numbers of a sentence with a minus in place of a hyphen."""
     return re.sub(r"(?<![\w-])-(?=\d)", "\u2212", text)

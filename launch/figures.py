@@ -88,7 +88,7 @@ def roc_figure(fpr: Sequence[float], tpr: Sequence[float], auc: float, n: int) -
     axes.plot([0, 1], [0, 1], color=INK, lw=1, ls=(0, (4, 3)), label="chance")
     axes.plot(fpr, tpr, color=ORANGE, lw=2, label=f"AUC {auc:.2f}, n = {n}")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="1 − specificity", ylabel="sensitivity", aspect="equal")
-    add_legend(axes, loc="lower right")
+    legend_below(axes)
     return inline_svg(figure, "roc")
 
 
@@ -103,7 +103,7 @@ def calibration_figure(groups: Sequence[dict[str, float]]) -> str:
     label = f"groups of about {round(sum(group['n'] for group in groups) / len(groups))}"
     axes.errorbar(predicted, observed, far, fmt="o-", color=ORANGE, lw=1.4, ms=5, capsize=3, label=label)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="predicted", ylabel="observed", aspect="equal")
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+    legend_below(axes)
     return inline_svg(figure, "calibration")
 
 
@@ -179,6 +179,11 @@ def style_axes(axes: Axes) -> None:
 def add_legend(axes: Axes, loc: Literal["best", "lower right"] = "best") -> None:
     """Add a plain legend."""
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc=loc)
+
+
+def legend_below(axes: Axes) -> None:
+    """Add a plain legend below a plot whose lines reach everywhere."""
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
 
 
 def inline_svg(figure: Figure, name: str) -> str:

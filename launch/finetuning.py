@@ -13,7 +13,7 @@ from rich.table import Table
 import boldforge
 from boldforge.configs import ConfigError, check_out, load_config, recipe_names, recipe_path
 from boldforge.data_shards import DataRecipe, RunList, find_runs
-from boldforge.launch.figure_names import call_figure, show_interval, show_number, tested_figures, true_minus
+from boldforge.launch.figure_names import call_figure, show_interval, show_number, show_p, tested_figures, true_minus
 from boldforge.launch.progress import progress
 from boldforge.launch.sharding import is_dataset, shard_runs
 
@@ -110,7 +110,7 @@ def _print_beside(results: Mapping[str, Any], console: Console) -> None:
     for entry in results["baselines"].values():
         against = entry["model_minus_baseline"]
         cells = (show_number(entry["figures"][name]), show_interval(entry["intervals"].get(name), 3))
-        table.add_row(entry["says"], *cells, true_minus(f"{against['difference']:+.3f}"), f"{against['p']:.3f}")
+        table.add_row(entry["says"], *cells, true_minus(f"{against['difference']:+.3f}"), show_p(against["p"]))
     console.print(table)
 
 

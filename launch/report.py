@@ -20,8 +20,8 @@ from boldforge.configs import BoldForgeError
 from boldforge.data_shards import load_manifest
 from boldforge.launch import figures, sweep_figures
 from boldforge.launch.adapted_page import describe_adapted
-from boldforge.launch.attribution_page import read_attribution, show_p
-from boldforge.launch.figure_names import show_interval, show_number, true_minus
+from boldforge.launch.attribution_page import read_attribution
+from boldforge.launch.figure_names import say_p, show_interval, show_number, show_p, true_minus
 
 _MOST_EXAMPLES, _MOST_REGIONS = 2, 10
 _RUN_LIKE = (
@@ -114,7 +114,9 @@ def page_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(figure=show_number, percent=_show_percent, value=sweep_figures.say, p=show_p)
+    environment.filters.update(
+        figure=show_number, percent=_show_percent, value=sweep_figures.say, p=show_p, say_p=say_p
+    )
     environment.filters.update(interval=show_interval, minus=true_minus)
     return environment.get_template(name)
 

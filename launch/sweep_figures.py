@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
-from boldforge.launch.figures import BLUE, GREY, INK, ORANGE, inline_svg, plot_axes
+from boldforge.launch.figures import BLUE, GREY, INK, ORANGE, inline_svg, legend_below, plot_axes
 
 _CALLED = {
     "rank": "rank",
@@ -80,10 +80,10 @@ def rank_figure(trials: Sequence[Mapping[str, Any]], figure: str, called: str, r
         axes.errorbar([at], [tested], width, fmt="D", color=ORANGE, ms=5, capsize=3, label="test, the chosen one")
     if figure == "auc":
         axes.axhline(0.5, color=INK, lw=1, ls=(0, (4, 3)), label="chance")
-    axes.set_xticks(places, [str(rank) for rank in ranks])
+    legible = _apart(places, (places[-1] - places[0]) / 25)
+    axes.set_xticks(places, [str(rank) if written else "" for rank, written in zip(ranks, legible, strict=True)])
     axes.set(xlabel="LoRA rank (0: the head alone)" if 0 in ranks else "LoRA rank", ylabel=called)
-    # Below the plot: the intervals reach everywhere.
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+    legend_below(axes)
     return inline_svg(plot, "rank")
 
 
@@ -123,6 +123,15 @@ def _place(rank: int) -> float:
     return math.log2(rank) if rank else -1.0
 
 
+def _apart(places: Sequence[float], least: float) -> list[bool]:
+    """Say of rising places which ones' labels are written, so that none lies over another: the ends first."""
+    legible, last = [True] * len(places), places[0]
+    for number in range(1, len(places) - 1):
+        legible[number] = places[number] - last >= least and places[-1] - places[number] >= least
+        last = places[number] if legible[number] else last
+    return legible
+
+
 def _axis(axes: Axes, column: int, values: Sequence[Any], called: str) -> np.ndarray:
     """Draw a vertical axis with its name and ends, or its choices; return the values' heights, 0 to 1."""
     axes.plot([column, column], [0, 1], color=INK, lw=0.8, alpha=0.5)
@@ -140,7 +149,9 @@ def _axis(axes: Axes, column: int, values: Sequence[Any], called: str) -> np.nda
         of = {value: _height(scale(value), scale(low), scale(high)) for value in choices}
         ticks = {say(value): of[value] for value in (choices if len(choices) <= _MOST_CHOICES else [low, high])}
         heights = [math.nan if value is None else of[value] for value in values]
-    for text, height in ticks.items():
+    rising = sorted(ticks.items(), key=lambda tick: tick[1])
+    legible = _apart([height for _, height in rising], 0.05)
+    for text, height in (tick for tick, written in zip(rising, legible, strict=True) if written):
         axes.text(column + 0.06, height, text, color=INK, va="center", fontsize=8, alpha=0.85)
     return np.array(heights)
 

@@ -11,6 +11,7 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from boldforge.data_shards import DataRecipe, SimulationConfig, build_shards, find_runs, load_atlas, simulate_cohort
+from boldforge.launch.attribution_page import shown_methods
 from boldforge.launch.cli import app
 from boldforge.launch.report import ReportError, write_report
 
@@ -83,6 +84,17 @@ def test_the_report_shows_no_attribution_of_an_earlier_finetuning(tuned, attribu
     assert "is of an earlier fine-tuning" in page and "data:image" not in page
     shutil.rmtree(copied / "attribution")
     assert "earlier" not in write_report([copied], tmp_path / "report.html").read_text()
+
+
+def test_the_region_with_the_lowest_p_is_shown_however_small_its_attribution(tmp_path):
+    rows = [{"kind": "region", "name": f"region {number}", "p": 1.0} for number in range(5)]
+    rows[4]["p"] = 0.13
+    results = {"methods": {"occlusion": {"verdict": "", "table": rows}}}
+    (shown,) = shown_methods(tmp_path, results, 2)
+    assert [row["name"] for row in shown["regions"]] == ["region 0", "region 1", "region 4"]
+    rows[1]["p"] = 0.13
+    (shown,) = shown_methods(tmp_path, results, 2)
+    assert [row["name"] for row in shown["regions"]] == ["region 0", "region 1"]
 
 
 def test_a_damaged_attribution_is_one_sentence(tuned, attributed, tmp_path):

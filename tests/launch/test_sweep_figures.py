@@ -109,3 +109,10 @@ def test_the_report_and_the_card_say_who_validated_in_inner_folds(tmp_path):
     assert "Of 44 subjects 33 validated, once each in 3 inner folds, and trained in the others; 11 tested." in page
     assert "on the validation subjects, the mean of 3 inner folds" in page
     assert count_subjects(parts, 3) == 55 and count_subjects(parts) == 88
+
+
+def test_labels_that_would_lie_over_each_other_are_left_out_but_never_the_ends():
+    trials = [{"rank": rank, "validation_auc": 0.6, "validation_auc_interval": [0.5, 0.7]} for rank in (7, 8, 44, 46)]
+    results = {"trials": trials, "best": trials[0], "figures": {"auc": 0.5}, "intervals": {"auc": [0.3, 0.7]}}
+    drawn = rank_figure(trials, "auc", "AUC", results)
+    assert all(f">{rank}<" in drawn for rank in (7, 8, 46)) and ">44<" not in drawn
