@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,6 +13,7 @@ from boldforge.configs.errors import ConfigError
 
 _PACKAGE_FOLDER = Path(__file__).parent
 _ALIKE = 0.6
+_COMMAND_LINE = "the command line"
 # An address with a password or a signature, up to the end: either may hold any character.
 _SECRET = re.compile(r"://.*[@?#].*", re.DOTALL)
 
@@ -90,18 +91,39 @@ def load_config(
     ConfigError
         For a file that is not a YAML mapping, an unknown key (with the nearest valid name) or a wrong value.
     """
-    name, content = "the command line", {}
-    if isinstance(source, Mapping):
-        content = dict(source)
-    elif source is not None:
-        path = recipe_path(source)
-        name, content = str(path), _read_yaml(path)
-    for override in overrides:
-        _apply_override(content, override)
+    path = None if source is None or isinstance(source, Mapping) else recipe_path(source)
+    written = _read_yaml(path) if path is not None else {}
+    content = dict(source) if isinstance(source, Mapping) else dict(written)
+    given = [_apply_override(content, override) for override in overrides]
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(_explain(error, model, name)) from None
+        raise ConfigError(_explain(error, model, _Origin(path, written, given))) from None
+
+
+class _Origin(NamedTuple):
+    """Where a recipe's keys come from: a file and what is written in it, and the keys that the command line gives."""
+
+    path: Path | None
+    written: Mapping[str, Any]
+    given: Sequence[tuple[str, ...]]
+
+    def of(self, place: Sequence[Any]) -> str:
+        """Say whose mistake one at this place is; () for a rule between keys."""
+        keys = tuple(str(part) for part in place)
+        if self.path is None or any(keys[: len(key)] == key for key in self.given):
+            return _COMMAND_LINE
+        if not any(key[: len(keys)] == keys for key in self.given):
+            return str(self.path)
+        return f"{self.path} with the command line's changes" if self._writes(place) else _COMMAND_LINE
+
+    def _writes(self, place: Sequence[Any]) -> bool:
+        here: Any = self.written
+        for part in place:
+            if not isinstance(here, Mapping) or part not in here:
+                return False
+            here = here[part]
+        return True
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -114,7 +136,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _apply_override(content: dict[str, Any], override: str) -> None:
+def _apply_override(content: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Set a key and return its place."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{_shown(override)}: overrides are written key=value, for example optimizer.lr=1e-4.")
@@ -129,6 +152,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         here[last] = _number_or_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(f"{_shown(override)}: the value is not valid YAML.") from None
+    return (*sections, last)
 
 
 def _number_or_yaml(text: str) -> Any:
@@ -142,17 +166,19 @@ def _number_or_yaml(text: str) -> Any:
     return value
 
 
-def _explain(error: ValidationError, model: type[BaseModel], name: str) -> str:
-    return " ".join(_sentences(error, model, name))
+def _explain(error: ValidationError, model: type[BaseModel], origin: _Origin) -> str:
+    return " ".join(_sentences(error, model, origin))
 
 
-def _sentences(error: ValidationError, model: type[BaseModel], name: str) -> Iterator[str]:
+def _sentences(error: ValidationError, model: type[BaseModel], origin: _Origin) -> Iterator[str]:
     for problem in error.errors(include_url=False):
+        name = origin.of(problem["loc"])
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             valid = _valid_keys(model, problem["loc"][:-1])
             nearest = _nearest(str(problem["loc"][-1]), valid)
-            hint = f"did you mean {nearest!r}?" if nearest else f"valid keys are {', '.join(valid)}."
+            meant = ".".join([*(str(part) for part in problem["loc"][:-1]), nearest or ""])
+            hint = f"did you mean {meant!r}?" if nearest else f"valid keys are {', '.join(valid)}."
             yield f"{name}: unknown key {key!r}; {hint}"
         elif problem["type"] == "missing":
             yield f"{name}: key {key!r} is missing; set it in the file or on the command line as {key}=VALUE."

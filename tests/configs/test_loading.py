@@ -68,7 +68,7 @@ def test_the_source_mapping_is_left_as_it_was():
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(recipe):
-    with pytest.raises(ConfigError, match=r"unknown key 'optimizer\.betaz'; did you mean 'betas'\?"):
+    with pytest.raises(ConfigError, match=r"unknown key 'optimizer\.betaz'; did you mean 'optimizer\.betas'\?"):
         load_config(Training, recipe, ["optimizer.betaz=[1, 1]"])
 
 
@@ -78,13 +78,41 @@ def test_an_unknown_key_unlike_any_other_gets_the_list(recipe):
 
 
 def test_the_nearest_name_is_found_inside_an_optional_section(recipe):
-    with pytest.raises(ConfigError, match=r"'warmup\.l_r'; did you mean 'lr'\?"):
+    with pytest.raises(ConfigError, match=r"'warmup\.l_r'; did you mean 'warmup\.lr'\?"):
         load_config(Training, recipe, ["warmup.l_r=1"])
 
 
 def test_a_value_out_of_range_names_key_value_and_file(recipe):
-    with pytest.raises(ConfigError, match=r"recipe\.yaml: key 'optimizer\.lr' is -1, but: .*greater than 0"):
+    with pytest.raises(ConfigError, match=r"^the command line: key 'optimizer\.lr' is -1, but: .*greater than 0"):
         load_config(Training, recipe, ["optimizer.lr=-1"])
+
+
+@pytest.mark.parametrize(
+    ("written", "overrides", "blamed"),
+    [
+        ("out: x", ["trainng.steps=2"], "the command line: unknown key 'trainng'"),
+        ("out: x", ["optimizer.l_r=2"], "the command line: unknown key 'optimizer.l_r'"),
+        ("out: x", ["optimizer={lr: -1}"], "the command line: key 'optimizer.lr'"),
+        ("out: x\nsteps: 3", ["optimizer.lr=0.1"], "recipe.yaml: key 'steps'"),
+        ("out: x\nsteps: 3", ["steps=5"], "the command line: key 'steps'"),
+        ("out: x\noptimizer: {lr: -1}", ["optimizer.betas=[0, 1]"], "recipe.yaml: key 'optimizer.lr'"),
+        ("steps: 4", ["steps=2"], "recipe.yaml: key 'out' is missing"),
+        ("out: x\nsteps: 9998", ["name=long"], "recipe.yaml with the command line's changes: a long run is named"),
+        ("out: x\nsteps: 9998\nname: long", [], "recipe.yaml: a long run is named"),
+    ],
+)
+def test_a_mistake_is_laid_at_the_door_of_who_made_it(recipe, written, overrides, blamed):
+    class Named(Training):
+        @model_validator(mode="after")
+        def _long(self):
+            if self.steps > 1000 and self.name == "long":
+                raise ValueError("a long run is named otherwise")
+            return self
+
+    recipe.write_text(written)
+    with pytest.raises(ConfigError) as refused:
+        load_config(Named, recipe, overrides)
+    assert str(refused.value).removeprefix(f"{recipe.parent}/").startswith(blamed)
 
 
 def test_a_validators_own_words_reach_the_user_without_pydantics_prefix(recipe):

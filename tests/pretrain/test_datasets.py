@@ -78,7 +78,7 @@ def test_a_recipe_names_one_dataset_or_several(shards: object, paths: list[str],
     [
         ([], "shards"),
         ([{"path": "a", "weight": 0}], "weight"),
-        ([{"path": "a", "wieght": 1}], r"unknown key 'shards\.0\.wieght'; did you mean 'weight'\?"),
+        ([{"path": "a", "wieght": 1}], r"unknown key 'shards\.0\.wieght'; did you mean 'shards\.0\.weight'\?"),
         (["b", {"path": "a", "zzz": 1}], r"unknown key 'shards\.1\.zzz'; valid keys are path, weight\."),
         ([{"path": "a", "weight": float("nan")}], "weight"),
         (7, "shards"),
