@@ -8,6 +8,7 @@ Shape suffixes: T frames · V brain voxels · R atlas regions.
 
 import csv
 import json
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from boldforge.data_shards.grid import Grid, brain_mask, mask_centres
 from boldforge.data_shards.layout_adhd200 import PHENOTYPE_COLUMNS, SIMULATION_FILE, SITE_NAMES
 from boldforge.data_shards.nifti import SIMULATED_MARK
 from boldforge.data_shards.resample import sampling_matrix
+
+logger = logging.getLogger(__name__)
 
 Values = npt.NDArray[np.float32]
 
@@ -197,6 +200,8 @@ def _clear(out: Path) -> None:
         raise SimulationError(
             f"{out}: holds a {PHENOTYPE_FILE} that was not simulated, which would be replaced; choose another folder."
         )
+    if old:
+        logger.warning("%s: the %d scans of an earlier simulation are replaced.", out, len(old))
     for path in old:
         path.unlink()
     out.mkdir(parents=True, exist_ok=True)

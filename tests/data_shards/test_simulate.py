@@ -176,12 +176,14 @@ def test_mistakes_are_explained_and_real_scans_are_never_overwritten(tmp_path, w
     assert path.exists()
 
 
-def test_a_second_simulation_replaces_the_first(tmp_path):
+def test_a_second_simulation_replaces_the_first_and_says_so(tmp_path, caplog):
     simulate_cohort(tmp_path, small(n_subjects=4))
+    assert not caplog.records
     seen = []
     simulate_cohort(tmp_path, small(n_subjects=2), on_progress=lambda *done: seen.append(done))
     assert len(find_runs(tmp_path).runs) == 2
     assert seen == [(0, 2), (1, 2), (2, 2)]
+    assert "the 4 scans of an earlier simulation are replaced" in caplog.text
 
 
 def test_a_real_phenotype_table_is_never_replaced(tmp_path):
