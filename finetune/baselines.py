@@ -4,6 +4,7 @@ They see the same subjects in the same folds as the adapted encoder: fitted on t
 chosen on validation subjects, scored once on test subjects.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -213,6 +214,61 @@ def baseline_scores(
     whole = make_pipeline(_preparation(name, task, len(seen)), _model(name, task, best[3]))
     whole.fit(features[seen], targets[seen])
     return best[1], _scores(whole, task, features[list(test)])
+
+
+def baseline_scores_over(
+    name: str,
+    task: Task,
+    features: npt.NDArray[Any],
+    labels: Sequence[float],
+    splits: Sequence[tuple[Sequence[int], Sequence[int]]],
+    test: Sequence[int],
+    sites: Sequence[str | None] = (),
+) -> tuple[Floats, Floats]:
+    """Fit one baseline as a search over inner folds fits its winner: anew, on all who are not tested.
+
+    Parameters
+    ----------
+    name, task, features, labels, test, sites
+        As for `baseline_scores`; a task of classes or numbers.
+    splits
+        Training and validation subjects of every inner fold, as positions. The regularisation is the one with the
+        highest mean of the validation figures.
+
+    Returns
+    -------
+    validation_scores, test_scores
+        As the task's own scores. The former of the validation subjects of all inner folds, one after the other, each by
+        the model that was not fitted on them.
+    """
+    truth = np.asarray(labels)
+
+    def harmonised(of: Sequence[int]) -> npt.NDArray[Any]:
+        if not BASELINES[name].harmonised:
+            return features
+        return ComBat(features[list(of)], [sites[i] for i in of]).apply(features, sites)
+
+    parts = []
+    for train, validation in splits:
+        own = harmonised(train)
+        before = _preparation(name, task, len(train)).fit(own[list(train)])
+        parts.append([before.transform(own[list(of)]) for of in (train, validation)])
+    best: tuple[float, Floats, float] | None = None
+    for strength in _STRENGTHS:
+        checked, figures = [], []
+        for (train, validation), (learned, held) in zip(splits, parts, strict=True):
+            model = _model(name, task, strength).fit(learned, truth[list(train)])
+            checked.append(_scores(model, task, held))
+            figures.append(task.headline(truth[list(validation)], checked[-1]))
+        figure = math.fsum(figures) / len(figures)
+        if best is None or figure > best[0]:
+            best = (figure, np.concatenate(checked), strength)
+    assert best is not None
+    seen = [i for part in splits[0] for i in part]
+    own = harmonised(seen)
+    whole = make_pipeline(_preparation(name, task, len(seen)), _model(name, task, best[2]))
+    whole.fit(own[seen], truth[seen])
+    return best[1], _scores(whole, task, own[list(test)])
 
 
 def _scores(model: Any, task: Task, rows: npt.NDArray[Any]) -> Floats:

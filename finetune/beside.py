@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from boldforge.finetune.adapters import AdapterConfig
-from boldforge.finetune.baselines import BASELINES, baseline_scores
+from boldforge.finetune.baselines import BASELINES, baseline_scores, baseline_scores_over
 from boldforge.finetune.cohort import ClipSet
 from boldforge.finetune.evaluation import best_threshold
-from boldforge.finetune.folds import Fold
+from boldforge.finetune.folds import Fold, inner_folds
 from boldforge.finetune.study import Study
 from boldforge.finetune.summary import Scores
 from boldforge.finetune.tasks import Task
@@ -48,6 +48,7 @@ class Beside:
         rows = study.cohort.subjects
         self.scores = {name: Scores.empty(study.task, repeats, len(rows)) for name in names}
         self._study, self._anew = study, anew
+        self._inner_folds: int = getattr(study.config, "inner_folds", 1)
         self._labels, self._sites = [row.label for row in rows], [row.site for row in rows]
         self._features: dict[str, npt.NDArray[Any]] = {}
 
@@ -67,7 +68,10 @@ class Beside:
             self._features["embedding"] = self._study.embeddings(*clips())
 
     def run(self, fold: Fold, repeat: int = 0) -> None:
-        """Fit all of them on a fold and enter its test rows' scores."""
+        """Fit all of them on a fold, or on its inner folds as a search does, and enter its test rows' scores."""
+        if self._inner_folds > 1:
+            self._run_inner(fold, repeat)
+            return
         study = self._study
         train, validation, test = (study.positions(part) for part in (fold.train, fold.validation, fold.test))
         for name, kept in self.scores.items():
@@ -77,6 +81,19 @@ class Beside:
             )
             line = threshold_of(study.task, np.asarray(self._labels)[validation], checked)
             kept.put(repeat, test, tested, line)
+
+    def _run_inner(self, fold: Fold, repeat: int) -> None:
+        study, labels = self._study, np.asarray(self._labels)
+        test = study.positions(fold.test)
+        splits = [
+            (study.positions(part.train), study.positions(part.validation))
+            for part in inner_folds(fold, self._inner_folds)
+        ]
+        validating = [i for _, validation in splits for i in validation]
+        for name, kept in self.scores.items():
+            rows = self._features[BASELINES[name].features]
+            checked, tested = baseline_scores_over(name, study.task, rows, self._labels, splits, test, self._sites)
+            kept.put(repeat, test, tested, threshold_of(study.task, labels[validating], checked))
 
 
 def beside_chosen(

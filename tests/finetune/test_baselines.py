@@ -6,7 +6,7 @@ from nilearn.maskers import NiftiLabelsMasker
 
 from boldforge.data_shards import ShardReader, atlas_on_grid, load_atlas, load_manifest
 from boldforge.finetune import baselines
-from boldforge.finetune.baselines import BASELINES, baseline_scores, subject_features
+from boldforge.finetune.baselines import BASELINES, baseline_scores, baseline_scores_over, subject_features
 from boldforge.finetune.cohort import find_cohort
 from boldforge.finetune.metrics import auc
 from boldforge.finetune.tasks import AdhdDiagnosis, get_task
@@ -116,3 +116,23 @@ def test_missing_ages_and_unseen_sites_are_no_obstacle():
         "demographics", AdhdDiagnosis(), rows, [0, 1, 0, 1, 1, 0], [0, 1, 2, 3], [1, 2], [4, 5]
     )
     assert np.isfinite(checked).all() and np.isfinite(tested).all()
+
+
+@pytest.mark.parametrize("task", [AdhdDiagnosis(), get_task("age", [{"age": 9.0}, {"age": 12.0}])], ids=["adhd", "age"])
+def test_over_inner_folds_the_strength_has_the_best_mean_and_the_model_is_fitted_anew(task, monkeypatch):
+    generator = np.random.default_rng(3)
+    labels = np.arange(24) % 2 if task.kind == "binary" else generator.standard_normal(24)
+    rows = generator.standard_normal((24, 30)) + 0.4 * labels[:, None]
+    splits, test = [(range(6, 18), range(6)), ([*range(6), *range(12, 18)], range(6, 12))], range(18, 24)
+    found = baseline_scores_over("connectivity", task, rows, labels, splits, test)
+    means, checked, tested = [], [], []
+    for strength in baselines._STRENGTHS:
+        monkeypatch.setattr(baselines, "_STRENGTHS", (strength,))
+        solo = [baseline_scores("connectivity", task, rows, labels, *split, test, anew=True) for split in splits]
+        means.append(np.mean([task.headline(labels[list(v)], s) for (_, v), (s, _) in zip(splits, solo, strict=True)]))
+        checked.append(np.concatenate([scores for scores, _ in solo]))
+        tested.append(solo[0][1])
+    best = int(np.argmax(means))
+    assert len(set(means)) > 1
+    np.testing.assert_allclose(found[0], checked[best])
+    np.testing.assert_allclose(found[1], tested[best], rtol=1e-5)

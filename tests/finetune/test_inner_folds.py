@@ -6,7 +6,6 @@ import random
 import shutil
 import tempfile
 from fractions import Fraction
-from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from boldforge.configs import ConfigError, load_config
-from boldforge.finetune import SweepConfig, SweepError, fit, nested_sweep, rank_sweep, summary, sweep
+from boldforge.finetune import SweepConfig, SweepError, fit, nested_sweep, rank_sweep, sweep
+from boldforge.finetune.baselines import baseline_scores_over
 from boldforge.finetune.evaluation import best_threshold
 from boldforge.finetune.folds import inner_folds
 from boldforge.finetune.merged_curves import merge_curves
@@ -41,6 +41,7 @@ SMALL = {
     "driver": "serial",
     "baselines": ["site"],
 }
+pytestmark = pytest.mark.usefixtures("few_draws")
 BATCHED = {"ranks": [0, 1, 2, 4], "batch_trials": 3}
 
 
@@ -68,15 +69,6 @@ def _sweep_and_keep(config, kept, on_progress=None):
         patch.setattr(rank_sweep, "write_results", copy_first)
         patch.setattr(rank_sweep, "drive", look)
         return sweep(config, on_progress), told
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_draws():
-    """Intervals and p are tested elsewhere; here they only have to be the same again."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("bootstrap_intervals", "permutation_test", "compare"):
-            patch.setattr(summary, name, partial(getattr(summary, name), draws=50))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +192,17 @@ def test_nobody_who_is_tested_can_be_reached_and_all_others_validate_once(swept,
         "validation": {"n": 14, "n_positive": 7},
         "test": {"n": 8, "n_positive": 4},
     }
+
+
+def test_baselines_choose_over_the_same_inner_folds(swept, cohort, encoder, tmp_path):
+    study = open_study(_config(cohort, encoder, tmp_path))
+    fold, labels = study.folds[0], np.array([subject.label for subject in study.cohort.subjects])
+    splits = [(study.positions(part.train), study.positions(part.validation)) for part in inner_folds(fold, 2)]
+    rows = study.features(["site"], lambda: None)["site"]
+    test, validating = study.positions(fold.test), [i for _, validation in splits for i in validation]
+    checked, tested = baseline_scores_over("site", study.task, rows, labels, splits, test)
+    wanted = study.task.metrics(labels[test], tested, best_threshold(labels[validating], checked))
+    assert swept[1]["baselines"]["site"]["figures"] == wanted
 
 
 def test_every_file_says_how_many_inner_folds_chose(swept):
