@@ -5,7 +5,7 @@ Shape suffixes: N subjects · V brain voxels · R regions, then groups of them.
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,8 +39,8 @@ class AttributionConfig(StrictModel):
     """What is attributed, and how."""
 
     model: Path = Field(
-        description="Folder of a fine-tuning, whose fold models are each asked about their own test subjects; or an "
-        "adapter folder, whose model is asked about all labelled subjects of other shards."
+        description="Folder of a fine-tuning or of a nested sweep, whose fold models are each asked about their own "
+        "test subjects; or an adapter folder, whose model is asked about all labelled subjects of other shards."
     )
     shards: ShardsPlace | None = Field(
         None,
@@ -218,8 +218,11 @@ def _open(config: AttributionConfig) -> _Work:
     if task.kind not in ("binary", "multiclass", "regression") or task.rows != "subjects":
         raise FinetuneError(f"task {task.name!r} cannot be attributed; give one with a label per subject.")
     cohort = find_cohort(manifest, task, int(classifier.backbone.data["clip_length"]))
-    n = len(cohort.subjects)
     named = pseudonyms([subject.name for subject in cohort.subjects], pseudonym_key(manifest))
+    if "outer_folds" in settings and settings["outer_folds"] < settings["folds"]:
+        tested = {name for fold in folds for name in fold.people}
+        cohort = replace(cohort, subjects=tuple(s for s in cohort.subjects if named[s.name] in tested))
+    n = len(cohort.subjects)
     called_N = [named[subject.name] for subject in cohort.subjects]
     folds = [fold.placed(called_N) for fold in folds] or [FoldModel(1, config.model, test=tuple(range(n)))]
     if sorted(position for fold in folds for position in fold.test) != list(range(n)):

@@ -20,7 +20,7 @@ from boldforge.finetune.folds import Fold
 from boldforge.finetune.harmonise import check_installed
 from boldforge.finetune.metrics import roc_points
 from boldforge.finetune.resnet_rnn import ResnetRnnConfig
-from boldforge.finetune.results import Prediction, pseudonyms, write_json, write_predictions
+from boldforge.finetune.results import Prediction, write_json, write_predictions
 from boldforge.finetune.study import Protocol, Study, StudyConfig, open_study
 from boldforge.finetune.summary import Blocks, Scores, summarise
 from boldforge.finetune.tasks import describe_labels
@@ -113,7 +113,6 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
     per_fold: list[dict[str, Any]] = []
     adapter = study.lifted(config.adapter)
     bar = _Progress(on_progress, reading, config.clips * config.training.epochs * passes, adapter)
-    called = pseudonyms([subject.person for subject in subjects], study.pseudonym_key)
     with study.claim_out("fine-tuning") as scratch:
         clear_folds(config.out)
         clips = study.gather(subjects, scratch, lambda done, total: bar.read(), adapter)
@@ -128,7 +127,7 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
                 per_fold.append({"repeat": repeat + 1, "fold": number, **described})
                 if config.keep_folds and repeat == 0 and (shards_hash := _shards_hash(study)) is not None:
                     about = {"simulated": study.cohort.simulated, **described}
-                    unseen = {called[subjects[position].person] for position in test}
+                    unseen = {study.called[subjects[position].person] for position in test}
                     keep_fold(classifier, config.out, number, unseen, shards_hash, about)
                 logger.info("fold %d of %d: %s", number, len(folds), described["figures"])
         epochs = round(statistics.median(fold["best_epoch"] for fold in per_fold))
@@ -322,7 +321,7 @@ def _write(
     about = {"clips_per_subject": config.clips, "threshold": threshold, "shards_hash": _shards_hash(study)}
     save_adapter(final, config.out / "adapter", {**shared, **about})
     parts = study.task.rows != "subjects"
-    write_predictions(config.out / "predictions.tsv", predictions, study.task.classes, study.pseudonym_key, parts)
+    write_predictions(config.out / "predictions.tsv", predictions, study.task.classes, study.called, parts)
     write_json(config.out / "metrics.json", results)
     return results
 
@@ -345,7 +344,7 @@ def _per_person(study: Study, model: Scores) -> list[dict[str, Any]] | None:
     rows = study.cohort.subjects
     labels = np.array([row.label for row in rows])
     found = []
-    for person, name in pseudonyms([row.person for row in rows], study.pseudonym_key).items():
+    for person, name in study.called.items():
         mine = np.flatnonzero([row.person == person for row in rows])
         found.append({"subject": name, **model.figures_of(labels[mine], mine)})
     return found

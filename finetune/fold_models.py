@@ -10,6 +10,7 @@ from typing import Any
 from boldforge.configs import ConfigError
 from boldforge.finetune.classifier import Classifier, read_task, save_adapter
 from boldforge.finetune.errors import FinetuneError
+from boldforge.finetune.results import write_json
 
 FOLDER = "folds"
 
@@ -41,8 +42,37 @@ def keep_fold(
     save_adapter(classifier, out / FOLDER / str(number), {**about, **kept})
 
 
+def adopt_folds(
+    adapters: Mapping[int, Path],
+    out: Path,
+    tests: Mapping[int, Collection[str]],
+    shards_hash: str,
+    about: Mapping[int, Mapping[str, Any]],
+    scratch: Path,
+) -> None:
+    """Keep copies of adapter folders as fold models, as `keep_fold` writes them: all of them, or none.
+
+    Parameters
+    ----------
+    adapters
+        Each fold's, by number.
+    out
+        Of the results.
+    tests, shards_hash, about
+        As in `keep_fold`; about takes the place of what ``task.json`` says of the adapter.
+    scratch
+        An empty folder beside `out`.
+    """
+    for number, adapter in adapters.items():
+        copy = shutil.copytree(adapter, scratch / FOLDER / str(number))
+        kept = {"fold": number, "test": sorted(tests[number]), "shards_hash": shards_hash}
+        write_json(copy / "task.json", read_task(copy) | {"figures": {**about[number], **kept}})
+    clear_folds(out)
+    (scratch / FOLDER).rename(out / FOLDER)
+
+
 def read_folds(out: Path, shards_hash: str) -> list[FoldModel]:
-    """Return the fold models that `keep_fold` wrote beside a finished fine-tuning's results, by number.
+    """Return the fold models beside the results of a fine-tuning or a nested sweep, by number.
 
     Raises
     ------
@@ -51,13 +81,14 @@ def read_folds(out: Path, shards_hash: str) -> list[FoldModel]:
     """
     results = read_results(out)
     wanted = sorted({int(fold["fold"]) for fold in results["folds"]})
+    again = "sweep" if "outer_folds" in results["settings"] else "finetune"
+    mend = f"{again} again with this boldforge" + (" and keep_folds=true" if again == "finetune" else "")
     models = []
     for number in wanted:
         folder = out / FOLDER / str(number)
         if not folder.is_dir():
             raise FinetuneError(
-                f"{folder}: no such folder, so which subjects this fold's model has not seen cannot be told; finetune "
-                "again with this boldforge and keep_folds=true."
+                f"{folder}: no such folder, so which subjects this fold's model has not seen cannot be told; {mend}."
             )
         about = read_task(folder)["figures"]
         if about.get("shards_hash") != shards_hash:
@@ -74,7 +105,7 @@ def read_folds(out: Path, shards_hash: str) -> list[FoldModel]:
 
 
 def read_results(out: Path) -> dict[str, Any]:
-    """Read a fine-tuning's ``metrics.json``.
+    """Read the ``metrics.json`` of a fine-tuning or a nested sweep.
 
     Raises
     ------
@@ -87,7 +118,9 @@ def read_results(out: Path) -> dict[str, Any]:
         if not isinstance(results, dict) or not {"settings", "folds"} <= results.keys():
             raise ValueError("no settings in it")
     except OSError:
-        raise ConfigError(f"{path}: no such file; give the folder of a finished boldforge finetune.") from None
+        raise ConfigError(
+            f"{path}: no such file; give the folder of a finished boldforge finetune or of a nested sweep."
+        ) from None
     except ValueError as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path}: is damaged ({problem}); remove it and finetune again.") from None

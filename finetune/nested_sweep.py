@@ -13,6 +13,7 @@ import torch
 from boldforge.finetune.beside import beside_chosen
 from boldforge.finetune.cohort import OnProgress
 from boldforge.finetune.cross_validation import check_harmonised
+from boldforge.finetune.fold_models import FOLDER, adopt_folds
 from boldforge.finetune.metrics import roc_points
 from boldforge.finetune.rank_sweep import OUTER, TESTED, SweepConfig, open_journal, search_once
 from boldforge.finetune.results import Prediction, write_json, write_predictions
@@ -61,9 +62,12 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
         if any("finished" in record for record in journal.records):
             logger.info("%s: this nested sweep is finished; its results are those in the folder.", config.out)
             results: dict[str, Any] = json.loads(metrics.read_text())
+            if not (config.out / FOLDER).is_dir():  # of a boldforge that kept none
+                _keep_winners(study, config, results, scratch)
         else:
             searches = [_search_fold(study, config, number, on_progress) for number in range(config.outer_folds)]
             results = _pool(study, config, searches, scratch)
+            _keep_winners(study, config, results, scratch)
             journal.append({"finished": True})
         # In the order of the subjects' names, which is nobody's business once they are pooled.
         for left in (config.out / OUTER).glob(f"*/{TESTED}"):
@@ -135,10 +139,20 @@ def _pool(study: Study, config: SweepConfig, searches: list[dict[str, Any]], scr
         Prediction(subjects[i], score, line if binary else None, of_fold[i])
         for i, score, line in zip(kept, model.mean(), model.threshold_RN[0], strict=True)
     ]
-    write_predictions(config.out / "predictions.tsv", predictions, study.task.classes, study.pseudonym_key)
+    write_predictions(config.out / "predictions.tsv", predictions, study.task.classes, study.called)
     write_json(scratch / "metrics.json", results)
     (scratch / "metrics.json").replace(config.out / "metrics.json")
     return results
+
+
+def _keep_winners(study: Study, config: SweepConfig, results: dict[str, Any], scratch: Path) -> None:
+    """Keep each outer fold's winner as a fine-tuning keeps its folds' models, so that it can be attributed."""
+    about = {fold["fold"]: {"simulated": results["simulated"], **fold} for fold in results["folds"]}
+    adapters = {number: _fold_folder(config, number - 1) / "best" / "adapter" for number in about}
+    if not all((adapter / "task.json").is_file() for adapter in adapters.values()):
+        return  # somebody removed the searches of a finished sweep
+    tests = {number: {study.called[name] for name in study.folds[number - 1].test} for number in about}
+    adopt_folds(adapters, config.out, tests, study.manifest.content_hash, about, scratch)
 
 
 def _describe(number: int, found: dict[str, Any], figure: str) -> dict[str, Any]:

@@ -63,7 +63,11 @@ def pseudonyms(people: Sequence[str], key: bytes) -> dict[str, str]:
 
 
 def write_predictions(
-    path: Path, predictions: Sequence[Prediction], scores: Sequence[str], key: bytes, parts: bool = False
+    path: Path,
+    predictions: Sequence[Prediction],
+    scores: Sequence[str],
+    called: Mapping[str, str],
+    parts: bool = False,
 ) -> None:
     """Write ``subject site fold label score threshold``, subjects under pseudonyms and in their order.
 
@@ -76,13 +80,12 @@ def write_predictions(
     scores
         What each number of a score is of; where there are several, columns ``score_<name>``. Several scores have no
         threshold; nor has a predicted number one.
-    key
-        Of the pseudonyms, see `pseudonym_key`.
+    called
+        Everybody's pseudonym in the whole cohort, in their order, see `pseudonyms`.
     parts
         Whether rows are parts of subjects: a column ``run`` then counts a subject's runs.
     """
-    names = pseudonyms([prediction.subject.person for prediction in predictions], key)
-    place = {name: i for i, name in enumerate(names)}
+    place = {name: i for i, name in enumerate(called)}
     runs: dict[str, list[int]] = {}
     rows = []
     for p in sorted(predictions, key=lambda p: (place[p.subject.person], p.subject.runs if parts else ())):
@@ -90,7 +93,7 @@ def write_predictions(
         of_person += [p.subject.runs[0]] if p.subject.runs[0] not in of_person else []
         rows.append(
             (
-                names[p.subject.person],
+                called[p.subject.person],
                 *((of_person.index(p.subject.runs[0]) + 1,) if parts else ()),
                 p.subject.site,
                 p.fold,

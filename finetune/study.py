@@ -31,7 +31,7 @@ from boldforge.finetune.folds import Fold, group_folds, site_folds, subject_fold
 from boldforge.finetune.images import ImagesConfig, ImageTable
 from boldforge.finetune.networks import BackboneSpec, make_backbone, shard_data
 from boldforge.finetune.resnet_rnn import ResnetRnnConfig
-from boldforge.finetune.results import pseudonym_key
+from boldforge.finetune.results import pseudonym_key, pseudonyms
 from boldforge.finetune.subjects import Cohort, Subject
 from boldforge.finetune.tasks import TASK_CHOICES, Task, get_task, named_classes, open_rows
 
@@ -117,9 +117,9 @@ class Study:
         return self.source
 
     @cached_property
-    def pseudonym_key(self) -> bytes:
-        """What orders the subjects' pseudonyms; it belongs into no result."""
-        return pseudonym_key(self.source)
+    def called(self) -> dict[str, str]:
+        """Everybody's pseudonym, the same in all files of the study, in their order."""
+        return pseudonyms([row.person for row in self.cohort.subjects], pseudonym_key(self.source))
 
     @property
     def folds(self) -> list[Fold]:

@@ -128,7 +128,7 @@ def write_results(
     save_adapter(classifier, folder / "adapter", {**shared, **about})
     line = threshold if study.task.kind == "binary" else None
     predictions = [Prediction(subject, score, line, 1) for subject, score in zip(parts["test"], scores, strict=True)]
-    write_predictions(folder / "predictions.tsv", predictions, study.task.classes, study.pseudonym_key)
+    write_predictions(folder / "predictions.tsv", predictions, study.task.classes, study.called)
     own = {
         "roc": results["roc"],
         "adapter_rank": best.trial.values["rank"],

@@ -296,7 +296,8 @@ def sweep(
 @app.command(epilog="Example: boldforge attribute runs/adhd clips=2 permutations=5000")
 def attribute(
     model: Annotated[
-        Path, typer.Argument(help="Folder of a fine-tuning; or of an adapter, with shards=, backbone=, out=")
+        Path,
+        typer.Argument(help="Folder of a fine-tuning or nested sweep; or of an adapter, with shards=, backbone=, out="),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, e.g. clips=2 steps=16")

@@ -2,14 +2,28 @@
 
 import csv
 import json
+import math
 import random
+import shutil
 
 import pytest
 from typer.testing import CliRunner
 
 from boldforge.configs import ConfigError, load_config
 from boldforge.data_shards import load_manifest
-from boldforge.finetune import FinetuneConfig, SweepConfig, SweepError, finetune, rank_sweep, sweep
+from boldforge.finetune import (
+    AttributionConfig,
+    FinetuneConfig,
+    FinetuneError,
+    SweepConfig,
+    SweepError,
+    attribute_regions,
+    finetune,
+    rank_sweep,
+    read_task,
+    sweep,
+)
+from boldforge.finetune.fold_models import read_folds
 from boldforge.finetune.study import open_study
 from boldforge.launch.cli import app
 from boldforge.launch.report import write_report
@@ -26,7 +40,14 @@ SMALL = {
     "driver": "serial",
 }
 pytestmark = pytest.mark.usefixtures("few_draws")
-FILES = ("metrics.json", "predictions.tsv", "outer/1/sweep.json", "outer/2/best/adapter/head.safetensors")
+FILES = (
+    "metrics.json",
+    "predictions.tsv",
+    "outer/1/sweep.json",
+    "outer/2/best/adapter/head.safetensors",
+    "folds/1/task.json",
+    "folds/2/head.safetensors",
+)
 
 
 def _config(shards, encoder, out, **changes):
@@ -77,6 +98,62 @@ def test_the_pooled_figures_are_those_of_the_winners_beside_baselines(nested, co
     assert results["verdict"]
     page = write_report([out], tmp_path / "report.html").read_text()
     assert results["folds"][0]["chosen"] in page and results["verdict"].split(":")[0] in page
+
+
+def _rows(path):
+    with path.open() as stream:
+        return {row["subject"]: row for row in csv.DictReader(stream, delimiter="\t")}
+
+
+def test_a_subject_has_one_pseudonym_in_all_files(nested):
+    out, *_ = nested
+    pooled, of_folds = _rows(out / "predictions.tsv"), {}
+    for fold in ("1", "2"):
+        rows = _rows(out / "outer" / fold / "best" / "predictions.tsv")
+        assert not rows.keys() & of_folds.keys()
+        of_folds |= {name: (fold, row["score"], row["label"], row["site"]) for name, row in rows.items()}
+        assert set(read_task(out / "folds" / fold)["figures"]["test"]) == rows.keys()
+    assert of_folds == {name: (row["fold"], row["score"], row["label"], row["site"]) for name, row in pooled.items()}
+
+
+def _attribute(model, **changes):
+    quick = {"methods": ["integrated-gradients"], "clips": 1, "steps": 2, "permutations": 99, "resamples": 100}
+    return attribute_regions(load_config(AttributionConfig, {"model": model, **quick, **changes}))
+
+
+def test_each_folds_winner_is_asked_about_its_own_test_subjects(nested, tmp_path):
+    out, results, *_ = nested
+    for fold in results["folds"]:
+        kept, winner = out / "folds" / str(fold["fold"]), out / "outer" / str(fold["fold"]) / "best" / "adapter"
+        assert (kept / "head.safetensors").read_bytes() == (winner / "head.safetensors").read_bytes()
+        assert read_task(kept)["figures"]["figures"] == fold["figures"]
+    found = _attribute(out, out=tmp_path / "attribution")
+    assert (found["n_subjects"], found["n_folds"]) == (22, 2)
+    pooled = _rows(out / "predictions.tsv")
+    rows = _rows(tmp_path / "attribution" / "integrated-gradients-subjects.tsv")
+    assert {name: row["fold"] for name, row in rows.items()} == {name: row["fold"] for name, row in pooled.items()}
+    for name, row in rows.items():
+        # One clip, so the score is the logit of the probability.
+        assert 1 / (1 + math.exp(-float(row["score"]))) == pytest.approx(float(pooled[name]["score"]), abs=2e-6)
+
+
+@pytest.mark.slow
+def test_where_not_all_folds_are_tested_the_tested_are_attributed(cohort, encoder, tmp_path):
+    out = tmp_path / "out"
+    changes = {"folds": 3, "outer_folds": 2, "ranks": [0], "training": {"epochs": 1}, "baselines": []}
+    results = sweep(_config(cohort, encoder, out, **changes))
+    assert _attribute(out)["n_subjects"] == results["figures"]["n"] < 22
+
+
+def test_a_finished_one_without_fold_models_gets_them(nested, cohort, encoder, monkeypatch):
+    out, results, *_ = nested
+    kept = {path.name: path.read_bytes() for path in (out / "folds" / "2").iterdir()}
+    shutil.rmtree(out / "folds")
+    with pytest.raises(FinetuneError, match=r"folds/1: no such folder.*; sweep again with this boldforge\.$"):
+        read_folds(out, load_manifest(cohort).content_hash)
+    monkeypatch.setattr(rank_sweep, "drive", None)
+    assert sweep(_config(cohort, encoder, out)) == results
+    assert {path.name: path.read_bytes() for path in (out / "folds" / "2").iterdir()} == kept
 
 
 def test_a_finished_one_is_given_again_and_another_recipe_is_refused(nested, cohort, encoder, monkeypatch):
