@@ -18,7 +18,7 @@ from markupsafe import Markup
 import boldforge
 from boldforge.configs import BoldForgeError
 from boldforge.data_shards import load_manifest
-from boldforge.launch import figures, sweep_figures
+from boldforge.launch import figures, nested_figures, sweep_figures
 from boldforge.launch.adapted_page import describe_adapted
 from boldforge.launch.attribution_page import read_attribution
 from boldforge.launch.figure_names import say_p, show_interval, show_number, show_p, true_minus
@@ -231,7 +231,24 @@ def _read_finetuning(folder: Path) -> Section:
     results = _read_json(folder / "metrics.json")
     content = {"name": folder.resolve().name, "results": results, **describe_adapted(results)}
     content["attribution"] = read_attribution(folder / "attribution", folder, _MOST_REGIONS)
-    return Section("finetuning", content, bool(results["simulated"]))
+    nested = "outer_folds" in results.get("settings", {})
+    content |= _draw_searches(folder, results, content) if nested else {}
+    return Section("sweep" if nested else "finetuning", content, bool(results["simulated"]))
+
+
+def _draw_searches(folder: Path, results: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """Draw what the searches of a nested sweep tried; nothing where their folders are not at hand."""
+    places = {fold["fold"]: folder / "outer" / str(fold["fold"]) / "sweep.json" for fold in results["folds"]}
+    if not all(path.is_file() for path in places.values()):
+        return {}
+    searches = {number: _read_json(path) for number, path in places.items()}
+    tried = [trial for search in searches.values() for trial in search["trials"]]
+    axes = sweep_figures.searched({"settings": results["settings"], "trials": tried})
+    by, called = content["selects_by"], content["compared_by"]
+    return {
+        "nested_rank": figures.inline(nested_figures.nested_rank_figure(searches, by, called, results)),
+        "nested_parallel": figures.inline(nested_figures.nested_parallel_figure(searches, axes, by, called)),
+    }
 
 
 def _read_attribution(folder: Path) -> Section:

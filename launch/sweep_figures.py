@@ -55,7 +55,7 @@ def rank_figure(trials: Sequence[Mapping[str, Any]], figure: str, called: str, r
     ranks = sorted({trial["rank"] for trial in drawn})
     plot, axes = plot_axes(6.0, 3.8)
     axes.scatter(
-        [_place(trial["rank"]) for trial in drawn],
+        [place(trial["rank"]) for trial in drawn],
         [trial[f"validation_{figure}"] for trial in drawn],
         color=GREY,
         s=14,
@@ -65,7 +65,7 @@ def rank_figure(trials: Sequence[Mapping[str, Any]], figure: str, called: str, r
     )
     best = [max((t for t in drawn if t["rank"] == rank), key=lambda t: t[f"validation_{figure}"]) for rank in ranks]
     values = np.array([trial[f"validation_{figure}"] for trial in best])
-    places = [_place(rank) for rank in ranks]
+    places = [place(rank) for rank in ranks]
     intervals = [trial.get(f"validation_{figure}_interval") for trial in best]
     label = "validation, best of the rank" if len(drawn) > len(ranks) else "validation"
     if all(intervals):
@@ -75,14 +75,13 @@ def rank_figure(trials: Sequence[Mapping[str, Any]], figure: str, called: str, r
         axes.plot(places, values, "o-", color=BLUE, ms=4, lw=1.5, label=label)
     tested, (low, high) = results["figures"][figure], results["intervals"][figure]
     if tested is not None and low is not None:
-        at = _place(results["best"]["rank"]) + 0.12
+        at = place(results["best"]["rank"]) + 0.12
         width = [[tested - low], [high - tested]]
         axes.errorbar([at], [tested], width, fmt="D", color=ORANGE, ms=5, capsize=3, label="test, the chosen one")
     if figure == "auc":
         axes.axhline(0.5, color=INK, lw=1, ls=(0, (4, 3)), label="chance")
-    legible = _apart(places, (places[-1] - places[0]) / 25)
-    axes.set_xticks(places, [str(rank) if written else "" for rank, written in zip(ranks, legible, strict=True)])
-    axes.set(xlabel="LoRA rank (0: the head alone)" if 0 in ranks else "LoRA rank", ylabel=called)
+    label_ranks(axes, ranks)
+    axes.set(ylabel=called)
     legend_below(axes)
     return inline_svg(plot, "rank")
 
@@ -100,9 +99,9 @@ def parallel_figure(
     plot, axes = plot_axes(1.5 * (len(names) + 1) + 0.6, 3.4)
     heights = np.empty((len(trials), len(names) + 1))
     for column, name in enumerate(names):
-        heights[:, column] = _axis(axes, column, [trial[name] for trial in trials], searched[name])
+        heights[:, column] = draw_axis(axes, column, [trial[name] for trial in trials], searched[name])
     reached = [trial[f"validation_{figure}"] for trial in trials]
-    heights[:, -1] = _axis(axes, len(names), reached, f"validation {called}")
+    heights[:, -1] = draw_axis(axes, len(names), reached, f"validation {called}")
     order = sorted(range(len(trials)), key=lambda row: (trials[row] == best, heights[row, -1]))
     for row in order:
         line, chosen = heights[row], trials[row] == best
@@ -118,9 +117,17 @@ def parallel_figure(
     return inline_svg(plot, "parallel")
 
 
-def _place(rank: int) -> float:
+def place(rank: int) -> float:
     """Ranks at even steps per doubling; 0, which has no logarithm, one step before 1."""
     return math.log2(rank) if rank else -1.0
+
+
+def label_ranks(axes: Axes, ranks: Sequence[int]) -> None:
+    """Write rising ranks below their places, but for those whose labels would lie over another."""
+    places = [place(rank) for rank in ranks]
+    legible = _apart(places, (places[-1] - places[0]) / 25)
+    axes.set_xticks(places, [str(rank) if written else "" for rank, written in zip(ranks, legible, strict=True)])
+    axes.set(xlabel="LoRA rank (0: the head alone)" if 0 in ranks else "LoRA rank")
 
 
 def _apart(places: Sequence[float], least: float) -> list[bool]:
@@ -132,7 +139,7 @@ def _apart(places: Sequence[float], least: float) -> list[bool]:
     return legible
 
 
-def _axis(axes: Axes, column: int, values: Sequence[Any], called: str) -> np.ndarray:
+def draw_axis(axes: Axes, column: int, values: Sequence[Any], called: str) -> np.ndarray:
     """Draw a vertical axis with its name and ends, or its choices; return the values' heights, 0 to 1."""
     axes.plot([column, column], [0, 1], color=INK, lw=0.8, alpha=0.5)
     axes.text(column, 1.07, called, color=INK, ha="center", fontsize=10)

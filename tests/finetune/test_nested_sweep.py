@@ -98,6 +98,7 @@ def test_the_pooled_figures_are_those_of_the_winners_beside_baselines(nested, co
     assert results["verdict"]
     page = write_report([out], tmp_path / "report.html").read_text()
     assert results["folds"][0]["chosen"] in page and results["verdict"].split(":")[0] in page
+    assert "outer fold 2" in page and "mean of the outer folds" in page
 
 
 def _rows(path):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from boldforge.finetune.intervals import auc_interval
 from boldforge.launch.model_card import count_subjects
+from boldforge.launch.nested_figures import nested_parallel_figure, nested_rank_figure
 from boldforge.launch.report import write_report
 from boldforge.launch.sweep_figures import parallel_figure, rank_figure, say, searched
 
@@ -116,3 +117,47 @@ def test_labels_that_would_lie_over_each_other_are_left_out_but_never_the_ends()
     results = {"trials": trials, "best": trials[0], "figures": {"auc": 0.5}, "intervals": {"auc": [0.3, 0.7]}}
     drawn = rank_figure(trials, "auc", "AUC", results)
     assert all(f">{rank}<" in drawn for rank in (7, 8, 46)) and ">44<" not in drawn
+
+
+def _nested(folds=3):
+    searches = {}
+    for number in range(1, folds + 1):
+        search = _results(6 - number % 2, lr=[1], targets=LAYERS)
+        search["trials"][1] |= {"validation_auc": None, "validation_auc_interval": None, "diverged": True}
+        searches[number] = search
+    return searches
+
+
+@pytest.mark.parametrize("folds", [2, 3, 8])
+def test_a_nested_sweep_has_a_line_for_every_outer_fold_and_every_trial(folds):
+    searches = _nested(folds)
+    pooled = {"figures": {"auc": 0.7}, "intervals": {"auc": [0.5, 0.8]}}
+    texts = _texts(nested_rank_figure(searches, "auc", "AUC", pooled))
+    named = {f"outer fold {number}" for number in range(1, folds + 1)}
+    assert named | {"0", "2", "8", "chance", "mean of the outer folds"} <= set(texts)
+    drawn = nested_parallel_figure(searches, searched(searches[1]), "auc", "AUC")
+    assert named | {"rank", "step size", "validation AUC"} <= set(_texts(drawn))
+    assert nested_parallel_figure(searches, {"rank": "rank"}, "auc", "AUC") == ""
+    one, more = (
+        nested_parallel_figure(dict(list(searches.items())[:n]), searched(searches[1]), "auc", "AUC") for n in (1, 2)
+    )
+    # A line for every trial of the second fold, and one in the legend.
+    assert more.count("<path") - one.count("<path") >= len(searches[2]["trials"])
+
+
+def test_the_report_of_a_nested_sweep_shows_both_figures_or_where_the_searches_are_gone_none(tmp_path):
+    more = {"simulated": True, "measured_by": "nested", "roc": None, "permutation": {"p": 0.1}, "verdict": "Said."}
+    settings = {"space": {"lr": [1], "targets": LAYERS}, "outer_folds": 3}
+    folds = [
+        {"fold": number, "chosen": "rank 2", "n_test": 7, "figures": {"auc": 0.6}, "best_epoch": 3}
+        for number in (1, 2, 3)
+    ]
+    pooled = {"figures": {"auc": 0.6, "n": 20, "n_positive": 9}, "intervals": {"auc": [0.4, 0.8]}, "settings": settings}
+    (tmp_path / "metrics.json").write_text(json.dumps(pooled | more | {"folds": folds}))
+    page = write_report([tmp_path], tmp_path / "r.html").read_text()
+    assert page.count("<svg") == 0 and "Adapter sweep" in page
+    for number, search in _nested().items():
+        (tmp_path / "outer" / str(number)).mkdir(parents=True)
+        (tmp_path / "outer" / str(number) / "sweep.json").write_text(json.dumps(search))
+    page = write_report([tmp_path], tmp_path / "r.html").read_text()
+    assert page.count("<svg") == 2 and "outer fold 3" in page and "thick ones were chosen" in page
