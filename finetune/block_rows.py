@@ -43,12 +43,12 @@ class RunEvents:
         self._manifest, self._events, self._length = manifest, events, clip_length
         self.of_run: dict[int, list[Event]] = {}
         self.n_unlabelled = self.n_too_short = 0
-        self.same = same_scans_in(manifest)
         files = EventFiles(events.folder)
-        for position, run in enumerate(manifest.runs):
+        paths = [files.of(run) for run in manifest.runs]
+        self.same = same_scans_in(manifest, [path is not None for path in paths])
+        for position, (run, path) in enumerate(zip(manifest.runs, paths, strict=True)):
             if run.subject in self.same.people or position in self.same.recordings:
                 continue
-            path = files.of(run)
             if path is None:
                 self.n_unlabelled += 1
             elif run.n_frames < clip_length:

@@ -52,7 +52,7 @@ def find_cohort(manifest: Manifest, task: Task, clip_length: int) -> Cohort:
     runs: dict[str, list[int]] = {}
     for position, run in enumerate(manifest.runs):
         runs.setdefault(run.subject, []).append(position)
-    same = same_scans_in(manifest)
+    same = same_scans_in(manifest, [task.label(run.phenotype) is not None for run in manifest.runs])
     subjects, n_unlabelled, n_too_short = [], 0, 0
     for name in sorted(runs.keys() - same.people):
         entries = [manifest.runs[position] for position in runs[name]]

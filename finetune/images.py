@@ -106,6 +106,7 @@ class ImageTable:
             [image.subject for image in self.images],
             range(len(self.images)),
             [(image.sha256,) for image in self.images],
+            [task.label(image.phenotype) is not None for image in self.images],
         )
         subjects, n_unlabelled = [], 0
         for name in sorted(of_subject.keys() - same.people):

@@ -17,9 +17,11 @@ class SameScans:
     Attributes
     ----------
     people
-        Of the names that share a scan all but the first by name; whose it is nobody here can tell.
+        Of the names that share a scan all but the first by name of those with a label, or of all where none has one;
+        whose it is nobody here can tell.
     recordings
-        Positions of recordings whose scan an earlier recording of the same name has, too.
+        Positions of recordings whose scan another recording of the same name has, too, which is kept: one with a label
+        before one without, then the earlier.
     """
 
     people: frozenset[str]
@@ -27,7 +29,10 @@ class SameScans:
 
 
 def find_same_scans(
-    owners: Sequence[str], recordings: Sequence[Hashable], marks: Sequence[Collection[Hashable]]
+    owners: Sequence[str],
+    recordings: Sequence[Hashable],
+    marks: Sequence[Collection[Hashable]],
+    labelled: Sequence[bool] | None = None,
 ) -> SameScans:
     """Find scans that occur twice, and say so in the log.
 
@@ -39,7 +44,11 @@ def find_same_scans(
         What each scan is a part of; parts of one recording are no copies of each other.
     marks
         Hashes of each scan; two scans with one in common are the same.
+    labelled
+        Whether each scan has a label; None where that is no difference.
     """
+    labelled = [True] * len(owners) if labelled is None else labelled
+    named = {owner for owner, known in zip(owners, labelled, strict=True) if known}
     sharing: dict[Hashable, set[str]] = {}
     for owner, own in zip(owners, marks, strict=True):
         for mark in own:
@@ -54,16 +63,15 @@ def find_same_scans(
     for names in sharing.values():
         kept, *others = sorted({first(name) for name in names})
         joined |= dict.fromkeys(others, kept)
-    repeated: set[int] = set()
-    known: dict[tuple[str, Hashable], Hashable] = {}
-    for position, (owner, recording, own) in enumerate(zip(owners, recordings, marks, strict=True)):
-        found = [known.setdefault((owner, mark), recording) for mark in own]
-        if any(other != recording for other in found):
-            repeated.add(position)
-    if joined:
+    groups: dict[str, set[str]] = {}
+    for name in joined:
+        groups.setdefault(first(name), {first(name)}).add(name)
+    people = {name for group in groups.values() for name in group - {min(group & named or group)}}
+    repeated = _repeated(owners, recordings, marks, labelled)
+    if people:
         logger.warning(
             "left out: %s whose scan is also another subject's; check the dataset for people listed twice.",
-            count_of(len(joined), "subject"),
+            count_of(len(people), "subject"),
         )
     if repeated:
         logger.warning(
@@ -71,18 +79,38 @@ def find_same_scans(
             "files listed twice.",
             count_of(len(repeated), "recording"),
         )
-    return SameScans(frozenset(joined), frozenset(repeated))
+    return SameScans(frozenset(people), frozenset(repeated))
 
 
-def same_scans_in(manifest: Manifest) -> SameScans:
+def _repeated(
+    owners: Sequence[str],
+    recordings: Sequence[Hashable],
+    marks: Sequence[Collection[Hashable]],
+    labelled: Sequence[bool],
+) -> set[int]:
+    """Return the positions of recordings whose scan one that is kept has, too."""
+    whole = list(zip(owners, recordings, strict=True))
+    named = {recording for recording, known in zip(whole, labelled, strict=True) if known}
+    repeated: set[int] = set()
+    known: dict[tuple[str, Hashable], Hashable] = {}
+    for position in sorted(range(len(whole)), key=lambda position: whole[position] not in named):
+        owner, recording = whole[position]
+        found = [known.setdefault((owner, mark), recording) for mark in marks[position]]
+        if any(other != recording for other in found):
+            repeated.add(position)
+    return repeated
+
+
+def same_scans_in(manifest: Manifest, labelled: Sequence[bool] | None = None) -> SameScans:
     """Find runs of the same file, byte for byte, and runs of the same stored voxels, however their files were written.
 
     Nothing is read but the manifest, which has both hashes. Voxels are compared as the integers that are stored, each
-    voxel's own range wide, so that another scale of the whole run does not hide it.
+    voxel's own range wide, so that another scale of the whole run does not hide it. `labelled` says of each run whether
+    it has a label.
     """
     owners, recordings, marks = [], [], []
     for run in manifest.runs:
         owners.append(run.subject)
         recordings.append(run.key.split("_part-")[0])
         marks.append((run.source_sha256, (run.n_frames, run.hashes_xxh3)))
-    return find_same_scans(owners, recordings, marks)
+    return find_same_scans(owners, recordings, marks, labelled)

@@ -2,11 +2,14 @@
 
 import csv
 import gzip
+import itertools
 import shutil
 
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from boldforge.configs import load_config
 from boldforge.data_shards import DataRecipe, Run, build_shards, load_manifest
@@ -100,6 +103,60 @@ def test_names_that_share_scans_through_a_third_are_one_person():
     assert found.people == {"b", "c"} and not found.recordings
     found = find_same_scans(["a"] * 4, ["1", "1", "2", "3"], [("x", "s"), ("y", "s"), ("y", "t"), ("t",)])
     assert found.recordings == {2, 3}, "parts of one recording are no copies of each other"
+
+
+def test_of_two_names_for_one_scan_the_labelled_one_is_kept():
+    scans = [("x",), ("x",), ("y",), ("y",), ("y",)]
+    found = find_same_scans(["a", "b", "c", "d", "e"], range(5), scans, [False, True, False, True, True])
+    assert found.people == {"a", "c", "e"}
+    recordings = ["1", "2", "3", "3", "4"]
+    found = find_same_scans(
+        ["a"] * 5, recordings, [("x",), ("x",), ("y",), ("z",), ("z",)], [False, True] * 2 + [False]
+    )
+    assert found.recordings == {0, 4}
+
+
+_SCANS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 3), st.booleans()), max_size=10)
+
+
+@given(_SCANS)
+def test_of_every_scan_one_is_kept_and_a_labelled_one_where_there_is_one(scans):
+    owners, marks, labelled = ([scan[i] for scan in scans] for i in range(3))
+    found = find_same_scans(owners, range(len(scans)), [(mark,) for mark in marks], labelled)
+    kept = [i for i in range(len(scans)) if owners[i] not in found.people and i not in found.recordings]
+    assert len({marks[i] for i in kept}) == len(kept)
+    with_label = {owner for owner, known in zip(owners, labelled, strict=True) if known}
+    assert all(
+        not labelled[i] or any(labelled[j] for j in kept if marks[j] == marks[i])
+        for i in range(len(scans))
+        if owners[i] not in found.people
+    )
+    # Whoever was left out shares scans, over others perhaps, with somebody who was kept and has a label if they have.
+    linked = {owner: {owner} for owner in owners}
+    for _ in owners:
+        for i, j in itertools.product(range(len(scans)), repeat=2):
+            if marks[i] == marks[j]:
+                linked[owners[i]] |= linked[owners[j]]
+    for name in found.people:
+        (stays,) = linked[name] - found.people
+        assert stays in with_label or not linked[name] & with_label
+
+
+def test_a_cohort_keeps_the_labelled_of_two_copies(tmp_path):
+    """a and b, of whom only b has a diagnosis, have one scan; c has one twice, labelled the second time only."""
+    _save(tmp_path / "x.nii", _volume(0))
+    _save(tmp_path / "y.nii", _volume(1))
+    given = [("a", "1", "x", None), ("b", "1", "x", 1.0), ("c", "1", "y", None), ("c", "2", "y", 0.0)]
+    runs = [
+        Run(name, session, "KKI", 2.0, tmp_path / f"{scan}.nii", phenotype={"diagnosis": label}, simulated=True)
+        for name, session, scan, label in given
+    ]
+    build_shards(runs, tmp_path / "shards", DataRecipe(grid="mni4mm", tr=2.0, normalisation="residual-z"), workers=1)
+    manifest = load_manifest(tmp_path / "shards")
+    cohort = find_cohort(manifest, AdhdDiagnosis(), CLIP)
+    kept = {(row.name, row.label, tuple(manifest.runs[i].session for i in row.runs)) for row in cohort.subjects}
+    assert kept == {("b", 1.0, ("1",)), ("c", 0.0, ("2",))}
+    assert (cohort.n_duplicates, cohort.n_repeated, cohort.n_unlabelled) == (1, 1, 0)
 
 
 def test_an_image_is_known_again_when_it_was_compressed_stored_otherwise_or_turned(tmp_path):
