@@ -29,6 +29,7 @@ from boldforge.finetune.tasks.columns import SUBJECT_BASELINES
 logger = logging.getLogger(__name__)
 # Where things lie changes nothing; what lies there is told by its hash.
 _NOT_COMPARED = {"shards", "shard_cache", "backbone", "out"}
+_PLACES_OF_EVENTS = {"folder", "embeddings"}
 _PLAIN = {name: baseline for name, baseline in BASELINES.items() if not baseline.harmonised}
 _BASELINES_SAY = "; ".join(f"{name}: {baseline.says('binary')}" for name, baseline in _PLAIN.items())
 
@@ -154,8 +155,9 @@ def _finished(study: Study) -> dict[str, Any] | None:
     if kept and not (out / FOLDER).is_dir():
         return None
     results = read_results(out)
-    now = study.config.model_dump(mode="json", exclude=_NOT_COMPARED) | study.made_from()
-    before = {k: v for k, v in results["settings"].items() if k not in _NOT_COMPARED} | results.get("made_from", {})
+    now = _compared(study.config.model_dump(mode="json")) | study.made_from()
+    before = _compared(results["settings"]) | results.get("made_from", {})
+    before.setdefault("classes", now["classes"])  # not recorded before
     differing = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
     if differing:
         raise FinetuneError(
@@ -163,6 +165,12 @@ def _finished(study: Study) -> dict[str, Any] | None:
             "anew, or choose another out."
         )
     return results
+
+
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in settings.items() if name not in _NOT_COMPARED}
+    events = {name: value for name, value in kept.get("events", {}).items() if name not in _PLACES_OF_EVENTS}
+    return kept | {"events": events}
 
 
 def check_harmonised(names: tuple[str, ...] | None, protocol: Protocol = "folds") -> None:

@@ -34,6 +34,7 @@ from boldforge.finetune.resnet_rnn import ResnetRnnConfig
 from boldforge.finetune.results import pseudonym_key, pseudonyms
 from boldforge.finetune.subjects import Cohort, Subject
 from boldforge.finetune.tasks import TASK_CHOICES, Task, get_task, named_classes, open_rows
+from boldforge.finetune.tasks.base import Matching
 
 logger = logging.getLogger(__name__)
 _SCRATCH = ".boldforge-scratch-"
@@ -127,10 +128,22 @@ class Study:
         return self.deal(self.config.seed)
 
     def made_from(self) -> dict[str, str]:
-        """Return the content hashes of the data, of the rows and labels made of it, and of the weights."""
-        rows = hashlib.sha256(repr(self.cohort.subjects).encode()).hexdigest()
-        weights = self._backbone(self.config.seed).weights_hash
-        return {"data": self.source.content_hash, "rows": rows, "backbone": weights}
+        """Return content hashes: of the data, the rows and labels made of it, the labels' meaning, and the weights.
+
+        What was read of events is in the rows and classes; of a table of embeddings there is a hash of its own.
+        """
+        found = {
+            "data": self.source.content_hash,
+            "rows": hashlib.sha256(repr(self.cohort.subjects).encode()).hexdigest(),
+            "classes": hashlib.sha256(repr(self.task.classes).encode()).hexdigest(),
+            "backbone": self._backbone(self.config.seed).weights_hash,
+        }
+        if isinstance(self.task, Matching):
+            digest = hashlib.sha256()
+            for name, tensor in sorted(self.task.tensors.items()):
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
+            found["embeddings"] = digest.hexdigest()
+        return found
 
     @contextmanager
     def claim_out(self, doing: str) -> Iterator[Path]:

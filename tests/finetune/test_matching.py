@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -130,6 +131,32 @@ def test_images_are_found_among_all_that_were_shown(viewing, encoder, tmp_path):
     assert scores.shape == (2, IMAGES) and scores.abs().max() <= 1 + 1e-6
     task = json.loads((tmp_path / "adapter" / "task.json").read_text())
     assert task["task"] == "retrieval" and (tmp_path / "adapter" / "candidates.safetensors").is_file()
+    _given_again_for_the_same_content_only(viewing, encoder, tmp_path, results)
+
+
+def _given_again_for_the_same_content_only(viewing, encoder, out, results):
+    """Where events and embeddings lie is nothing; what is in them is all."""
+    moved = out / "moved"
+    moved.mkdir()
+    for path in (*viewing.glob("*_events.tsv"), viewing / "images.tsv"):
+        shutil.copy(path, moved)
+    events = {"folder": moved, "embeddings": moved / "images.tsv"}
+    assert _view(viewing, encoder, out, events=events)["figures"] == results["figures"]
+    lines = (moved / "images.tsv").read_text().splitlines()
+    (moved / "images.tsv").write_text(
+        "\n".join([*lines[:2], lines[2].replace(lines[2].split("\t")[1], "0.5"), *lines[3:]])
+    )
+    with pytest.raises(FinetuneError, match=r"holds a fine-tuning with other settings \(embeddings\)"):
+        _view(viewing, encoder, out, events=events)
+    shutil.copy(viewing / "images.tsv", moved)
+    first = moved / "sub-one_task-view_run-1_events.tsv"
+    first.write_text(first.read_text().replace("12.0\t", "14.0\t"))
+    with pytest.raises(FinetuneError, match=r"other settings \(rows\)"):
+        _view(viewing, encoder, out, events=events)
+    for path in (*viewing.glob("*_events.tsv"), viewing / "images.tsv"):
+        (moved / path.name).write_text(path.read_text().replace("image0.png", "image0.jpg"))
+    with pytest.raises(FinetuneError, match=r"other settings \(classes\)"):
+        _view(viewing, encoder, out, events=events)
 
 
 @pytest.mark.parametrize(
