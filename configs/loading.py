@@ -64,7 +64,9 @@ def _nearest_recipe(asked: str) -> str | None:
     def likeness(recipe: str) -> float:
         theirs, ours = asked.lower(), recipe.removesuffix(".yaml")
         words, known = (set(re.findall(r"[a-z0-9]+", name)) for name in (theirs, ours))
-        return (len(words & known) / len(words | known) + difflib.SequenceMatcher(None, theirs, ours).ratio()) / 2
+        spellings = ((theirs, ours), (" ".join(sorted(words)), " ".join(sorted(known))))
+        spelt = max(difflib.SequenceMatcher(None, *pair).ratio() for pair in spellings)
+        return (len(words & known) / len(words | known) + spelt) / 2
 
     nearest = max(recipe_names(), key=likeness)
     return nearest if likeness(nearest) >= _ALIKE else None

@@ -29,6 +29,7 @@ from boldforge.finetune.tasks.columns import SUBJECT_BASELINES
 logger = logging.getLogger(__name__)
 # Where things lie changes nothing; what lies there is told by its hash.
 _NOT_COMPARED = {"shards", "shard_cache", "backbone", "out"}
+_OF_SWEEPS = ("ranks", "space", "sampler", "grace")
 _PLACES_OF_EVENTS = {"folder", "embeddings"}
 _PLAIN = {name: baseline for name, baseline in BASELINES.items() if not baseline.harmonised}
 _BASELINES_SAY = "; ".join(f"{name}: {baseline.says('binary')}" for name, baseline in _PLAIN.items())
@@ -55,6 +56,17 @@ class FinetuneConfig(StudyConfig):
         True, description="Keep each fold's model (of the first repetition), for boldforge attribute; each as adapter/."
     )
     head_hidden: int = Field(0, ge=0, description="Width of a layer between embedding and head; 0 for none.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_a_sweep(cls, content: Any) -> Any:
+        found = [name for name in _OF_SWEEPS if isinstance(content, dict) and name in content]
+        if found:
+            raise ValueError(
+                f"is a sweep's recipe (it sets {', '.join(found)}), and finetune trains one adapter; run it with "
+                "boldforge sweep --config"
+            )
+        return content
 
     @field_validator("baselines")
     @classmethod

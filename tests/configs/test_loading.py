@@ -192,8 +192,10 @@ def test_a_recipe_that_is_not_there_lists_those_that_are(name, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
-        ("configs/finetune/adhd_lora_sweep.yaml", "sweep/adhd-lora.yaml"),
-        ("adhd_lora_sweep.yaml", "sweep/adhd-lora.yaml"),
+        ("configs/sweep/adhd-lora.yaml", "finetune/adhd_lora_sweep.yaml"),
+        ("sweep/adhd-lora.yaml", "finetune/adhd_lora_sweep.yaml"),
+        ("adhd_lora_sweep.yaml", "finetune/adhd_lora_sweep.yaml"),
+        ("sweep/adhd-ranks.yaml", "sweep/adhd-rank.yaml"),
         ("configs/pretrian/tiny.yaml", "pretrain/tiny.yaml"),
         ("pretrain/large.yaml", "pretrain/boldforge-large.yaml"),
         ("finetune/haxby.yaml", None),

@@ -13,7 +13,8 @@ CLASSES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "sweep": Swee
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_valid(name):
-    config = load_config(CLASSES[name.split("/")[0]], f"configs/{name}")
+    verb = "sweep" if name.endswith("_sweep.yaml") else name.split("/")[0]
+    config = load_config(CLASSES[verb], f"configs/{name}")
     assert isinstance(config, StrictModel)
 
 

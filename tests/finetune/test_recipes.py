@@ -1,9 +1,11 @@
 import pytest
 
-from boldforge.configs import load_config, recipe_names
+from boldforge.configs import ConfigError, load_config, recipe_names, recipe_path
 from boldforge.finetune import FinetuneConfig, SweepConfig, TrainingConfig
 
 RECIPES = [name for name in recipe_names() if name.split("/")[0] in {"finetune", "sweep"}]
+
+SWEEPS = [name for name in RECIPES if name.startswith("sweep/")] + ["finetune/adhd_lora_sweep.yaml"]
 
 
 def test_the_recipes_that_the_commands_name_exist():
@@ -12,9 +14,18 @@ def test_the_recipes_that_the_commands_name_exist():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_builds_its_config(name):
-    kind = FinetuneConfig if name.startswith("finetune/") else SweepConfig
+    kind = SweepConfig if name in SWEEPS else FinetuneConfig
     config = load_config(kind, name)
     assert (config.shards or config.images) and config.backbone and config.out
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweeps_recipe_is_sent_to_sweep(name):
+    with pytest.raises(ConfigError) as refused:
+        load_config(FinetuneConfig, name)
+    said = str(refused.value)
+    assert said.startswith(str(recipe_path(name)) + ": is a sweep's recipe (it sets ") and said.count(". ") == 0
+    assert said.endswith("), and finetune trains one adapter; run it with boldforge sweep --config.")
 
 
 @pytest.mark.parametrize("config", [FinetuneConfig, SweepConfig, TrainingConfig])

@@ -183,7 +183,7 @@ def test_a_space_that_makes_no_sense_is_refused(changes, message):
 
 
 def test_a_searched_recipe_is_recorded_so_that_it_can_be_read_again():
-    config = load_config(SweepConfig, "sweep/adhd-lora.yaml")
+    config = load_config(SweepConfig, "finetune/adhd_lora_sweep.yaml")
     assert load_config(SweepConfig, config.settings()) == config
 
 
