@@ -63,7 +63,7 @@ class FinetuneConfig(StudyConfig):
         found = [name for name in _OF_SWEEPS if isinstance(content, dict) and name in content]
         if found:
             raise ValueError(
-                f"is a sweep's recipe (it sets {', '.join(found)}), and finetune trains one adapter; run it with "
+                f"sets {', '.join(found)}, as a sweep's recipe does, but finetune trains one adapter; run a sweep with "
                 "boldforge sweep --config"
             )
         return content

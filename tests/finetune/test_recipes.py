@@ -24,8 +24,8 @@ def test_a_sweeps_recipe_is_sent_to_sweep(name):
     with pytest.raises(ConfigError) as refused:
         load_config(FinetuneConfig, name)
     said = str(refused.value)
-    assert said.startswith(str(recipe_path(name)) + ": is a sweep's recipe (it sets ") and said.count(". ") == 0
-    assert said.endswith("), and finetune trains one adapter; run it with boldforge sweep --config.")
+    assert said.startswith(f"{recipe_path(name)}: sets ") and said.count(". ") == 0
+    assert said.endswith("does, but finetune trains one adapter; run a sweep with boldforge sweep --config.")
 
 
 @pytest.mark.parametrize("config", [FinetuneConfig, SweepConfig, TrainingConfig])
