@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from boldforge.launch.figures import INK, ORANGE, inline_svg, plot_axes
-from boldforge.launch.sweep_figures import draw_axis, place
+from boldforge.launch.sweep_figures import draw_axis, label_ranks, place
 
 # Mid-tones that read on white and on near-black and stay apart for colour-blind eyes (after Okabe and Ito); orange is
 # the test's.
@@ -50,8 +50,8 @@ def nested_rank_figure(
         axes.axhspan(low, high, color=ORANGE, alpha=0.12, lw=0)
     if figure == "auc":
         axes.axhline(0.5, color=INK, lw=1, ls=(0, (4, 3)), label="chance")
-    axes.set_xticks([place(rank) for rank in ranks], [str(rank) for rank in ranks])
-    axes.set(xlabel="LoRA rank (0: the head alone)" if 0 in ranks else "LoRA rank", ylabel=called)
+    label_ranks(axes, ranks)
+    axes.set(ylabel=called)
     _add_legend(axes, list(searches), marks=True)
     return inline_svg(plot, "nested-rank")
 
