@@ -100,7 +100,7 @@ def load_config(
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(_explain(error, model, _Origin(path, written, given))) from None
+        raise ConfigError(" ".join(_sentences(error, model, content, _Origin(path, written, given)))) from None
 
 
 class _Origin(NamedTuple):
@@ -116,16 +116,23 @@ class _Origin(NamedTuple):
         if self.path is None or any(keys[: len(key)] == key for key in self.given):
             return _COMMAND_LINE
         if not any(key[: len(keys)] == keys for key in self.given):
-            return str(self.path)
+            return str(self.path) if self._writes(place[:-1]) else _COMMAND_LINE
         return f"{self.path} with the command line's changes" if self._writes(place) else _COMMAND_LINE
 
     def _writes(self, place: Sequence[Any]) -> bool:
         here: Any = self.written
         for part in place:
-            if not isinstance(here, Mapping) or part not in here:
+            if not _holds(here, part):
                 return False
             here = here[part]
         return True
+
+
+def _holds(value: Any, part: Any) -> bool:
+    """Whether a value of a recipe has this key, or this place in its list."""
+    if isinstance(value, Mapping):
+        return part in value
+    return isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -168,29 +175,108 @@ def _number_or_yaml(text: str) -> Any:
     return value
 
 
-def _explain(error: ValidationError, model: type[BaseModel], origin: _Origin) -> str:
-    return " ".join(_sentences(error, model, origin))
+class _Problem(NamedTuple):
+    """One thing that is wrong: at which place, and what pydantic says of it."""
+
+    place: tuple[Any, ...]
+    found: Mapping[str, Any]
+    alternative: tuple[tuple[Any, ...], Any] | None
+    """Where a value may be of several kinds: that value's place, and the kind that was tried."""
+
+    @property
+    def another_kind(self) -> bool:
+        """Whether the value is not even of the kind that was tried."""
+        kind, at = self.found["type"], self.alternative[0] if self.alternative else None
+        return (self.place == at and kind.endswith("_type")) or (
+            at is not None and self.place == (*at, "kind") and kind == "literal_error"
+        )
 
 
-def _sentences(error: ValidationError, model: type[BaseModel], origin: _Origin) -> Iterator[str]:
-    for problem in error.errors(include_url=False):
-        name = origin.of(problem["loc"])
-        key = ".".join(str(part) for part in problem["loc"])
+def _sentences(
+    error: ValidationError, model: type[BaseModel], content: Mapping[str, Any], origin: _Origin
+) -> Iterator[str]:
+    for problems in _told(error, content):
+        place, problem = problems[0].place, problems[0].found
+        name = origin.of(place)
+        key = ".".join(str(part) for part in place)
+        valid = _valid_keys(model, place[:-1])
         if problem["type"] == "extra_forbidden":
-            valid = _valid_keys(model, problem["loc"][:-1])
-            nearest = _nearest(str(problem["loc"][-1]), valid)
-            meant = ".".join([*(str(part) for part in problem["loc"][:-1]), nearest or ""])
+            nearest = _nearest(str(place[-1]), valid)
+            meant = ".".join([*(str(part) for part in place[:-1]), nearest or ""])
             hint = f"did you mean {meant!r}?" if nearest else f"valid keys are {', '.join(valid)}."
             yield f"{name}: unknown key {key!r}; {hint}"
         elif problem["type"] == "missing":
             yield f"{name}: key {key!r} is missing; set it in the file or on the command line as {key}=VALUE."
         elif not key:  # a rule between keys, whose message names them
-            yield f"{name}: {problem['msg'].removeprefix('Value error, ')}."
+            yield f"{name}: {_message(problem)}."
+        elif problem["type"] == "value_error" and isinstance(problem["input"], Mapping | BaseModel):
+            yield f"{name}: key {key!r}: {_message(problem)}."  # a rule between keys of a section
         else:
-            message = problem["msg"].removeprefix("Value error, ")
+            said = ", or ".join(dict.fromkeys(_message(one.found, model, place) for one in problems))
             nearest = _nearest_choice(problem)
             end = f"; did you mean {nearest!r}?" if nearest else "."
-            yield f"{name}: key {key!r} is {_shown(problem['input'])}, but: {message}{end}"
+            yield f"{name}: key {key!r} is {_shown(problem['input'])}, but: {said}{end}"
+
+
+def _told(error: ValidationError, content: Mapping[str, Any]) -> list[list[_Problem]]:
+    """Return what is worth telling; problems that are told in one sentence together.
+
+    Where a value may be of several kinds, pydantic tells of each why it is not that. Only the kinds that it could have
+    been meant as are kept, or else all of them as one.
+    """
+    problems = [_placed(found, content) for found in error.errors(include_url=False)]
+    unlike = {problem.alternative for problem in problems if problem.another_kind}
+    meant = {
+        problem.alternative[0] for problem in problems if problem.alternative and problem.alternative not in unlike
+    }
+    # What is told of a value that is none of them: its kind where it names one, else what it should have been.
+    deepest: dict[Any, int] = {}
+    for problem in problems:
+        if problem.alternative and problem.another_kind:
+            at = problem.alternative[0]
+            deepest[at] = max(deepest.get(at, 0), len(problem.place))
+    told: dict[Any, list[_Problem]] = {}
+    for number, problem in enumerate(problems):
+        if problem.alternative is None or problem.alternative not in unlike:
+            told[number] = [problem]
+            continue
+        at = problem.alternative[0]
+        if at not in meant and problem.another_kind and len(problem.place) == deepest[at]:
+            told.setdefault(problem.place, []).append(problem)
+    return list(told.values())
+
+
+def _placed(found: Mapping[str, Any], content: Mapping[str, Any]) -> _Problem:
+    """Find the place in the content, without the names that pydantic gives to kinds of values."""
+    here: Any = content
+    place: tuple[Any, ...] = ()
+    alternative = None
+    for number, part in enumerate(found["loc"], start=1):
+        if _holds(here, part):
+            place, here = (*place, part), here[part]
+        elif found["type"] == "missing" and number == len(found["loc"]):
+            place = (*place, part)
+        elif alternative is None:
+            alternative = (place, part)
+    return _Problem(place, found, alternative)
+
+
+def _message(problem: Mapping[str, Any], model: type[BaseModel] | None = None, place: Sequence[Any] = ()) -> str:
+    """Return what is wrong, in words that need no knowledge of Python."""
+    kind, value = problem["type"], problem["input"]
+    if kind in ("tuple_type", "list_type"):
+        plain = value is None or isinstance(value, Mapping | str)
+        return "it takes a list" if plain else f"it takes a list, such as {[value]}"
+    if kind in ("model_type", "model_attributes_type") and model is not None:
+        return f"it takes a section of keys ({', '.join(_valid_keys(model, place))})"
+    if kind == "dict_type":
+        return "it takes a section of keys and values"
+    if kind == "path_type":
+        return "it takes a path"
+    if kind == "too_short":
+        least = problem["ctx"]["min_length"]
+        return f"it takes at least {least} value{'s' * (least != 1)}"
+    return str(problem["msg"].removeprefix("Value error, "))
 
 
 def _nearest_choice(problem: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from boldforge.configs import StrictModel
 
@@ -41,6 +41,13 @@ class SpaceConfig(StrictModel):
     lr: tuple[float, ...] | Span | None = Field(None, description="training.lr: step size of the adapter.")
     head_lr: tuple[float, ...] | Span | None = Field(None, description="training.head_lr: step size of the head.")
     weight_decay: tuple[float, ...] | Span | None = Field(None, description="training.weight_decay: AdamW's decay.")
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _ranks_apart(cls, rank: object) -> object:
+        if isinstance(rank, list | tuple):
+            raise ValueError("it takes bounds, {low, high}; list ranks in the key ranks instead")
+        return rank
 
     @model_validator(mode="after")
     def _possible(self) -> "SpaceConfig":

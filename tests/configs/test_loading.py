@@ -1,4 +1,6 @@
+import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from pydantic import Field, field_validator, model_validator
@@ -230,3 +232,63 @@ def test_a_rule_between_keys_is_told_without_the_whole_recipe():
     with pytest.raises(ConfigError) as refused:
         load_config(Band, overrides=["low=2"])
     assert str(refused.value) == "the command line: low must be below high."
+
+
+class Span(StrictModel):
+    low: float
+    high: float
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.low >= self.high:
+            raise ValueError("low must be below high")
+        return self
+
+
+class Ladder(StrictModel):
+    kind: Literal["ladder"]
+    depth: int = 1
+
+
+class Trunk(StrictModel):
+    kind: Literal["trunk"]
+    weights: Path
+
+
+class Search(StrictModel):
+    ranks: tuple[int, ...] = Field((2, 4), min_length=1)
+    lr: tuple[float, ...] | Span | None = None
+    span: Span | None = None
+    network: Ladder | Trunk | Path = Path("here")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("ranks=2", "key 'ranks' is 2, but: it takes a list, such as [2]."),
+        ("ranks=[]", "key 'ranks' is [], but: it takes at least 1 value."),
+        ("lr={low: 2, high: 1}", "key 'lr': low must be below high."),
+        ("lr={low: 2}", "key 'lr.high' is missing; set it in the file or on the command line as lr.high=VALUE."),
+        ("lr={low: 2, hihg: 3, high: 4}", "unknown key 'lr.hihg'; did you mean 'lr.high'?"),
+        ("lr=2", "key 'lr' is 2, but: it takes a list, such as [2], or it takes a section of keys (low, high)."),
+        ("span=[1, 2]", "key 'span' is [1, 2], but: it takes a section of keys (low, high)."),
+        ("network={kind: trunk}", "key 'network.weights' is missing; "),
+        ("network={kind: tree}", "key 'network.kind' is 'tree', but: Input should be 'ladder', or "),
+    ],
+)
+def test_a_value_of_several_kinds_is_told_in_one_sentence_and_in_the_users_words(override, said):
+    with pytest.raises(ConfigError) as refused:
+        load_config(Search, overrides=[override])
+    assert str(refused.value).startswith(f"the command line: {said}")
+    assert str(refused.value).count("the command line: ") == 1
+    assert not re.search(r"tuple|Span|function-|dictionary|instance of", str(refused.value))
+
+
+def test_what_the_file_alone_has_in_a_list_is_the_files(recipe):
+    class Mixture(StrictModel):
+        parts: tuple[Span, ...]
+        seed: int = 0
+
+    recipe.write_text("parts: [{low: 1}]")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: key 'parts\.0\.high' is missing"):
+        load_config(Mixture, recipe, ["seed=1"])

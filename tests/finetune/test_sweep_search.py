@@ -164,6 +164,7 @@ def test_rounds_wait_for_all_and_a_second_batch_learns_from_the_first(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"space": {"rank": [1, 2]}}, "it takes bounds, {low, high}; list ranks in the key ranks instead"),
         ({"space": {"lr": [1e-3]}, "training": {"lr": 1e-3}}, "space.lr is searched, so training.lr has no meaning"),
         ({"space": {"alpha": [8.0]}, "adapter": {"alpha": 8}}, "space.alpha is searched, so adapter.alpha has no"),
         ({"space": {"lr": {"low": 1e-4, "high": 1e-3}}}, "a grid needs lists, but space.lr has bounds"),
