@@ -109,8 +109,8 @@ def permutation_test(
     -------
     dict
         ``p``: labels permuted among all subjects. ``p_within_sites``: permuted inside each site only, so that a model
-        that has learned sites and nothing else is at chance here however well it scores. Both are (1 + draws as high) /
-        (1 + draws).
+        that has learned sites and nothing else is at chance here however well it scores; of one site the same. Both
+        are (1 + draws as high) / (1 + draws).
     """
     truth, score = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     site = np.array([s or "" for s in sites])
@@ -120,6 +120,9 @@ def permutation_test(
     hits = {"p": 0, "p_within_sites": 0}
     for _ in range(draws):
         hits["p"] += headline(generator.permutation(truth), score) >= observed - 1e-12
+        if len(groups) == 1:
+            hits["p_within_sites"] = hits["p"]
+            continue
         within = truth.copy()
         for group in groups:
             within[group] = generator.permutation(truth[group])

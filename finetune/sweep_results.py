@@ -151,7 +151,7 @@ def _summarise(
     model.put(0, range(len(test)), tested.scores, tested.threshold)
     if baselines is None:
         return {"figures": model.figures(labels), "intervals": model.intervals(labels, seed)}
-    return summarise(model, baselines, labels, [subject.site for subject in test], seed)
+    return summarise(model, baselines, labels, [subject.site for subject in test], seed, cross_validated=False)
 
 
 def best_epoch(trial: TrialResult) -> dict[str, Any]:

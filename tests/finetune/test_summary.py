@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from boldforge.finetune import AdhdDiagnosis, get_task, summary
+from boldforge.finetune.baselines import baseline_scores
+from boldforge.finetune.evaluation import permutation_test
+from boldforge.finetune.folds import subject_folds
 from boldforge.finetune.metrics import roc_points
 from boldforge.finetune.summary import Scores, summarise
 
@@ -101,3 +104,73 @@ def test_a_figure_that_one_repetition_does_not_have_is_undefined():
     model.put(0, range(6), np.arange(6.0), 0.5)
     model.put(1, range(6), np.ones(6), 0.5)
     assert model.figures(np.arange(6.0))["r"] is None
+
+
+def _noise(seed, subjects=40, features=40):
+    """A balanced cohort of four sites whose correlated features say nothing of the label."""
+    generator = np.random.default_rng(seed)
+    labels = (np.arange(subjects) < subjects // 2).astype(int)
+    generator.shuffle(labels)
+    values = generator.normal(size=(subjects, 10)) @ generator.normal(size=(10, features))
+    return labels, values + 0.5 * generator.normal(size=values.shape)
+
+
+def _tested(labels, values, seed):
+    """Scores of a logistic regression in the pipeline's own folds."""
+    names = [f"s{number:04d}" for number in range(len(labels))]
+    sites = [f"S{number % 4}" for number in range(len(labels))]
+    place = {name: number for number, name in enumerate(names)}
+    model = Scores.empty(AdhdDiagnosis(), 1, len(labels))
+    for fold in subject_folds(names, labels.tolist(), sites, 5, seed):
+        parts = [[place[name] for name in part] for part in (fold.train, fold.validation, fold.test)]
+        model.put(0, parts[2], baseline_scores("regions", model.task, values, labels.tolist(), *parts)[1], 0.5)
+    return model, sites
+
+
+@pytest.mark.slow
+def test_folds_of_a_cohort_without_an_effect_are_called_a_find_as_rarely_as_intended(monkeypatch):
+    """The whole procedure, 200 times: folds, a model in each, the permutations and the verdict."""
+    monkeypatch.setattr(summary, "permutation_test", partial(permutation_test, draws=500))
+    called, plainly = 0, 0
+    for seed in range(200):
+        labels, values = _noise(seed)
+        model, sites = _tested(labels, values, seed)
+        found = summarise(model, {}, labels.tolist(), sites, seed)
+        called += ": better than chance" in found["verdict"]
+        plainly += ": better than chance" in summary.verdict(found | {"level": 0.05})
+    assert called <= 0.025 * 200 < plainly
+
+
+def test_what_one_model_may_say_at_the_plain_level_folds_may_not():
+    found = {
+        "compared_by": "auc",
+        "chance": 0.5,
+        "rows": "subjects",
+        "figures": {"auc": 0.7, "n": 60},
+        "intervals": {"auc": [0.55, 0.82]},
+        "permutation": {"p": 0.005, "p_within_sites": 0.004},
+        "baselines": {},
+    }
+    beside = {"says": "the other", "figures": {"auc": 0.6}, "intervals": {"auc": [0.45, 0.7]}}
+    beside["model_minus_baseline"] = {"interval": [0.01, 0.2], "p": 0.03}
+    folds, single = ({**found, "level": level} for level in (0.01, 0.05))
+    assert summary.verdict(folds).endswith(": better than chance.")
+    nearly = {"permutation": {"p": 0.03, "p_within_sites": 0.03}}
+    assert ": not shown to be better than chance (p = 0.030, where" in summary.verdict(folds | nearly)
+    assert summary.verdict(single | nearly).endswith(": better than chance.")
+    within = {"permutation": {"p": 0.005, "p_within_sites": 0.02}}
+    assert summary.verdict(folds | within).endswith("not surely so inside the sites (p = 0.020).")
+    other = {"baselines": {"image": beside}}
+    assert summary.verdict(folds | other).endswith("not surely better than the other (AUC 0.60).")
+    assert summary.verdict(single | other).endswith("better than chance and than every baseline.")
+
+
+def test_folds_have_the_stricter_level_and_of_one_site_both_p_are_one():
+    labels = [0, 1] * 10
+    model = Scores.empty(AdhdDiagnosis(), 1, 20)
+    model.put(0, range(20), np.linspace(0, 1, 20), 0.5)
+    found = summarise(model, {}, labels, ["KKI"] * 20, 0)
+    assert (
+        found["level"] == 0.01 and summarise(model, {}, labels, ["KKI"] * 20, 0, cross_validated=False)["level"] == 0.05
+    )
+    assert found["permutation"]["p"] == found["permutation"]["p_within_sites"]
