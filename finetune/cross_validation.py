@@ -354,7 +354,7 @@ def _shards_hash(study: Study) -> str | None:
 def _blocks(study: Study) -> Blocks | None:
     if study.task.rows == "subjects":
         return None
-    return Blocks(study.clusters(), [str(row.runs) for row in study.cohort.subjects])
+    return Blocks(study.clusters(), [str(row.runs) for row in study.cohort.subjects], study.held_apart)
 
 
 def _per_person(study: Study, model: Scores) -> list[dict[str, Any]] | None:

@@ -12,38 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
+from boldforge.finetune.intervals import cluster_intervals
 from boldforge.finetune.metrics import auc
 
 DRAWS = 2000
 Figures = Callable[[Any, Any], Mapping[str, Any]]
 Headline = Callable[[npt.ArrayLike, npt.ArrayLike], float]
-
-
-class _Clusters:
-    """Draws rows with replacement, those of one cluster together; without clusters every row by itself.
-
-    Blocks of one person, or of one run, rise and fall together: drawn one by one they would make intervals too narrow.
-    """
-
-    def __init__(self, rows: int, clusters: Sequence[str] | None) -> None:
-        self._rows = rows
-        self._members: list[npt.NDArray[np.int64]] | None = None
-        self._place = np.arange(rows)
-        if clusters is not None:
-            names, self._place = np.unique(np.array(clusters), return_inverse=True)
-            self._members = [np.flatnonzero(self._place == place) for place in range(len(names))]
-
-    def draw(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-        """Return rows, some of them several times."""
-        if self._members is None:
-            return generator.integers(self._rows, size=self._rows)
-        drawn = generator.integers(len(self._members), size=len(self._members))
-        return np.concatenate([self._members[place] for place in drawn])
-
-    def choose(self, generator: np.random.Generator) -> npt.NDArray[np.bool_]:
-        """Return about half of the clusters, as a mask over rows."""
-        count = self._rows if self._members is None else len(self._members)
-        return (generator.random(count) < 0.5)[self._place]
 
 
 def bootstrap_intervals(
@@ -52,7 +26,6 @@ def bootstrap_intervals(
     figures: Callable[[Any, Any], Mapping[str, Any]],
     seed: int,
     draws: int = 1000,
-    clusters: Sequence[str] | None = None,
 ) -> dict[str, list[float]]:
     """Return the 95 % percentile interval of every numeric figure over resampled subjects.
 
@@ -66,8 +39,6 @@ def bootstrap_intervals(
         Of the draws.
     draws
         Number of resamplings, with replacement.
-    clusters
-        What is drawn where rows hang together; None draws row by row.
 
     Returns
     -------
@@ -77,9 +48,8 @@ def bootstrap_intervals(
     truth, score = np.asarray(labels), np.asarray(scores)
     generator = np.random.default_rng([seed, len(truth)])
     found: dict[str, list[float]] = {}
-    rows = _Clusters(len(truth), clusters)
     for _ in range(draws):
-        drawn = rows.draw(generator)
+        drawn = generator.integers(len(truth), size=len(truth))
         for name, value in figures(truth[drawn], score[drawn]).items():
             if isinstance(value, float) and not name.startswith("n_"):
                 found.setdefault(name, []).append(value)
@@ -191,12 +161,13 @@ def compare(
         The figure. For an AUC of two classes the models' scores are first turned into ranks, since they may live on
         different scales.
     clusters
-        What is resampled and exchanged where rows hang together.
+        What hangs together where rows are parts of subjects: it is left out, and exchanged, as a whole.
 
     Returns
     -------
     dict
-        ``difference``: model minus baseline. ``interval``: 95 %, over resampled subjects. ``p``: two-sided, from
+        ``difference``: model minus baseline. ``interval``: 95 %, over resampled subjects or, of clusters, as
+        `cluster_intervals` gives it; None where these are too few. ``p``: two-sided, from
         exchanging the two models' scores subject by subject, which is what they would allow if they were equally good.
     """
     truth = np.asarray(labels)
@@ -205,17 +176,26 @@ def compare(
         one, two = rankdata(one, axis=0), rankdata(two, axis=0)
     observed = headline(truth, one) - headline(truth, two)
     generator = np.random.default_rng([seed, len(truth), 2])
+    # Blocks of one person, or of one run, rise and fall together.
+    names, place = np.unique(np.arange(len(truth)) if clusters is None else np.array(clusters), return_inverse=True)
+
+    def difference_of(rows: npt.NDArray[np.int64]) -> dict[str, float | None]:
+        several = len(np.unique(truth[rows])) > 1
+        return {"": headline(truth[rows], one[rows]) - headline(truth[rows], two[rows]) if several else None}
+
     resampled, as_far = [], 0
-    rows = _Clusters(len(truth), clusters)
     for _ in range(draws):
-        drawn = rows.draw(generator)
-        if len(np.unique(truth[drawn])) > 1:
-            resampled.append(headline(truth[drawn], one[drawn]) - headline(truth[drawn], two[drawn]))
-        swap = rows.choose(generator).reshape(-1, *[1] * (one.ndim - 1))
+        if clusters is None:
+            resampled.append(difference_of(generator.integers(len(truth), size=len(truth)))[""])
+        swap = (generator.random(len(names)) < 0.5)[place].reshape(-1, *[1] * (one.ndim - 1))
         difference = headline(truth, np.where(swap, two, one)) - headline(truth, np.where(swap, one, two))
         as_far += abs(difference) >= abs(observed) - 1e-12
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return {"difference": observed, "interval": [float(low), float(high)], "p": (1 + as_far) / (1 + draws)}
+    if clusters is None:
+        found = [value for value in resampled if value is not None]
+        interval: list[float] | None = [float(q) for q in np.quantile(found, [0.025, 0.975])]
+    else:
+        interval = cluster_intervals(difference_of, clusters).get("")
+    return {"difference": observed, "interval": interval, "p": (1 + as_far) / (1 + draws)}
 
 
 def best_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:

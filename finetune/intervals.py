@@ -1,18 +1,57 @@
-"""95 % intervals of figures that a bootstrap gets wrong where few subjects were tested: AUC and shares.
+"""95 % intervals of figures that a bootstrap gets wrong where few subjects were tested: AUC, shares, and rows of few.
 
 Of subjects who were all told right every resampling is all right, too, so a bootstrap gives an AUC of 1 the interval 1
-to 1.
+to 1. Of blocks of a few people it resamples those few, and its intervals are far too narrow.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import t as student
 
+FEWEST_CLUSTERS = 5
+_WITHIN_ONE = ("accuracy", "balanced_accuracy", "auc", "sensitivity", "specificity", "top1", "top5", "brier")
 _Z95, _BISECTIONS = 1.959964, 60
 _SHARES = ("accuracy", "top1", "top5")
+
+
+def cluster_intervals(
+    figures: Callable[[npt.NDArray[np.int64]], Mapping[str, Any]], clusters: Sequence[str]
+) -> dict[str, list[float]]:
+    """Return 95 % intervals where rows hang together: Student's t over leaving out one cluster at a time (jackknife).
+
+    Of a mean over equally large clusters it is the t interval of the clusters' own means.
+
+    Parameters
+    ----------
+    figures
+        Computes the figures of some rows, given by position.
+    clusters
+        One per row, such as its person.
+
+    Returns
+    -------
+    dict
+        Figure to [low, high]; empty below `FEWEST_CLUSTERS`, where any interval would be a guess. A figure that is
+        undefined without one of the clusters has none. Counts have none.
+    """
+    names, place = np.unique(np.array(clusters), return_inverse=True)
+    if len(names) < FEWEST_CLUSTERS:
+        return {}
+    left = [figures(np.flatnonzero(place != out)) for out in range(len(names))]
+    found = {}
+    for name, value in figures(np.arange(len(place))).items():
+        without = [row[name] for row in left]
+        if not isinstance(value, float) or name.startswith("n_") or any(one is None for one in without):
+            continue
+        error = math.sqrt((len(names) - 1) / len(names) * float(np.square(np.array(without) - np.mean(without)).sum()))
+        half = float(student.ppf(0.975, len(names) - 1)) * error
+        low, high = value - half, value + half
+        found[name] = [max(0.0, low), min(1.0, high)] if name in _WITHIN_ONE else [low, high]
+    return found
 
 
 def score_intervals(
@@ -26,14 +65,14 @@ def score_intervals(
     Parameters
     ----------
     resampled
-        Of `bootstrap_intervals`.
+        Of `bootstrap_intervals`, or of `cluster_intervals`.
     figures
         Of all rows.
     labels
         One per row.
     clusters
-        What rows hang together. Each then counts for one, and the bootstrap's intervals stay except where all draws
-        gave the same figure.
+        What rows hang together. Each then counts for one, and the intervals given stay except where no cluster made
+        a difference.
 
     Returns
     -------

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from boldforge.finetune.baselines import BASELINES
 from boldforge.finetune.evaluation import bootstrap_intervals, calibration, compare, per_site, permutation_test
-from boldforge.finetune.intervals import score_intervals
+from boldforge.finetune.intervals import cluster_intervals, score_intervals
 from boldforge.finetune.metrics import auc
 from boldforge.finetune.tasks import Task, named_classes
 
@@ -67,9 +67,12 @@ class Scores:
     def intervals(
         self, labels: npt.ArrayLike, seed: int, clusters: Sequence[str] | None = None
     ) -> dict[str, list[float]]:
-        """Return the figures' 95 % intervals, see `score_intervals`."""
-        rows = np.arange(len(np.asarray(labels)))
-        resampled = bootstrap_intervals(labels, rows, self.figures_of, seed, clusters=clusters)
+        """Return the figures' 95 % intervals, see `score_intervals`; none where there are too few clusters."""
+        truth = np.asarray(labels)
+        if clusters is None:
+            resampled = bootstrap_intervals(truth, np.arange(len(truth)), self.figures_of, seed)
+        else:
+            resampled = cluster_intervals(lambda rows: self.figures_of(truth[rows], rows), clusters)
         return score_intervals(resampled, self.figures(labels), labels, clusters)
 
     def figures_of(self, truth: npt.NDArray[Any], subjects: npt.NDArray[np.int64]) -> dict[str, Any]:
@@ -92,11 +95,13 @@ def _mean(values: Sequence[Any]) -> Any:
 class Blocks:
     """What rows hang together where they are parts of subjects, one entry per row.
 
-    ``clusters`` are resampled as a whole: people or, of one person, runs. Labels are permuted inside ``runs`` only.
+    ``clusters`` count as a whole: people or, of one person, runs; ``called`` says which. Labels are permuted inside
+    ``runs`` only.
     """
 
     clusters: Sequence[str]
     runs: Sequence[str]
+    called: str = "people"
 
 
 def summarise(
@@ -127,8 +132,8 @@ def summarise(
     -------
     dict
         The task's ``column`` and ``classes``, ``figures``, ``intervals``, ``permutation``, ``level`` (below which a p
-        counts), ``sites``, ``baselines`` and ``verdict``, as ``metrics.json`` holds them; ``calibration`` where there
-        are two classes.
+        counts), ``clusters`` (of blocks), ``sites``, ``baselines`` and ``verdict``, as ``metrics.json`` holds them;
+        ``calibration`` where there are two classes.
     """
     truth, score, task = np.asarray(labels), model.by_row(), model.task
     clusters = None if blocks is None else blocks.clusters
@@ -145,6 +150,7 @@ def summarise(
         "figures": figures,
         "intervals": model.intervals(truth, seed, clusters),
         "level": LEVEL_OF_FOLDS if cross_validated else LEVEL,
+        "clusters": None if blocks is None else {"n": len(set(blocks.clusters)), "called": blocks.called},
         "permutation": permuted if blocks is None else {"p": permuted["p_within_sites"]},
         "calibration": calibration(truth, score) if task.kind == "binary" else None,
         "sites": per_site(truth, np.arange(len(truth)), sites, model.figures_of),
@@ -177,8 +183,10 @@ def verdict(summary: Mapping[str, Any]) -> str:
     key, chance, permuted = summary["compared_by"], summary["chance"], summary["permutation"]
     called = _CALLED.get(key, key)
     figures = summary["figures"]
-    low, high = summary["intervals"][key]
     of = f"{figures['n']} {summary['rows']}" + ("" if chance in (0.0, 0.5) else f"; chance is {chance:.3g}")
+    if key not in summary["intervals"]:
+        return _without_interval(summary, f"{called} {figures[key]:.2f} ({of})")
+    low, high = summary["intervals"][key]
     found = f"{called} {figures[key]:.2f} (95 % interval {low:.2f} to {high:.2f}, {of})"
     level = summary["level"]
     if permuted["p"] >= level or low <= chance:
@@ -209,7 +217,20 @@ def verdict(summary: Mapping[str, Any]) -> str:
 def _beaten(baseline: Mapping[str, Any], level: float) -> bool:
     """Whether the model is surely better: both the interval and the p of the difference must say so."""
     against = baseline["model_minus_baseline"]
-    return bool(against["interval"][0] > 0 and against["p"] < level)
+    return bool(against["interval"] and against["interval"][0] > 0 and against["p"] < level)
+
+
+def _without_interval(summary: Mapping[str, Any], found: str) -> str:
+    """Say what labels permuted inside runs allow: it is about these people and no others."""
+    p, clusters = summary["permutation"]["p"], summary["clusters"]
+    few = f"{clusters['n']} {clusters['called']} are too few for an interval" if clusters else "there is no interval"
+    these = clusters["called"] if clusters else summary["rows"]
+    if p >= summary["level"]:
+        return f"{found}, and {few}: not shown to be better than chance (p = {p:.3f})."
+    return (
+        f"{found}: better than chance in these {these} ({'p < 0.001' if p < 0.001 else f'p = {p:.3f}'}), but {few}, so "
+        "nothing is said of others, nor of which model is better."
+    )
 
 
 def _headline(task: Task) -> Callable[[npt.ArrayLike, npt.ArrayLike], float]:

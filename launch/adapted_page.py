@@ -88,7 +88,12 @@ def _beside(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, entry in entries:
         against = entry.get("model_minus_baseline")
-        row = {"name": name, "interval": show_interval(entry["intervals"][compared_by]), "difference": "", "p": ""}
+        row = {
+            "name": name,
+            "interval": show_interval(entry["intervals"].get(compared_by)) or "none",
+            "difference": "",
+            "p": "",
+        }
         if against:
             sign = "+" if against["difference"] >= 0 else ""
             row |= {"difference": sign + show_number(against["difference"], 2), "p": show_p(against["p"])}

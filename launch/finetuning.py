@@ -79,7 +79,7 @@ def print_figures(results: Mapping[str, Any], console: Console) -> None:
         table.add_column(title, justify="left" if title == "figure" else "right")
     for row in tested_figures(results):
         if row["value"] is not None:
-            table.add_row(row["name"], show_number(row["value"]), show_interval(row["interval"], 3))
+            table.add_row(row["name"], show_number(row["value"]), show_interval(row["interval"], 3) or "none")
     console.print(table)
     if results["baselines"]:
         _print_beside(results, console)
@@ -109,7 +109,7 @@ def _print_beside(results: Mapping[str, Any], console: Console) -> None:
         table.add_column(title, justify="left" if title == "beside it" else "right", overflow="fold")
     for entry in results["baselines"].values():
         against = entry["model_minus_baseline"]
-        cells = (show_number(entry["figures"][name]), show_interval(entry["intervals"].get(name), 3))
+        cells = (show_number(entry["figures"][name]), show_interval(entry["intervals"].get(name), 3) or "none")
         table.add_row(entry["says"], *cells, true_minus(f"{against['difference']:+.3f}"), show_p(against["p"]))
     console.print(table)
 

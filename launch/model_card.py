@@ -52,6 +52,8 @@ def render_card(config: Mapping[str, Any], summary: Mapping[str, Any], task: Map
         n_positive=figures.get("n_positive"),
         n_subjects=count_subjects(adapted.get("subjects", {}), adapted.get("inner_folds", 1)),
         tested=[row for row in tested_figures(adapted) if row["value"] is not None],
+        # Of few people there is none; an older adapter has recorded none.
+        missing="none" if "intervals" in adapted else "not recorded",
         compared_by=call_figure(adapted.get("compared_by", ""), adapted),
         baselines=_baselines(adapted),
         # An older sweep's sentence is the only verdict there is.

@@ -2,19 +2,21 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from boldforge.finetune import AdhdDiagnosis, get_task
 from boldforge.finetune.evaluation import bootstrap_intervals
 from boldforge.finetune.intervals import (
     auc_interval,
+    cluster_intervals,
     mean_auc_interval,
     mean_share_interval,
     score_intervals,
     share_interval,
 )
 from boldforge.finetune.metrics import binary_metrics, multiclass_metrics
-from boldforge.finetune.summary import Scores
+from boldforge.finetune.summary import Blocks, Scores, summarise
+from boldforge.finetune.tasks.states import TaskState
 
 
 @given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -79,14 +81,51 @@ def test_one_that_was_wrong_is_not_surer_than_none():
     assert (np.array(lows[0]) > lows[1]).all()
 
 
-def test_blocks_count_as_their_people_and_keep_the_bootstrap_where_it_varies():
-    people = [f"p{i // 10}" for i in range(40)]
+def test_blocks_count_as_their_people_whether_told_without_error_or_not():
+    people = [f"p{i // 8}" for i in range(40)]
     labels = np.arange(40) % 2
-    for scores, collapsed in ((labels * 1.0, True), (np.where(np.arange(40) < 8, 0.5, labels), False)):
-        resampled = bootstrap_intervals(labels, scores, binary_metrics, 0, draws=100, clusters=people)
-        found = score_intervals(resampled, binary_metrics(labels, scores), labels, people)
-        assert found["auc"] == (auc_interval(1.0, 4, 4) if collapsed else resampled["auc"])
-        assert found["accuracy"] == (share_interval(1.0, 4) if collapsed else resampled["accuracy"])
+    for scores, collapsed in ((labels * 1.0, True), (np.where(np.arange(40) < 7, 0.5, labels), False)):
+        spread = cluster_intervals(lambda rows, s=scores: binary_metrics(labels[rows], s[rows]), people)
+        found = score_intervals(spread, binary_metrics(labels, scores), labels, people)
+        assert found["auc"] == (auc_interval(1.0, 5, 5) if collapsed else spread["auc"])
+        assert found["accuracy"] == (share_interval(1.0, 5) if collapsed else spread["accuracy"])
+
+
+def test_leaving_one_out_at_a_time_is_the_t_interval_of_people_s_own_figures():
+    generator = np.random.default_rng(0)
+    own = generator.normal(size=7)
+    values, people = np.repeat(own, 3) + np.tile([-1.0, 0.0, 1.0], 7), np.repeat(np.arange(7), 3).astype(str)
+    found = cluster_intervals(lambda rows: {"mean": float(values[rows].mean()), "n": len(rows)}, people.tolist())
+    interval = ttest_1samp(own, 0).confidence_interval(0.95)
+    assert found == {"mean": pytest.approx([interval.low, interval.high])}
+
+
+@pytest.mark.parametrize("people", [5, 8, 20])
+def test_an_interval_over_few_people_covers_the_truth_as_often_as_it_says(people):
+    """Twenty blocks each, of people who differ in how well they are told."""
+    clusters, hits = np.repeat(np.arange(people), 20).astype(str).tolist(), 0
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        skill = np.clip(0.45 + 0.1 * generator.normal(size=people), 0.05, 0.95)
+        right = generator.random(20 * people) < np.repeat(skill, 20)
+        low, high = cluster_intervals(lambda rows, r=right: {"accuracy": float(r[rows].mean())}, clusters)["accuracy"]
+        hits += low <= 0.45 <= high
+    assert 184 <= hits <= 199
+
+
+def test_four_people_are_too_few_for_an_interval_and_this_is_said():
+    labels, people = np.arange(48) % 3, np.repeat(np.arange(4), 12).astype(str).tolist()
+    task, generator = TaskState(("a", "b", "c")), np.random.default_rng(0)
+    model = Scores.empty(task, 1, 48)
+    blocks = Blocks(people, people)
+    for told in (0.0, 3.0):
+        model.put(0, range(48), told * np.eye(3)[labels] + generator.normal(size=(48, 3)), 0.5)
+        found = summarise(model, {"regions": model}, labels.tolist(), ["KKI"] * 48, 0, blocks)
+        assert found["intervals"] == {} == found["baselines"]["regions"]["intervals"]
+        assert found["baselines"]["regions"]["model_minus_baseline"]["interval"] is None
+        assert "4 people are too few for an interval" in found["verdict"]
+        assert ("not shown to be better than chance" in found["verdict"]) == (told == 0.0)
+    assert "better than chance in these people (p < 0.001)" in found["verdict"]
 
 
 def test_three_classes_and_a_number_without_error():
