@@ -48,6 +48,7 @@ class Attributed:
     change_N: npt.NDArray[np.float64]
     gap_N: npt.NDArray[np.float64]
     voxels_V: npt.NDArray[np.float64]
+    pool: str | None = None
 
 
 def write_attribution(found: Attributed, out: Path) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def write_attribution(found: Attributed, out: Path) -> dict[str, Any]:
             label: slopes[name] for label, name in zip(found.parts.regions.ids, found.parts.regions.names, strict=True)
         }
         write_map(out / f"{method}.nii.gz", values, found.parts.regions, found.manifest.grid, found.mask)
-        methods[method] = {"verdict": _verdict(method, table, n_regions, level), "table": table}
+        methods[method] = {"verdict": _verdict(method, table, n_regions, level, found.pool), "table": table}
     if "integrated-gradients" in found.rows:
         grid = found.manifest.grid
         write_voxels(out / "integrated-gradients-voxels.nii.gz", found.voxels_V, grid, found.mask)
@@ -158,19 +159,29 @@ def _within_sites(found: Attributed, values_NR: npt.NDArray[np.float64]) -> Asso
     return within if within.slope.any() else None
 
 
-def _verdict(method: str, table: list[dict[str, Any]], n_regions: int, level: float) -> str:
+def _verdict(method: str, table: list[dict[str, Any]], n_regions: int, level: float, pool: str | None) -> str:
     regions = [row for row in table if row["kind"] == "region"]
     sure = [row["name"] for row in regions if row["p"] <= level]
     if not sure:
         return (
             f"By {method}, no region of {n_regions} goes with the label beyond chance (family-wise p, lowest "
-            f"{min(row['p'] for row in regions):.3f})."
+            f"{min(row['p'] for row in regions):.3f}).{_blurred(pool)}"
         )
     shown = ", ".join(sure[:5]) + (", …" if len(sure) > 5 else "")
     sites = [row["p_within_sites"] for row in regions if row["p"] <= level]
     lost = sum(p is not None and p > level for p in sites)
     said = f"By {method}, {len(sure)} of {n_regions} regions go with the label (family-wise p ≤ {level:g}): {shown}."
-    return said + (f" {lost} of them not inside sites." if lost else "")
+    return said + (f" {lost} of them not inside sites." if lost else "") + _blurred(pool)
+
+
+def _blurred(pool: str | None) -> str:
+    """Say that a head which reads means and deviations over the whole brain does not look at places."""
+    if pool is None or pool in ("tokens", "tokens_std"):
+        return ""
+    return (
+        f" The model's pooling, {pool}, averages over the brain: this says what the model reads and cannot say where "
+        "an effect lies; to ask where, fine-tune with pool tokens or tokens_std."
+    )
 
 
 def _unit(task: Task) -> str:

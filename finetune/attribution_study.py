@@ -26,6 +26,7 @@ from boldforge.finetune.attribution import (
 )
 from boldforge.finetune.attribution_null import contrast
 from boldforge.finetune.attribution_results import Attributed, Method, hash_model, write_attribution
+from boldforge.finetune.backbone import NeuroStormBackbone
 from boldforge.finetune.classifier import Classifier, load_classifier, read_task
 from boldforge.finetune.cohort import Cohort, OnProgress, Subject, check_recipe, find_cohort, gather_clips
 from boldforge.finetune.errors import FinetuneError
@@ -100,6 +101,7 @@ class _Work:
     label_N: npt.NDArray[np.float64]
     fold_N: list[int]
     weight_N: npt.NDArray[np.float64]
+    pool: str | None
     rows: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     score_N: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     change_N: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
@@ -265,6 +267,7 @@ def _open(config: AttributionConfig) -> _Work:
         label_N,
         fold_N,
         weight_N,
+        classifier.backbone.pool if isinstance(classifier.backbone, NeuroStormBackbone) else None,
     )
 
 
@@ -323,4 +326,5 @@ def _finished(work: _Work) -> Attributed:
         change_N=work.change_N,
         gap_N=work.gap_N,
         voxels_V=work.voxels_V,
+        pool=work.pool,
     )

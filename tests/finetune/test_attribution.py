@@ -20,6 +20,7 @@ from boldforge.finetune import (
     load_backbone,
 )
 from boldforge.finetune.attribution import Parts, class_score, gradients_through, integrated_gradients, occlusion
+from boldforge.finetune.attribution_results import _verdict
 from boldforge.finetune.networks import make_backbone, shard_data
 from boldforge.finetune.resnet_rnn import ResnetRnnConfig
 from boldforge.pretrain import ModelConfig, region_voxels
@@ -194,6 +195,18 @@ def test_every_subject_is_asked_of_the_one_model_that_has_not_seen_it(finetuned,
     labels = [float(row["label"]) for row in _table(out / "occlusion-subjects.tsv")]
     assert np.mean([s for s, y in zip(scores, labels, strict=True) if y]) > np.mean(scores)
     assert "person" not in (out / "occlusion-subjects.tsv").read_text() + (out / "attribution.json").read_text()
+
+
+def test_a_pooling_that_averages_over_the_brain_cannot_say_where_and_the_verdict_says_so(attributed):
+    _, results, _ = attributed
+    for found in results["methods"].values():
+        assert "pooling, multiscale, averages over the brain" in found["verdict"]
+        assert "cannot say where" in found["verdict"] and "pool tokens or tokens_std" in found["verdict"]
+    row = {"kind": "region", "name": "A", "p": 0.001, "p_within_sites": None}
+    for pool in ("tokens", "tokens_std", None):
+        assert _verdict("occlusion", [row], 1, 0.05, pool) == (
+            "By occlusion, 1 of 1 regions go with the label (family-wise p ≤ 0.05): A."
+        )
 
 
 def test_regions_and_the_rest_make_up_the_separation_of_the_classes(attributed):
