@@ -1,5 +1,6 @@
 """The plain models of a study, measured fold by fold beside what is trained."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,45 @@ from boldforge.finetune.baselines import BASELINES, baseline_scores, baseline_sc
 from boldforge.finetune.cohort import ClipSet
 from boldforge.finetune.evaluation import best_threshold
 from boldforge.finetune.folds import Fold, inner_folds
+from boldforge.finetune.harmonise import can_harmonise
 from boldforge.finetune.study import Study
 from boldforge.finetune.summary import Scores
 from boldforge.finetune.tasks import Task
 
+logger = logging.getLogger(__name__)
 
-def plain_models(study: Study, asked: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return the names of the baselines: those asked for, or else the task's own."""
+
+def plain_models(study: Study, asked: tuple[str, ...] | None, folds: Sequence[Fold]) -> tuple[str, ...]:
+    """Return the names of the baselines: those asked for, or else the task's own.
+
+    Those that would harmonise sites are left out, with a warning, where no fold's training subjects allow it: they
+    would be the plain ones under another name.
+    """
     if asked is not None:
-        return asked
+        return _harmonising(study, asked, folds)
     return study.task.baselines if study.config.images is None else ("site", "demographics", "volume")
+
+
+def _harmonising(study: Study, asked: tuple[str, ...], folds: Sequence[Fold]) -> tuple[str, ...]:
+    named = [name for name in asked if BASELINES[name].harmonised]
+    if not named:
+        return asked
+    sites = [row.site for row in study.cohort.subjects]
+    able = sum(can_harmonise([sites[row] for row in study.positions(fold.train)]) for fold in folds)
+    if able == len(folds):
+        return asked
+    told = "harmonising takes two sites with three training subjects each"
+    if able:
+        logger.warning(
+            "%s, and %d of %d folds have them; in the others nothing is harmonised (%s).",
+            told,
+            able,
+            len(folds),
+            ", ".join(named),
+        )
+        return asked
+    logger.warning("%s, and no fold has them: %s left out; a higher folds trains on more.", told, " and ".join(named))
+    return tuple(name for name in asked if name not in named)
 
 
 def threshold_of(task: Task, labels: npt.NDArray[Any], scores: npt.NDArray[Any]) -> float:
@@ -120,7 +150,7 @@ def beside_chosen(
     advance
         Called after each subject.
     """
-    beside = Beside(study, plain_models(study, asked), anew=True)
+    beside = Beside(study, plain_models(study, asked, folds), anew=True)
     alone = study.lifted(AdapterConfig(kind="probe"))
     beside.read(advance, lambda: (study.gather(study.cohort.subjects, scratch / "beside", adapter=alone), alone))
     for fold in folds:

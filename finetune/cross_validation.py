@@ -117,8 +117,8 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
         return results
     subjects = study.cohort.subjects
     check_harmonised(config.baselines, config.protocol)
-    names = plain_models(study, config.baselines)
     dealt = [study.deal(config.seed + repeat, config.protocol) for repeat in range(config.repeats)]
+    names = plain_models(study, config.baselines, [fold for folds in dealt for fold in folds])
     passes = sum(len(fold.train) for folds in dealt for fold in folds) + len(subjects)
     reading = config.clips * len(subjects) + len(subjects)
     model = Scores.empty(study.task, config.repeats, len(subjects))

@@ -6,6 +6,7 @@ Johnson et al. 2007; Fortin et al. 2018, NeuroImage 167; Pomponio et al. 2020, N
 import importlib.util
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,12 @@ def check_installed() -> None:
         )
 
 
+def can_harmonise(sites: Sequence[str | None]) -> bool:
+    """Whether two sites have as many training subjects as their effects take to be estimated; one site per subject."""
+    counts = Counter(site or "" for site in sites)
+    return sum(count >= _FEWEST for count in counts.values()) >= 2
+
+
 class ComBat:
     """Site effects estimated from some rows, to be taken out of these and of others.
 
@@ -60,9 +67,9 @@ class ComBat:
         self._features: npt.NDArray[np.bool_] = np.zeros(values.shape[1], dtype=bool)
         self._model: Any = None
         if len(self.sites) < 2:
-            logger.warning(
+            logger.info(
                 "%d of the %d sites of these %d training subjects have %d of them, and harmonising takes two that do: "
-                "nothing is harmonised in this fold; a higher folds trains on more subjects.",
+                "nothing is harmonised in this fold.",
                 len(self.sites),
                 len(found),
                 len(names),

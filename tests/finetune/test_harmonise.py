@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from boldforge.configs import load_config
 from boldforge.finetune import AdhdDiagnosis, FinetuneConfig, FinetuneError, finetune, harmonise, summary
 from boldforge.finetune.baselines import baseline_scores
+from boldforge.finetune.beside import plain_models
 from boldforge.finetune.harmonise import ComBat
 from boldforge.launch.cli import app
 
@@ -81,6 +83,7 @@ def test_what_cannot_be_estimated_stays_as_it_is_and_that_is_said(caplog):
     assert (found[:, 3] == 7.0).all() and np.isfinite(found).all()
     unknown = fitted.apply(rows[:2], ["Brown", None])
     assert np.array_equal(unknown, rows[:2])
+    caplog.set_level("INFO")
     lonely = ComBat(rows[:4], ["KKI", "KKI", "NYU", "NYU"])
     assert "0 of the 2 sites of these 4 training subjects have 3 of them" in caplog.text
     assert np.array_equal(lonely.apply(rows, sites), rows)
@@ -113,6 +116,27 @@ def _config(cohort, encoder, out, **changes):
 def test_a_site_that_nothing_is_known_of_cannot_be_harmonised(cohort, encoder, tmp_path):
     with pytest.raises(FinetuneError, match="leave-one-site-out tests a site of which nothing is known"):
         finetune(_config(cohort, encoder, tmp_path, protocol="leave-one-site-out", baselines=["connectivity+combat"]))
+
+
+@needs_packages
+def test_a_row_is_not_called_harmonised_where_nothing_was(cohort, encoder, tmp_path, monkeypatch, caplog):
+    for name in ("bootstrap_intervals", "permutation_test", "compare"):
+        monkeypatch.setattr(summary, name, partial(getattr(summary, name), draws=20))
+    monkeypatch.setattr(harmonise, "_FEWEST", 1000)
+    asked = ["site", "embedding", "embedding+combat", "connectivity+combat"]
+    results = finetune(_config(cohort, encoder, tmp_path / "out", baselines=asked))
+    assert list(results["baselines"]) == ["site", "embedding"]
+    warned = [record.getMessage() for record in caplog.records if "armonis" in record.getMessage()]
+    assert len(warned) == 1 and "no fold has them: embedding+combat and connectivity+combat left out" in warned[0]
+
+
+def test_folds_that_cannot_be_harmonised_are_counted_once(monkeypatch, caplog):
+    rows = [SimpleNamespace(site=site) for site in ("KKI", "KKI", "KKI", "NYU", "NYU", "NYU", "OHSU")]
+    study = SimpleNamespace(cohort=SimpleNamespace(subjects=rows), positions=lambda names: [int(n) for n in names])
+    folds = [SimpleNamespace(train=train) for train in ("012345", "0126")]
+    assert plain_models(study, ("site", "image+combat"), folds) == ("site", "image+combat")
+    (record,) = caplog.records
+    assert "1 of 2 folds have them; in the others nothing is harmonised (image+combat)" in record.getMessage()
 
 
 def test_a_package_that_is_missing_is_named(cohort, encoder, tmp_path, monkeypatch):
