@@ -113,7 +113,6 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
     """
     study = open_study(config)
     if (results := _finished(study)) is not None:
-        logger.info("%s: this fine-tuning is finished; its results are those in the folder.", config.out)
         return results
     subjects = study.cohort.subjects
     check_harmonised(config.baselines, config.protocol)
@@ -127,6 +126,9 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
     adapter = study.lifted(config.adapter)
     bar = _Progress(on_progress, reading, config.clips * config.training.epochs * passes, adapter)
     with study.claim_out("fine-tuning") as scratch:
+        # Another process may have finished it meanwhile.
+        if (results := _finished(study)) is not None:
+            return results
         clear_folds(config.out)
         clips = study.gather(subjects, scratch, lambda done, total: bar.read(), adapter)
         others.read(bar.read, lambda: (clips, adapter))
@@ -153,18 +155,15 @@ def finetune(config: FinetuneConfig, on_progress: OnProgress | None = None) -> d
 
 
 def _finished(study: Study) -> dict[str, Any] | None:
-    """Return the results that the folder holds, if they are this study's.
+    """Return the results that the folder holds, if they are this study's; None if it holds none.
 
     Raises
     ------
     FinetuneError
-        If they are those of another one.
+        If they are those of another one, or no longer whole.
     """
     out = study.config.out
-    if not all((out / name).is_file() for name in ("metrics.json", "adapter/task.json", "predictions.tsv")):
-        return None
-    kept = getattr(study.config, "keep_folds", False) and _shards_hash(study) is not None
-    if kept and not (out / FOLDER).is_dir():
+    if not (out / "metrics.json").is_file():
         return None
     results = read_results(out)
     now = _compared(study.config.model_dump(mode="json")) | study.made_from()
@@ -176,6 +175,16 @@ def _finished(study: Study) -> dict[str, Any] | None:
             f"{out}: holds a fine-tuning with other settings ({', '.join(differing)}); remove the folder to fine-tune "
             "anew, or choose another out."
         )
+    wanted = ["predictions.tsv", "adapter/task.json"]
+    if getattr(study.config, "keep_folds", False) and _shards_hash(study) is not None:
+        wanted += [f"{FOLDER}/{number}/task.json" for number in sorted({fold["fold"] for fold in results["folds"]})]
+    missing = [name for name in wanted if not (out / name).is_file()]
+    if missing:
+        raise FinetuneError(
+            f"{out}: holds a finished fine-tuning, but {missing[0]} is missing; put it back, or remove metrics.json "
+            "to fine-tune anew."
+        )
+    logger.info("%s: this fine-tuning is finished; its results are those in the folder.", out)
     return results
 
 

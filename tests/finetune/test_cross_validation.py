@@ -1,6 +1,7 @@
 import csv
 import json
 import shutil
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from boldforge.finetune import (
 from boldforge.finetune.cohort import ClipSet, find_cohort, gather_clips
 from boldforge.finetune.fit import fit
 from boldforge.finetune.results import pseudonym_key, pseudonyms
-from boldforge.finetune.study import open_study
+from boldforge.finetune.study import Study, open_study
 from boldforge.finetune.tasks.columns import SUBJECT_BASELINES
 
 SMALL = {"clips": 3, "folds": 3, "training": {"epochs": 6}, "adapter": {"rank": 2, "first_stage": 1}}
@@ -60,6 +61,30 @@ def test_results_are_given_again_and_never_replaced_by_others(finished, cohort, 
     with pytest.raises(FinetuneError, match=r"holds a fine-tuning with other settings \(clips, seed\); remove the"):
         finetune(_config(cohort, encoder, out, clips=2, seed=1))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.parametrize("gone", ["folds", "folds/2", "adapter", "predictions.tsv"])
+def test_results_that_are_no_longer_whole_are_not_replaced_either(finished, cohort, encoder, tmp_path, gone):
+    out = shutil.copytree(finished[0], tmp_path / "copied")
+    path = out / gone
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(FinetuneError, match=r"holds a fine-tuning with other settings \(seed\); remove the folder"):
+        finetune(_config(cohort, encoder, out, seed=1))
+    with pytest.raises(FinetuneError, match=f"a finished fine-tuning, but {gone}.* is missing; put it back, or remove"):
+        finetune(_config(cohort, encoder, out))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+
+
+def test_what_another_process_finished_meanwhile_is_not_replaced(finished, cohort, encoder, tmp_path, monkeypatch):
+    @contextmanager
+    def claim_out(study, doing):
+        shutil.copytree(finished[0], study.config.out, dirs_exist_ok=True)
+        yield tmp_path
+
+    monkeypatch.setattr(Study, "claim_out", claim_out)
+    assert finetune(_config(cohort, encoder, tmp_path / "out")) == finished[1]
+    assert (tmp_path / "out" / "folds").is_dir()
 
 
 @pytest.mark.parametrize(
