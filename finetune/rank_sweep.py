@@ -415,7 +415,7 @@ def open_journal(study: Study, config: SweepConfig, number: int | None = None, r
     Raises
     ------
     SweepError
-        If it is that of another sweep.
+        If it is that of another sweep, or of a finished one that is no longer whole.
     """
     assert isinstance(config.backbone, Path)
     identity = {
@@ -442,10 +442,22 @@ def open_journal(study: Study, config: SweepConfig, number: int | None = None, r
         )
     if finished and not (config.out / results).is_file():
         journal.clear()
+    elif finished and (missing := [name for name in _results_of(config) if not (config.out / name).is_file()]):
+        journal.close()
+        raise SweepError(
+            f"{config.out}: holds a finished sweep, but {missing[0]} is missing; put it back, or remove {results} to "
+            "sweep anew."
+        )
     if not journal.records:
         _clear_work(config.out)
         journal.append({"sweep": identity})
     return journal
+
+
+def _results_of(config: SweepConfig) -> list[str]:
+    if config.outer_folds > 1:
+        return ["predictions.tsv", *(f"{OUTER}/{number + 1}/sweep.json" for number in range(config.outer_folds))]
+    return ["trials.tsv", "best/metrics.json", "best/predictions.tsv", "best/adapter/task.json"]
 
 
 def _clear_work(out: Path) -> None:

@@ -167,6 +167,13 @@ def test_a_finished_one_is_given_again_and_another_recipe_is_refused(nested, coh
         finetune(load_config(FinetuneConfig, {"shards": cohort, "backbone": encoder, "out": out}))
 
 
+def test_a_finished_one_without_its_searches_says_what_is_missing(nested, cohort, encoder, tmp_path):
+    out = shutil.copytree(nested[0], tmp_path / "copied")
+    shutil.rmtree(out / "outer" / "2")
+    with pytest.raises(SweepError, match=r"holds a finished sweep, but outer/2/sweep.json is missing; put it back"):
+        sweep(_config(cohort, encoder, out))
+
+
 def test_the_command_prints_what_each_search_chose_and_the_pooled_figures(nested, cohort, encoder, tmp_path):
     out, results, *_ = nested
     recipe = tmp_path / "nested.yaml"

@@ -194,6 +194,17 @@ def test_the_same_command_on_a_finished_sweep_gives_what_is_there(planted, shard
     assert (out / "sweep.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("gone", ["best", "best/adapter", "trials.tsv"])
+def test_a_finished_sweep_that_is_no_longer_whole_says_what_is_missing(planted, shards, encoder, tmp_path, gone):
+    out = shutil.copytree(planted[0], tmp_path / "copied")
+    path = out / gone
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(SweepError, match=f"a finished sweep, but {gone}.* is missing; put it back, or remove sweep.js"):
+        sweep(_config(shards, encoder, out, driver="serial"))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+
+
 def test_a_tie_goes_to_the_lower_rank():
     tied = [
         TrialResult(Trial(number, {"rank": rank}), ({"epoch": 1, "auc": 0.75, "improved": True},))
