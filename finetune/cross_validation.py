@@ -5,6 +5,7 @@ import statistics
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from boldforge.data_shards import Manifest
@@ -332,6 +333,12 @@ def _write(
         "threshold_of_adapter": threshold,
         "settings": config.model_dump(mode="json"),
         "made_from": study.made_from(),
+        # Not compared: they change the last digits, not what was done.
+        "computed_with": {
+            "torch": torch.__version__,
+            "device": next(final.parameters()).device.type,
+            "cpu_threads": torch.get_num_threads(),
+        },
     }
     kept = (
         "rows",

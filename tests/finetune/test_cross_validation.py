@@ -63,6 +63,17 @@ def test_results_are_given_again_and_never_replaced_by_others(finished, cohort, 
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
 
 
+def test_what_computed_them_is_recorded_and_another_number_of_threads_is_no_other_setting(finished, cohort, encoder):
+    out, results, _ = finished
+    here = {"torch": torch.__version__, "device": "cuda" if torch.cuda.is_available() else "cpu", "cpu_threads": 1}
+    assert results["computed_with"] == here
+    torch.set_num_threads(2)
+    try:
+        assert finetune(_config(cohort, encoder, out)) == results
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("gone", ["folds", "folds/2", "adapter", "predictions.tsv"])
 def test_results_that_are_no_longer_whole_are_not_replaced_either(finished, cohort, encoder, tmp_path, gone):
     out = shutil.copytree(finished[0], tmp_path / "copied")
