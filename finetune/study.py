@@ -32,7 +32,7 @@ from boldforge.finetune.images import ImagesConfig, ImageTable
 from boldforge.finetune.networks import BackboneSpec, make_backbone, shard_data
 from boldforge.finetune.resnet_rnn import ResnetRnnConfig
 from boldforge.finetune.results import pseudonym_key, pseudonyms
-from boldforge.finetune.subjects import Cohort, Subject
+from boldforge.finetune.subjects import Cohort, Subject, rows_hash
 from boldforge.finetune.tasks import TASK_CHOICES, Task, get_task, named_classes, open_rows
 from boldforge.finetune.tasks.base import Matching
 
@@ -134,7 +134,7 @@ class Study:
         """
         found = {
             "data": self.source.content_hash,
-            "rows": hashlib.sha256(repr(self.cohort.subjects).encode()).hexdigest(),
+            "rows": rows_hash(self.cohort.subjects),
             "classes": hashlib.sha256(repr(self.task.classes).encode()).hexdigest(),
             "backbone": self._backbone(self.config.seed).weights_hash,
         }

@@ -1,7 +1,9 @@
 """The rows of a study: who or what is classified, and what must stay together in the folds."""
 
+import hashlib
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,15 @@ class Cohort:
 def known_sites(sites: Iterable[str | None]) -> tuple[str, ...]:
     """Return the sites that are known, each once, in their order."""
     return tuple(dict.fromkeys(site for site in sites if site is not None))
+
+
+def rows_hash(rows: Iterable[Subject]) -> str:
+    """Return the sha256 of all that rows say; what is at its default counts for nothing.
+
+    A field that `Subject` gets later so leaves the hashes of older rows as they were.
+    """
+    said = []
+    for row in rows:
+        values = [(field.name, getattr(row, field.name), field.default) for field in fields(row)]
+        said.append({name: value for name, value, default in values if value != default})
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=float).encode()).hexdigest()
