@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def count(
         wanted = wanted or kills.undisturbed(recipe, scratch / "undisturbed")
         number = len(outcomes)
         # Its settings name the folder and are compared, so every sweep has the same.
-        kills.emptied(scratch / "out")
+        shutil.rmtree(scratch / "out", ignore_errors=True)
         chance = random.Random(f"{driver}{number}{seed}")
         n = min(_KILLS_PER_SWEEP, left)
         outcome = kills.sweep_under_fire(recipe, scratch / f"fire{number}", wanted, kinds, n, chance)
