@@ -1,5 +1,6 @@
 """What is predicted. A task is one class, in a file of its own where it is more than a column; see `base.Task`."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
@@ -40,6 +41,9 @@ TASK_CHOICES = (
     "reidentify for whose brain it is"
 )
 _MOST_CLASSES = 20
+# With fewer than four subjects a class cannot be trained on, validated and tested.
+_FEWEST_RUNS = 4
+_FEWEST_MEASURED = 5
 
 
 def get_task(
@@ -99,6 +103,7 @@ def _get_task(
                 f"phenotype column {column!r} holds {twice[0]!r} both as a number and as a text; write it in one way "
                 "and shard again."
             )
+        _check_classes(column, Counter(phenotype.get(column) for phenotype in phenotypes or ()))
     if not 2 <= len(found) <= _MOST_CLASSES:
         hint = f", or ask for regress:{column} if they are numbers" if len(found) > 1 else ""
         raise FinetuneError(
@@ -108,6 +113,18 @@ def _get_task(
     if len(found) == 2:
         return _TwoTexts(name, column, (found[0], found[1]))
     return SeveralClasses(name, column, found)
+
+
+def _check_classes(column: str, runs_of: Mapping[float | str | None, int]) -> None:
+    """Refuse a column of measurements; runs_of counts the runs of every value."""
+    values = [value for value in runs_of if value is not None]
+    rare = sum(runs_of[value] < _FEWEST_RUNS for value in values)
+    if any(isinstance(value, str) for value in values) or len(values) < _FEWEST_MEASURED or 2 * rare <= len(values):
+        return
+    raise FinetuneError(
+        f"phenotype column {column!r} holds {len(values)} different numbers, most of them in fewer than {_FEWEST_RUNS} "
+        f"runs, which looks like a measurement and not like classes; use regress:{column}."
+    )
 
 
 def open_rows(name: str, manifest: Manifest, events: EventsConfig, clip_length: int) -> tuple[Task, Cohort] | None:

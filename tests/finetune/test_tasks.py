@@ -57,6 +57,15 @@ def test_a_column_s_classes_are_the_values_that_occur():
     assert [get_task("sex").label({"sex": s}) for s in ("F", "M", None)] == [0, 1, None]
 
 
+def test_a_column_of_measurements_is_not_taken_for_classes():
+    measured = [{"iq": float(80 + subject // 2)} for subject in range(16)]
+    with pytest.raises(FinetuneError, match=r"'iq' holds 8 different numbers, most .*measurement.*; use regress:iq\."):
+        get_task("classify:iq", measured)
+    # Subtypes, one of them rare, are classes; so are many codes that occur often.
+    assert len(get_task("classify:dx", [{"dx": float(code)} for code in (0, 0, 0, 0, 1, 1, 1, 1, 2, 3)]).classes) == 4
+    assert len(get_task("classify:dx", [{"dx": float(subject % 8)} for subject in range(32)]).classes) == 8
+
+
 def test_figures_of_classes_and_numbers_are_sklearn_s():
     generator = np.random.default_rng(0)
     truth = np.arange(40) % 3
