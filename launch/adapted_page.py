@@ -42,8 +42,20 @@ def describe_adapted(results: Mapping[str, Any]) -> dict[str, Any]:
         "sites": _sites(results),
         "confusion": _confusion(results),
         "roc": figures.inline(figures.roc_figure(roc["fpr"], roc["tpr"], tested["auc"], tested["n"])) if roc else None,
+        "equally": _equally(results) if curve else "",
         "calibration": figures.inline(figures.calibration_figure(curve)) if curve else None,
     }
+
+
+def _equally(results: Mapping[str, Any]) -> str:
+    """Say that scores are probabilities where both classes are as frequent, which the cohort's need not be."""
+    n, share = results["figures"]["n"], results["figures"]["n_positive"] / results["figures"]["n"]
+    return (
+        "Scores are probabilities as if both classes were as frequent, since the loss weighs them equally; calibration "
+        f"and Brier score are of these. Of the {n} here {100 * share:.0f} % are {_positive(results)}: saying so of "
+        f"everybody would have a Brier score of {show_number(share * (1 - share))}, and where that is far from 50 % "
+        "the groups leave the diagonal for this reason alone. AUC and threshold do not depend on it."
+    )
 
 
 def describe_question(results: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ FIGURES = {
     "accuracy": "accuracy",
     "sensitivity": "sensitivity",
     "specificity": "specificity",
-    "brier": "Brier score",
+    "brier": "Brier score (both classes weighed equally)",
     "r2": "R²",
     "r": "correlation r",
     "mae": "mean absolute error",

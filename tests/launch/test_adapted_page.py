@@ -57,6 +57,8 @@ def test_two_classes_are_named_and_which_is_positive(page_of):
     assert f"{auc:.2f} AUC {ends[0]:.2f} to {ends[1]:.2f}" in text and "Brier score" in text
     assert "site, age and sex, logistic regression" in text and "well calibrated" in text
     kki, nyu = results["sites"]
+    assert "as if both classes were as frequent" in text and "Of the 18 here 50 % are ADHD" in text
+    assert "Brier score (both classes weighed equally)" in text and "would have a Brier score of 0.250" in text
     assert "the intervals treat the fold models as given" in text
     assert f"KKI 6 3 {kki['auc']:.2f}" in text and f"NYU 12 6 {nyu['auc']:.2f}" in text
 
