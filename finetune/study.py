@@ -183,6 +183,12 @@ class Study:
         several = len({row.person for row in rows}) > 1
         return [row.person if several else str(row.runs) for row in rows]
 
+    @property
+    def device(self) -> torch.device:
+        """Where clips are read and tested: the GPU that is there, unless a sweep's ``gpus`` is 0."""
+        wanted = getattr(self.config, "gpus", None) != 0
+        return torch.device("cuda" if wanted and torch.cuda.is_available() else "cpu")
+
     def lifted(self, adapter: AdapterConfig) -> AdapterConfig:
         """Return the same adapter; a head alone with all of the encoder below it, which is then run once per clip."""
         if not adapter.frozen:
@@ -190,15 +196,15 @@ class Study:
         return adapter.model_copy(update={"first_stage": self._backbone(self.config.seed).n_stages})
 
     def classifier(self, adapter: AdapterConfig, seed: int | None = None) -> Classifier:
-        """Load the encoder afresh, with a new adapter and head (of the study's seed), on the device that is there."""
+        """Load the encoder afresh, with a new adapter and head (of the study's seed), on the study's device."""
         seed = self.config.seed if seed is None else seed
         hidden = getattr(self.config, "head_hidden", 0)
-        return Classifier(self._backbone(seed), self.task, adapter, seed, hidden).to(_device())
+        return Classifier(self._backbone(seed), self.task, adapter, seed, hidden).to(self.device)
 
     def backbone(self) -> Backbone:
-        """Load the encoder afresh, frozen, on the device that is there."""
+        """Load the encoder afresh, frozen, on the study's device."""
         backbone = self._backbone(self.config.seed)
-        backbone.network.to(_device())
+        backbone.network.to(self.device)
         return backbone
 
     def gather(
@@ -338,7 +344,3 @@ def _run_numbers(rows: Sequence[Subject]) -> list[str]:
         runs = of_person.setdefault(row.person, [])
         runs += [row.runs[0]] if row.runs[0] not in runs else []
     return [f"{of_person[row.person].index(row.runs[0]):04d}" for row in rows]
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

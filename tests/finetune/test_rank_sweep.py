@@ -12,9 +12,10 @@ import torch
 
 from boldforge.configs import BoldForgeError, ConfigError, folder_lock, load_config
 from boldforge.data_shards import load_manifest
-from boldforge.finetune import SweepConfig, SweepError, fit, load_classifier, rank_sweep, sweep
+from boldforge.finetune import AdapterConfig, SweepConfig, SweepError, fit, load_classifier, rank_sweep, sweep
 from boldforge.finetune import trial as trial_module
 from boldforge.finetune.serial_driver import run_serially
+from boldforge.finetune.study import open_study
 from boldforge.finetune.sweep_results import TrialResult, choose
 from boldforge.finetune.sweep_rungs import Trial
 
@@ -281,6 +282,18 @@ def test_trials_train_where_gpus_says_even_if_a_gpu_is_there(shards, encoder, tm
     monkeypatch.setattr(rank_sweep, "drive", look)
     sweep(_config(shards, encoder, tmp_path, gpus=gpus, ranks=[0], **BRIEF))
     assert seen == [device]
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (0.5, "cuda")])
+def test_clips_are_read_and_tested_where_gpus_says(cohort, encoder, tmp_path, monkeypatch, gpus, device):
+    """A sweep that goes on where no GPU is must not give other bits."""
+    study = open_study(_config(cohort, encoder, tmp_path, gpus=gpus))
+    moved = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, place: moved.append(place.type) or module)
+    study.backbone()
+    study.classifier(AdapterConfig(rank=0))
+    assert moved == [device, device]
 
 
 @pytest.mark.parametrize(("section", "key"), [("adapter", "rank"), ("training", "patience")])
