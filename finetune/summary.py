@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 _CALLED = {"auc": "AUC", "r2": "R²", "top1": "top-1"}
 # Of one fixed model about subjects new to it, p is what it says. The models of folds have trained on each other's test
 # subjects: of cohorts without an effect 7 to 11 % had p < 0.05, and the verdict below, which is to be wrong in 2.5 %,
-# was so in 4 to 8 %; at 0.01 in 1.5 to 2.5 % (tested).
+# was so in 4 to 8 %; at 0.01 in 1.3 to 2.8 % (tested).
 LEVEL, LEVEL_OF_FOLDS = 0.05, 0.01
 
 

@@ -10,8 +10,8 @@ from boldforge.launch.model_card import describe_overlap, describe_simulated
 # Measured with the pipeline's own folds and logistic regression: 40 and 100 subjects, 5 and 10 folds or four sites.
 FOLDS_SAY = (
     "Under cross-validation the intervals treat the fold models as given, though these have trained on each other's "
-    "test subjects: in made-up cohorts without an effect they held chance in 85 to 90 % and not in 95 %, so the "
-    "verdict asks for p below 0.01; 1.5 to 2.5 % of these cohorts then passed for better than chance, where 2.5 % are "
+    "test subjects: in made-up cohorts without an effect they held chance in 85 to 92 % and not in 95 %, so the "
+    "verdict asks for p below 0.01; 1.3 to 2.8 % of these cohorts then passed for better than chance, where 2.5 % are "
     "intended."
 )
 _SITE_FIGURES = ("auc", "balanced_accuracy", "sensitivity", "specificity", "r2", "r", "mae", "top1", "top5")
