@@ -258,7 +258,10 @@ def finetune(
         str | None, typer.Option("--config", help="Recipe (YAML); by default the task's own, or finetune/adhd.yaml")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="What to predict: adhd, sex, age, classify:COLUMN, regress:COLUMN, …")
+        str | None,
+        typer.Option(
+            help="What to predict: adhd, sex, age, classify:COLUMN, regress:COLUMN, states, retrieval, reidentify"
+        ),
     ] = None,
     data: Annotated[
         Path | None,

@@ -81,6 +81,21 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_help_names_every_task():
+    from boldforge.finetune.tasks import _NAMED, OF_PARTS
+
+    said = CliRunner().invoke(app, ["finetune", "--help"], env={"COLUMNS": "300"}).output
+    assert [name for name in (*_NAMED, *OF_PARTS, "classify:COLUMN", "regress:COLUMN") if name not in said] == []
+
+
+def test_every_baseline_is_named_on_the_page_of_finetuning():
+    from boldforge.finetune.baselines import BASELINES
+
+    page = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text()
+    plain = [name for name in BASELINES if not name.endswith("+combat")]
+    assert [name for name in plain if f"`{name}`" not in page] == []
+
+
 def test_the_version_is_printed():
     assert CliRunner().invoke(app, ["--version"]).output.strip() == __version__
 
