@@ -125,7 +125,7 @@ def _phenotype(row: dict[str, str]) -> Phenotype:
     phenotype: Phenotype = {
         "diagnosis": parse_diagnosis(row.get("DX")),
         "dx": parse_value(row.get("DX")),
-        "age": parse_number(row.get("Age")),
+        "age": parse_value(row.get("Age")),
         # The table's key: 0 female, 1 male.
         "sex": {0.0: "F", 1.0: "M"}.get(parse_number(row.get("Gender"))),  # type: ignore[arg-type]
     }

@@ -126,6 +126,8 @@ def parse_sex(text: str | None) -> str | None:
 def canonical(row: dict[str, str], known: frozenset[str]) -> Phenotype:
     """Turn a table row into phenotypes: ``diagnosis``, ``age``, ``sex`` canonical, other columns as they are.
 
+    An age that is no number stays the text it is, so that a task refuses it instead of taking it for missing.
+
     ``dx`` is the diagnosis as the table has it, so that subtypes stay apart. Of two columns, ``diagnosis`` and ``dx``,
     each gives its own.
 
@@ -147,7 +149,7 @@ def canonical(row: dict[str, str], known: frozenset[str]) -> Phenotype:
         elif lower in {"sex", "gender"}:
             phenotype["sex"] = parse_sex(text)
         elif lower == "age":
-            phenotype["age"] = parse_number(text)
+            phenotype["age"] = parse_value(text)
         else:
             phenotype[name] = parse_value(text)
     if coded:

@@ -128,7 +128,9 @@ def subject_features(
             found["site"].append([subject.site or ""])
         if "demographics" in kinds:
             age, sex = phenotype.get("age"), phenotype.get("sex")
-            found["demographics"].append([subject.site or "", str(sex or ""), np.nan if age is None else age])
+            found["demographics"].append(
+                [subject.site or "", str(sex or ""), age if isinstance(age, int | float) else np.nan]
+            )
         if {"connectivity", "regions", "image"} & set(kinds):
             whole = [(0, reader.manifest.runs[run].n_frames) for run in subject.runs]
             spans = [(start, clip_length) for start in subject.starts] or whole

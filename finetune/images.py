@@ -167,7 +167,11 @@ class ImageTable:
             age = phenotype.get("age")
             values = {
                 "site": [subject.site or ""],
-                "demographics": [subject.site or "", str(phenotype.get("sex") or ""), np.nan if age is None else age],
+                "demographics": [
+                    subject.site or "",
+                    str(phenotype.get("sex") or ""),
+                    age if isinstance(age, int | float) else np.nan,
+                ],
             }
             for kind in kinds:
                 if kind == "volume":

@@ -11,7 +11,7 @@ from boldforge.finetune.errors import FinetuneError
 from boldforge.finetune.events import EventsConfig
 from boldforge.finetune.subjects import Cohort
 from boldforge.finetune.tasks.base import Criterion, Phenotype, Task, describe_labels, named_classes
-from boldforge.finetune.tasks.columns import Number, SeveralClasses, TwoClasses, as_text, check_column
+from boldforge.finetune.tasks.columns import Number, SeveralClasses, TwoClasses, as_text, check_column, check_numbers
 from boldforge.finetune.tasks.diagnosis import AdhdDiagnosis
 from boldforge.finetune.tasks.reidentification import Reidentification, open_reidentification
 from boldforge.finetune.tasks.retrieval import ImageRetrieval, open_retrieval
@@ -69,13 +69,15 @@ def get_task(
     Raises
     ------
     FinetuneError
-        If there is no such task or no such column, the column does not hold between 2 and 20 classes, or two have the
-        same name.
+        If there is no such task or no such column, a column of numbers holds a text, the column does not hold between
+        2 and 20 classes, or two have the same name.
     """
     rows = None if phenotypes is None else list(phenotypes)
     task = _get_task(name, rows, classes, tensors)
     if rows is not None:
         check_column(task.column, rows)
+        if isinstance(task, Number):
+            check_numbers(task.column, rows)
     return task
 
 

@@ -16,6 +16,7 @@ from boldforge.finetune.metrics import auc, binary_metrics, multiclass_auc, mult
 from boldforge.finetune.tasks.base import Criterion, Kind, Phenotype
 
 SUBJECT_BASELINES = ("site", "demographics", "connectivity", "connectivity-svm", "mean-image", "image")
+_MOST_NAMED = 3
 
 
 class TwoClasses:
@@ -276,6 +277,26 @@ def check_column(column: str, phenotypes: Sequence[Phenotype]) -> None:
     near = get_close_matches(asked, plain, 1) or [name for name in plain if asked in name.split("_")]
     hint = f"did you mean {plain[near[0]]!r}? The" if near else "the"
     raise FinetuneError(f"there is no phenotype column {column!r}; {hint} columns are {', '.join(columns)}.")
+
+
+def check_numbers(column: str, phenotypes: Sequence[Phenotype]) -> None:
+    """Make sure that a phenotype column holds numbers, but for what is missing.
+
+    Raises
+    ------
+    FinetuneError
+        If it does not, saying in how many runs, some of the texts, and how many runs have no value.
+    """
+    texts = [value for phenotype in phenotypes if isinstance(value := phenotype.get(column), str)]
+    if not texts:
+        return
+    empty = sum(phenotype.get(column) is None for phenotype in phenotypes)
+    kinds = sorted(set(texts))
+    some = ", ".join(map(repr, kinds[:_MOST_NAMED])) + (", …" if len(kinds) > _MOST_NAMED else "")
+    raise FinetuneError(
+        f"phenotype column {column!r} holds no number in {len(texts)} of {len(phenotypes)} runs ({some}), and nothing "
+        f"in {empty}, which are left out; correct or empty the cells and shard again, or ask for classify:{column}."
+    )
 
 
 def as_text(value: float | str) -> str:

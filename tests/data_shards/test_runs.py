@@ -45,6 +45,12 @@ def test_bids_takes_one_version_of_a_recording_and_says_so(place):
     assert "another version" in reasons(found)[f"sub-01_ses-a_task-rest_run-1_{MNI}_res-2_desc-smoothed_bold.nii.gz"]
 
 
+def test_an_age_that_is_no_number_is_not_taken_for_missing(place):
+    root = place(f"sub-01/func/sub-01_task-rest_{MNI}_bold.nii.gz", f"sub-02/func/sub-02_task-rest_{MNI}_bold.nii.gz")
+    (root / "participants.tsv").write_text("participant_id\tage\nsub-01\tabc\nsub-02\tNaN\n")
+    assert [run.phenotype["age"] for run in find_runs(root).runs] == ["abc", None]
+
+
 def test_bids_reads_tr_from_sidecars_and_people_from_participants(place):
     root = place(f"sub-01/func/sub-01_task-rest_{MNI}_bold.nii.gz", f"sub-02/func/sub-02_task-rest_{MNI}_bold.nii.gz")
     (root / f"sub-01/func/sub-01_task-rest_{MNI}_bold.json").write_text(json.dumps({"RepetitionTime": 0.8}))

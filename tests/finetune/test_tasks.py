@@ -57,6 +57,13 @@ def test_a_column_s_classes_are_the_values_that_occur():
     assert [get_task("sex").label({"sex": s}) for s in ("F", "M", None)] == [0, 1, None]
 
 
+def test_a_value_that_is_no_number_is_named_and_what_is_missing_counted():
+    phenotypes = [{"age": value} for value in (9.0, None, "abc", None, 12.0, 8.5)]
+    with pytest.raises(FinetuneError, match=r"'age' holds no number in 1 of 6 runs \('abc'\), and nothing in 2, "):
+        get_task("age", phenotypes)
+    assert get_task("age", [row for row in phenotypes if row["age"] != "abc"]).label({"age": 9.0}) == 9.0
+
+
 def test_a_column_of_measurements_is_not_taken_for_classes():
     measured = [{"iq": float(80 + subject // 2)} for subject in range(16)]
     with pytest.raises(FinetuneError, match=r"'iq' holds 8 different numbers, most .*measurement.*; use regress:iq\."):
