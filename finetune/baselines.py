@@ -117,8 +117,8 @@ def subject_features(
     dict
         Kind to an array with one row per subject. ``connectivity``: Fisher z of the correlations between the mean time
         courses of the AAL3 regions on the grid, mean over the subject's runs. ``regions``: their means over time.
-        ``image``: every voxel's mean, then every voxel's standard deviation over time, mean over runs. Of a part of a
-        subject only the frames of its clips count.
+        ``image``: every voxel's mean (0 where normalisation took it away), then every voxel's standard deviation over
+        time, mean over runs. Of a part of a subject only the frames of its clips count.
     """
     found: dict[str, list[Any]] = {kind: [] for kind in kinds}
     regions = _region_means(reader.manifest) if {"connectivity", "regions"} & set(kinds) else None
@@ -141,10 +141,19 @@ def subject_features(
                     found[kind].append(np.mean(values, axis=0))
         if on_progress:
             on_progress(number + 1, len(subjects))
+    if "image" in kinds:
+        found["image"] = [_without_rounding(row) for row in found["image"]]
     kept_as_they_are = ("site", "demographics")
     return {
         kind: np.array(rows, dtype=object if kind in kept_as_they_are else np.float64) for kind, rows in found.items()
     }
+
+
+def tells_apart(name: str, features: npt.NDArray[Any]) -> bool:
+    """Whether what a baseline reads differs between rows at all; else no fit of it can be better than chance."""
+    if name.removesuffix("+combat") == "mean-image":
+        features = _mean_half(features)
+    return any(bool(np.any(row != features[0])) for row in features)
 
 
 def baseline_scores(
@@ -335,6 +344,16 @@ def _at_least_one(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _mean_half(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return every voxel's mean out of means and deviations [N, 2 V]."""
     return images[:, : images.shape[1] // 2]
+
+
+def _without_rounding(image: Floats) -> Floats:
+    """Return means and deviations [2 V] with the means at 0 where normalisation has left nothing but rounding of them.
+
+    Stored with 16 bits they are then below 1e-4 of the amplitude, and standardising would make a pattern of them.
+    """
+    means, deviations = np.split(image, 2)
+    left = float(np.abs(means).max()) >= 1e-3 * float(np.median(deviations))
+    return image if left else np.concatenate([np.zeros_like(means), deviations])
 
 
 def _region_means(manifest: Manifest) -> npt.NDArray[np.float32]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from boldforge.finetune.adapters import AdapterConfig
-from boldforge.finetune.baselines import BASELINES, baseline_scores, baseline_scores_over
+from boldforge.finetune.baselines import BASELINES, baseline_scores, baseline_scores_over, tells_apart
 from boldforge.finetune.cohort import ClipSet
 from boldforge.finetune.evaluation import best_threshold
 from boldforge.finetune.folds import Fold, inner_folds
@@ -96,6 +96,8 @@ class Beside:
         self._features = self._study.features(sorted(kinds - {"embedding"}), advance)
         if "embedding" in kinds:
             self._features["embedding"] = self._study.embeddings(*clips())
+        for name, kept in self.scores.items():
+            kept.blind = not tells_apart(name, self._features[BASELINES[name].features])
 
     def run(self, fold: Fold, repeat: int = 0) -> None:
         """Fit all of them on a fold, or on its inner folds as a search does, and enter its test rows' scores."""

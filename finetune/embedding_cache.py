@@ -138,6 +138,8 @@ class EmbeddingCache:
     @contextlib.contextmanager
     def _partial(self) -> Iterator[Path]:
         """Lend a folder beside the entries; it is locked, so that nobody takes it for a killed process's."""
+        # Again: whoever removed the folder while the embeddings were computed was free to.
+        self._folder.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self._folder))
         try:
             with folder_lock(partial, "keeping embeddings"):

@@ -4,7 +4,7 @@ Array suffixes: N subjects · R repetitions of the cross-validation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,12 +29,13 @@ class Scores:
     """One model's test scores, every subject tested once per repetition, and where each fold drew its line.
 
     ``score`` is [R, N] or, for several classes, [R, N, K]; ``threshold_RN`` is the threshold that the fold's validation
-    subjects chose, of use where there are two classes.
+    subjects chose, of use where there are two classes. ``blind``: a baseline whose features are the same for every row.
     """
 
     task: Task
     score: Floats
     threshold_RN: Floats
+    blind: bool = False
 
     @classmethod
     def empty(cls, task: Task, repeats: int, subjects: int) -> "Scores":
@@ -49,7 +50,7 @@ class Scores:
 
     def select(self, subjects: Sequence[int]) -> "Scores":
         """Return those of some subjects, by position."""
-        return Scores(self.task, self.score[:, list(subjects)], self.threshold_RN[:, list(subjects)])
+        return replace(self, score=self.score[:, list(subjects)], threshold_RN=self.threshold_RN[:, list(subjects)])
 
     def by_row(self) -> Floats:
         """Return every subject's scores of all repetitions, [N, R] or [N, R, K]."""
@@ -161,7 +162,9 @@ def summarise(
         undefined = {"brier"} if BASELINES[name].model == "svm" else set()
         intervals = other.intervals(truth, seed, clusters)
         summary["baselines"][name] = {
-            "says": BASELINES[name].says(task.kind, task.column),
+            "says": BASELINES[name].says(task.kind, task.column)
+            + (", the same for everybody here" if other.blind else ""),
+            "blind": other.blind,
             "figures": {key: None if key in undefined else value for key, value in other.figures(truth).items()},
             "intervals": {key: ends for key, ends in intervals.items() if key not in undefined},
             "model_minus_baseline": compare(
@@ -189,6 +192,8 @@ def verdict(summary: Mapping[str, Any]) -> str:
     low, high = summary["intervals"][key]
     found = f"{called} {figures[key]:.2f} (95 % interval {low:.2f} to {high:.2f}, {of})"
     level = summary["level"]
+    if high < chance:
+        return f"{found}: below chance. Where nothing was learned few subjects may give that; look at the labels, too."
     if permuted["p"] >= level or low <= chance:
         nearly = level < LEVEL and permuted["p"] < LEVEL and low > chance
         why = f" (p = {permuted['p']:.3f}, where folds ask for less than {level:g})" if nearly else ""
@@ -203,14 +208,13 @@ def verdict(summary: Mapping[str, Any]) -> str:
     if site and site["intervals"][key][0] > chance and not _beaten(site, level):
         beside = f"site alone reaches {called} {site['figures'][key]:.2f}"
         return f"{found}, but {beside}, which it does not surely beat: site may explain the result."
+    seeing = [entry for entry in summary["baselines"].values() if not entry.get("blind")]
     unbeaten = [
-        f"{entry['says']} ({called} {entry['figures'][key]:.2f})"
-        for entry in summary["baselines"].values()
-        if not _beaten(entry, level)
+        f"{entry['says']} ({called} {entry['figures'][key]:.2f})" for entry in seeing if not _beaten(entry, level)
     ]
     if unbeaten:
         return f"{found}: better than chance, but not surely better than {'; '.join(unbeaten)}."
-    beaten = " and than every baseline" if summary["baselines"] else ""
+    beaten = " and than every baseline" if seeing else ""
     return f"{found}: better than chance{beaten}."
 
 

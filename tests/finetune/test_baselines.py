@@ -6,7 +6,7 @@ from nilearn.maskers import NiftiLabelsMasker
 
 from boldforge.data_shards import ShardReader, atlas_on_grid, load_atlas, load_manifest
 from boldforge.finetune import baselines
-from boldforge.finetune.baselines import BASELINES, baseline_scores, baseline_scores_over, subject_features
+from boldforge.finetune.baselines import BASELINES, baseline_scores, baseline_scores_over, subject_features, tells_apart
 from boldforge.finetune.cohort import find_cohort
 from boldforge.finetune.metrics import auc
 from boldforge.finetune.tasks import AdhdDiagnosis, get_task
@@ -105,6 +105,17 @@ def test_the_mean_image_is_read_voxel_by_voxel_and_nothing_else():
     flat = np.zeros_like(mean)
     nothing = baseline_scores("mean-image", AdhdDiagnosis(), np.hstack([flat, mean]), labels, *parts)[1]
     np.testing.assert_allclose(nothing, 0.5)
+    assert not tells_apart("mean-image", np.hstack([flat, mean])) and tells_apart("image", np.hstack([flat, mean]))
+
+
+def test_rounding_of_a_mean_that_normalisation_took_away_is_no_image(cohort):
+    """Stored as whole numbers a mean of nothing is not quite nothing; the cohort is residual-z."""
+    reader = ShardReader(load_manifest(cohort))
+    subjects = find_cohort(reader.manifest, AdhdDiagnosis(), 1).subjects
+    images = subject_features(reader, subjects, ["image"])["image"]
+    means, deviations = np.split(images, 2, axis=1)
+    assert (means == 0).all() and (deviations > 0).any()
+    assert not tells_apart("mean-image", images)
 
 
 def test_missing_ages_and_unseen_sites_are_no_obstacle():

@@ -114,6 +114,8 @@ def test_the_result_stands_beside_plain_models_with_intervals_and_a_verdict(fini
     assert low <= results["figures"]["auc"] <= high
     assert set(results["baselines"]) == set(SUBJECT_BASELINES)
     site, image = results["baselines"]["site"], results["baselines"]["image"]
+    assert [name for name, entry in results["baselines"].items() if entry["blind"]] == ["mean-image"]
+    assert results["baselines"]["mean-image"]["says"].endswith("logistic regression, the same for everybody here")
     assert abs(site["figures"]["auc"] - 0.5) < 0.25, "diagnosis was dealt evenly over the sites"
     assert image["figures"]["auc"] > 0.8, "the planted effect is one of amplitude"
     assert results["permutation"]["p"] < 0.05 and results["permutation"]["p_within_sites"] < 0.05

@@ -163,6 +163,11 @@ def test_what_one_model_may_say_at_the_plain_level_folds_may_not():
     other = {"baselines": {"image": beside}}
     assert summary.verdict(folds | other).endswith("not surely better than the other (AUC 0.60).")
     assert summary.verdict(single | other).endswith("better than chance and than every baseline.")
+    # What is the same for everybody cannot win, so it is not among those that were beaten or were not.
+    blind = {"baselines": {"mean-image": beside | {"blind": True}}}
+    assert summary.verdict(folds | blind).endswith(": better than chance.")
+    below = {"figures": {"auc": 0.2, "n": 60}, "intervals": {"auc": [0.1, 0.4]}}
+    assert ": below chance." in summary.verdict(folds | below)
 
 
 def test_folds_have_the_stricter_level_and_of_one_site_both_p_are_one():
