@@ -73,7 +73,9 @@ def print_figures(results: Mapping[str, Any], console: Console) -> None:
     people = len(results.get("people") or ())
     of = results["rows"] + (f" of {people} {'person' if people == 1 else 'people'}" if people else "")
     simulated = "simulated " if results["simulated"] else ""
-    _say(f"Test on {figures['n']} {simulated}{of}, {results['measured_by']}{_left_out(results)}:", console)
+    positive = f", {figures['n_positive']} {results['classes'][1]} (positive)" if "n_positive" in figures else ""
+    tested = f"{figures['n']} {simulated}{of}{positive}"
+    _say(f"Test on {tested}, {results['measured_by']}{_left_out(results)}:", console)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("figure", "value", "95 % interval"):
         table.add_column(title, justify="left" if title == "figure" else "right")

@@ -189,6 +189,8 @@ def write_release(
     _check_free(out, replace)
     loaded = load_pretrained(export)
     adapter = _adapter_folder(Path(adapter)) if adapter is not None else None
+    if adapter is not None:
+        _check_releasable(adapter)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as partial:
         staged = Path(partial) / "release"
@@ -202,7 +204,11 @@ def write_release(
             forced = force_base and _is_other_base(loaded, adapter)
             config["adapter"] |= {"forced_base": True} if forced else {}
         _write_json(staged / "config.json", config)
-        model = from_pretrained(staged)
+        try:
+            model = from_pretrained(staged)
+        except BoldForgeError as error:
+            # It is the user's adapter that does not fit, not the copy.
+            raise ReleaseError(str(error).replace(str(staged / "adapter"), str(adapter))) from None
         config["embedding"] = {"pool": model.backbone.pool, "dim": model.backbone.dim}
         config["probe"] = probe(model)
         _write_json(staged / "config.json", config)
@@ -353,6 +359,29 @@ def _check_file(path: Path, digest: str) -> None:
 def _adapter_folder(folder: Path) -> Path:
     inner = folder / "adapter"
     return inner if inner.is_dir() else folder
+
+
+def _check_releasable(adapter: Path) -> None:
+    """Refuse a model that is one fold's, or one that was trained with a network of its own.
+
+    Raises
+    ------
+    ReleaseError
+        If it is.
+    """
+    task = read_task(adapter)
+    network = task.get("network")
+    if network is not None:
+        raise ReleaseError(
+            f"{adapter}: was trained with a network of its own ({network['kind']}), which no release of a pretrained "
+            "encoder holds; in Python, load_classifier reads it."
+        )
+    fold = task.get("figures", {}).get("fold")
+    if fold is not None:
+        raise ReleaseError(
+            f"{adapter}: is the model of fold {fold}, kept to be asked about its test subjects by boldforge attribute; "
+            "release a model of all subjects, such as the folder adapter of a fine-tuning."
+        )
 
 
 def _copy_adapter(source: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from boldforge.configs import ConfigError, load_config, recipe_path
+from boldforge.configs import ConfigError, count_of, load_config, recipe_path
 from boldforge.launch.figure_names import show_interval, show_number, tested_figures
 from boldforge.launch.finetuning import print_figures
 from boldforge.launch.progress import progress
@@ -103,7 +103,7 @@ def sweep_and_print(recipe: str, overrides: Sequence[str], console: Console) -> 
         stopped = "stopped early after" if trial["stopped_early"] else "trained for"
         called, value = next((k, trial[f"validation_{k}"]) for k in ("auc", "r2") if f"validation_{k}" in trial)
         best = "none" if value is None else f"{value:.3f}"
-        figures = f"validation {called.upper()} {best}, {stopped} {trial['epochs']} epochs"
+        figures = f"validation {called.upper()} {best}, {stopped} {count_of(trial['epochs'], 'epoch')}"
         diverged = ", diverged" if trial["diverged"] else ""
         console.print(f"{trial['name']}: {figures}{diverged}", highlight=False)
     console.print(results["sentence"], highlight=False, soft_wrap=True)

@@ -34,7 +34,8 @@ def test_a_folder_of_scans_becomes_a_tested_adapter_in_one_command(athena, pretr
     parts = results["trainable_by_part"]
     assert f"Trainable parameters: lora {parts['lora']:,}".replace(",", " ") in done.output
     assert sum(parts.values()) == results["trainable_parameters"]
-    assert f"Test on {results['figures']['n']} simulated subjects, 2-fold cross-validation" in done.output
+    tested = f"{results['figures']['n']} simulated subjects, {results['figures']['n_positive']} ADHD (positive)"
+    assert f"Test on {tested}, 2-fold cross-validation" in done.output
     low, high = results["intervals"]["auc"]
     assert f"{results['figures']['auc']:.3f}" in done.output and f"{low:.3f} to {high:.3f}" in done.output
     for entry in results["baselines"].values():

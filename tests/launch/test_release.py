@@ -51,6 +51,26 @@ def test_a_release_embeds_bit_for_bit_as_the_run_it_came_from(release, pretraini
     assert torch.equal(embedding, theirs.embed(clips))
 
 
+def test_a_fold_s_model_and_one_with_its_own_network_are_no_release(pretraining, adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "run" / "folds" / "2")
+    task = json.loads((folder / "task.json").read_text())
+    (folder / "task.json").write_text(json.dumps(task | {"figures": {"fold": 2, "test": ["p1"]}}))
+    with pytest.raises(ReleaseError, match=r"folds/2: is the model of fold 2, .*; release a model of all subjects"):
+        write_release(pretraining, tmp_path / "v1", folder)
+    (folder / "task.json").write_text(json.dumps(task | {"network": {"kind": "resnet-rnn"}}))
+    with pytest.raises(ReleaseError, match=r"a network of its own \(resnet-rnn\)"):
+        write_release(pretraining, tmp_path / "v1", folder)
+    assert not (tmp_path / "v1").exists()
+
+
+def test_of_a_broken_adapter_the_user_s_own_file_is_named(pretraining, adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "mine")
+    (folder / "head.safetensors").write_bytes(b"nothing")
+    with pytest.raises(BoldForgeError, match=r"/mine/head\.safetensors"):
+        write_release(pretraining, tmp_path / "v1", folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
 def test_only_a_base_that_had_to_be_forced_is_called_so(release, pretraining, adapter, tmp_path):
     asked = write_release(pretraining, tmp_path / "asked", adapter, force_base=True)
     assert (asked / "config.json").read_text() == (release / "config.json").read_text()
