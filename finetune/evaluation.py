@@ -63,7 +63,7 @@ def permutation_test(
     seed: int,
     draws: int = DRAWS,
     headline: Headline = auc,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Ask how often labels that mean nothing give so high a figure.
 
     Parameters
@@ -79,12 +79,13 @@ def permutation_test(
     -------
     dict
         ``p``: labels permuted among all subjects. ``p_within_sites``: permuted inside each site only, so that a model
-        that has learned sites and nothing else is at chance here however well it scores; of one site the same. Both
-        are (1 + draws as high) / (1 + draws).
+        that has learned sites and nothing else is at chance here however well it scores; of one site the same, None
+        where no site has two different labels. Both are (1 + draws as high) / (1 + draws).
     """
     truth, score = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     site = np.array([s or "" for s in sites])
     groups = [np.flatnonzero(site == name) for name in np.unique(site)]
+    told = any(len(np.unique(truth[group])) > 1 for group in groups)
     generator = np.random.default_rng([seed, len(truth), 1])
     observed = headline(truth, score)
     hits = {"p": 0, "p_within_sites": 0}
@@ -97,7 +98,8 @@ def permutation_test(
         for group in groups:
             within[group] = generator.permutation(truth[group])
         hits["p_within_sites"] += headline(within, score) >= observed - 1e-12
-    return {name: (1 + count) / (1 + draws) for name, count in hits.items()}
+    found: dict[str, float | None] = {name: (1 + count) / (1 + draws) for name, count in hits.items()}
+    return found if told else found | {"p_within_sites": None}
 
 
 def calibration(labels: npt.ArrayLike, scores: npt.ArrayLike, bins: int = 5) -> list[dict[str, float]]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from boldforge.finetune.baselines import BASELINES
 from boldforge.finetune.evaluation import bootstrap_intervals, calibration, compare, per_site, permutation_test
-from boldforge.finetune.intervals import cluster_intervals, score_intervals
+from boldforge.finetune.intervals import FEWEST_CLUSTERS, cluster_intervals, score_intervals
 from boldforge.finetune.metrics import auc
 from boldforge.finetune.tasks import Task, named_classes
 
@@ -152,7 +152,8 @@ def summarise(
         "intervals": model.intervals(truth, seed, clusters),
         "level": LEVEL_OF_FOLDS if cross_validated else LEVEL,
         "clusters": None if blocks is None else {"n": len(set(blocks.clusters)), "called": blocks.called},
-        "permutation": permuted if blocks is None else {"p": permuted["p_within_sites"]},
+        # Nothing can be permuted inside runs of one class each, so nothing is shown.
+        "permutation": permuted if blocks is None else {"p": permuted["p_within_sites"] or 1.0},
         "calibration": calibration(truth, score) if task.kind == "binary" else None,
         "sites": per_site(truth, np.arange(len(truth)), sites, model.figures_of),
         "baselines": {},
@@ -200,13 +201,15 @@ def verdict(summary: Mapping[str, Any]) -> str:
         return f"{found}: not shown to be better than chance{why}."
     site = summary["baselines"].get("site")
     within = permuted.get("p_within_sites", 0.0)
+    beside = f"site alone reaches {called} {site['figures'][key]:.2f}" if site else "labels differ between sites"
+    if within is None:
+        return f"{found}, but {beside}, and every site has one class: what site explains of it cannot be told."
     if within >= LEVEL:
-        beside = f"site alone reaches {called} {site['figures'][key]:.2f}" if site else "labels differ between sites"
-        return f"{found}, but {beside}, and inside the sites it is at chance: site explains the result."
+        inside = f"inside the sites it is not shown to be better than chance (p = {within:.3f})"
+        return f"{found}, but {beside}, and {inside}: site may explain the result."
     if within >= level:
         return f"{found}: better than chance, but not surely so inside the sites (p = {within:.3f})."
     if site and site["intervals"][key][0] > chance and not _beaten(site, level):
-        beside = f"site alone reaches {called} {site['figures'][key]:.2f}"
         return f"{found}, but {beside}, which it does not surely beat: site may explain the result."
     seeing = [entry for entry in summary["baselines"].values() if not entry.get("blind")]
     unbeaten = [
@@ -227,7 +230,9 @@ def _beaten(baseline: Mapping[str, Any], level: float) -> bool:
 def _without_interval(summary: Mapping[str, Any], found: str) -> str:
     """Say what labels permuted inside runs allow: it is about these people and no others."""
     p, clusters = summary["permutation"]["p"], summary["clusters"]
-    few = f"{clusters['n']} {clusters['called']} are too few for an interval" if clusters else "there is no interval"
+    few = "there is no interval"
+    if clusters and clusters["n"] < FEWEST_CLUSTERS:
+        few = f"{clusters['n']} {clusters['called']} are too few for an interval"
     these = clusters["called"] if clusters else summary["rows"]
     if p >= summary["level"]:
         return f"{found}, and {few}: not shown to be better than chance (p = {p:.3f})."

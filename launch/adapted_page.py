@@ -38,13 +38,18 @@ def describe_adapted(results: Mapping[str, Any]) -> dict[str, Any]:
         "rows": results.get("rows", "subjects"),
         "beside": _beside(results),
         # The one fixed model of a plain sweep has intervals that are what they say.
-        "folds_say": FOLDS_SAY if results.get("level", 0.05) < 0.05 else "",
+        "folds_say": _folds_say(results) if results.get("level", 0.05) < 0.05 else "",
         "sites": _sites(results),
         "confusion": _confusion(results),
         "roc": figures.inline(figures.roc_figure(roc["fpr"], roc["tpr"], tested["auc"], tested["n"])) if roc else None,
         "equally": _equally(results) if curve else "",
         "calibration": figures.inline(figures.calibration_figure(curve)) if curve else None,
     }
+
+
+def _folds_say(results: Mapping[str, Any]) -> str:
+    repeated = results.get("settings", {}).get("repeats", 1) > 1
+    return FOLDS_SAY + (" That was measured without repetitions, with which p is smaller still." if repeated else "")
 
 
 def _equally(results: Mapping[str, Any]) -> str:
@@ -54,7 +59,7 @@ def _equally(results: Mapping[str, Any]) -> str:
         "Scores are probabilities as if both classes were as frequent, since the loss weighs them equally; calibration "
         f"and Brier score are of these. Of the {n} here {100 * share:.0f} % are {_positive(results)}: saying so of "
         f"everybody would have a Brier score of {show_number(share * (1 - share))}, and where that is far from 50 % "
-        "the groups leave the diagonal for this reason alone. AUC and threshold do not depend on it."
+        "the groups leave the diagonal for this reason, too. AUC and threshold do not depend on it."
     )
 
 

@@ -100,3 +100,10 @@ def test_the_threshold_is_never_worse_than_a_half(rows):
         assert chosen >= half - 1e-12
         every = [binary_metrics(labels, scores, t)["balanced_accuracy"] for t in np.linspace(0, 1.05, 43)]
         assert chosen >= max(every) - 1e-12
+
+
+def test_inside_sites_of_one_class_each_there_is_nothing_to_permute():
+    scores = np.linspace(0, 1, 12)
+    labels = (scores > 0.5).astype(int)
+    found = permutation_test(labels, scores, ["a" if label else "b" for label in labels], seed=0, draws=50)
+    assert found["p"] < 0.05 and found["p_within_sites"] is None

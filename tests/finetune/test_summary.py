@@ -160,6 +160,10 @@ def test_what_one_model_may_say_at_the_plain_level_folds_may_not():
     assert summary.verdict(single | nearly).endswith(": better than chance.")
     within = {"permutation": {"p": 0.005, "p_within_sites": 0.02}}
     assert summary.verdict(folds | within).endswith("not surely so inside the sites (p = 0.020).")
+    unsure = {"permutation": {"p": 0.005, "p_within_sites": 0.2}}
+    assert summary.verdict(folds | unsure).endswith("better than chance (p = 0.200): site may explain the result.")
+    apart = {"permutation": {"p": 0.005, "p_within_sites": None}}
+    assert summary.verdict(folds | apart).endswith("every site has one class: what site explains of it cannot be told.")
     other = {"baselines": {"image": beside}}
     assert summary.verdict(folds | other).endswith("not surely better than the other (AUC 0.60).")
     assert summary.verdict(single | other).endswith("better than chance and than every baseline.")

@@ -126,7 +126,9 @@ def test_quick_fills_every_cell(tmp_path: Path) -> None:
     rows = {row["figure"]: row for row in json.loads(figures.read_text())["rows"]}
     strategies = ("random", "window", "region", "group")
     wanted = {f"error: trained {a}, tested {b}" for a in strategies for b in strategies}
-    wanted |= {f"SIMULATED AUC: {a}, {pool}" for a in ("untrained", *strategies) for pool in ("multiscale", "tokens_std")}
+    wanted |= {
+        f"SIMULATED AUC: {a}, {pool}" for a in ("untrained", *strategies) for pool in ("multiscale", "tokens_std")
+    }
     assert wanted <= set(rows)
     assert all(math.isfinite(x) for row in rows.values() for x in (row["value"], *row["interval"]))
     assert all(
