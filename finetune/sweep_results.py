@@ -85,26 +85,7 @@ def write_results(
             "validation": [subject for part in validating for subject in part],
             "test": parts["test"],
         }
-    shared: dict[str, Any] = {
-        "task": study.task.name,
-        "column": study.task.column,
-        "classes": named_classes(study.task),
-        "compared_by": figure,
-        "simulated": study.cohort.simulated,
-        "pretrained_on_these_shards": study.pretrained_on_these_shards,
-        "measured_by": (
-            "test subjects held out of a sweep, scored once"
-            if inner == 1
-            else f"test subjects held out of a sweep that chose by the mean of {inner} inner folds, scored once"
-        ),
-        **({"inner_folds": inner} if inner > 1 else {}),
-        **{name: summary[name] for name in ("figures", "intervals", "rows", "baselines", "verdict") if name in summary},
-        "threshold": threshold,
-        "subjects": {
-            name: describe_labels(study.task, [subject.label for subject in subjects])
-            for name, subjects in parts.items()
-        },
-    }
+    shared = _shared(study, parts, inner, summary, threshold)
     chosen = next(row for row in rows if row["trial"] == best.trial.number)
     results = {
         **shared,
@@ -140,6 +121,32 @@ def write_results(
     write_json(scratch / "sweep.json", results)
     (scratch / "sweep.json").replace(config.out / "sweep.json")
     return results
+
+
+def _shared(
+    study: Study, parts: Mapping[str, Sequence[Subject]], inner: int, summary: Mapping[str, Any], threshold: float
+) -> dict[str, Any]:
+    """Return what all files of a sweep say."""
+    return {
+        "task": study.task.name,
+        "column": study.task.column,
+        "classes": named_classes(study.task),
+        "compared_by": study.task.selects_by,
+        "simulated": study.cohort.simulated,
+        "pretrained_on_these_shards": study.pretrained_on_these_shards,
+        "measured_by": (
+            "test subjects held out of a sweep, scored once"
+            if inner == 1
+            else f"test subjects held out of a sweep that chose by the mean of {inner} inner folds, scored once"
+        ),
+        **({"inner_folds": inner} if inner > 1 else {}),
+        **{name: summary[name] for name in ("figures", "intervals", "rows", "baselines", "verdict") if name in summary},
+        "threshold": threshold,
+        "subjects": {
+            name: describe_labels(study.task, [subject.label for subject in subjects])
+            for name, subjects in parts.items()
+        },
+    }
 
 
 def _summarise(
