@@ -321,7 +321,8 @@ def _search_and_test(
         kept = {"scores": tested.scores.tolist(), "threshold": tested.threshold}
         write_whole(config.out / TESTED, json.dumps(kept).encode())
     validating = [[seen[place] for place in split.validation] for split in inner]
-    return write_results(study, config.settings(), parts, validating, trials, best, tested, scratch, others)
+    outer = None if number is None else number + 1
+    return write_results(study, config.settings(), parts, validating, trials, best, tested, scratch, others, outer)
 
 
 def _splits(fold: Fold, seen: Sequence[Subject], count: int) -> list[Split]:

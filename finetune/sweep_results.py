@@ -64,12 +64,14 @@ def write_results(
     tested: Tested,
     scratch: Path,
     baselines: Mapping[str, Scores] | None = None,
+    outer_fold: int | None = None,
 ) -> dict[str, Any]:
     """Write ``best/``, ``trials.tsv`` and, last, ``sweep.json``, whose content is returned.
 
     ``validating``: who validates, in every inner fold. Where there are several, ``train`` of the result's subjects
     counts all who are not tested, and ``validation`` those of them who validate in one of the folds. ``baselines`` are
-    their scores on the same test subjects; None leaves all comparison out.
+    their scores on the same test subjects; None leaves all comparison out. ``outer_fold``: number from 1 of the fold of
+    a nested search whose winner this is; its adapter says so.
     """
     config, classifier, scores, threshold = study.config, tested.classifier, tested.scores, tested.threshold
     figure = study.task.selects_by
@@ -105,7 +107,7 @@ def write_results(
     folder = config.out / "best"
     # By the hash an attribution knows whom the adapter has seen.
     about = {"clips_per_subject": config.clips, "shards_hash": study.manifest.content_hash}
-    about["sentence"] = results["sentence"]
+    about |= {"sentence": results["sentence"]} | ({} if outer_fold is None else {"outer_fold": outer_fold})
     save_adapter(classifier, folder / "adapter", {**shared, **about})
     line = threshold if study.task.kind == "binary" else None
     predictions = [Prediction(subject, score, line, 1) for subject, score in zip(parts["test"], scores, strict=True)]

@@ -376,12 +376,13 @@ def _check_releasable(adapter: Path) -> None:
             f"{adapter}: was trained with a network of its own ({network['kind']}), which no release of a pretrained "
             "encoder holds; in Python, load_classifier reads it."
         )
-    fold = task.get("figures", {}).get("fold")
-    if fold is not None:
-        raise ReleaseError(
-            f"{adapter}: is the model of fold {fold}, kept to be asked about its test subjects by boldforge attribute; "
-            "release a model of all subjects, such as the folder adapter of a fine-tuning."
-        )
+    figures = task.get("figures", {})
+    for key, called in (("fold", "fold"), ("outer_fold", "outer fold")):
+        if key in figures:
+            raise ReleaseError(
+                f"{adapter}: is the model of {called} {figures[key]}, kept to be asked about its test subjects by "
+                "boldforge attribute; release a model of all subjects, such as the folder adapter of a fine-tuning."
+            )
 
 
 def _copy_adapter(source: Path, target: Path) -> None:

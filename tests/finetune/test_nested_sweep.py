@@ -128,6 +128,7 @@ def test_each_folds_winner_is_asked_about_its_own_test_subjects(nested, tmp_path
         kept, winner = out / "folds" / str(fold["fold"]), out / "outer" / str(fold["fold"]) / "best" / "adapter"
         assert (kept / "head.safetensors").read_bytes() == (winner / "head.safetensors").read_bytes()
         assert read_task(kept)["figures"]["figures"] == fold["figures"]
+        assert read_task(winner)["figures"]["outer_fold"] == fold["fold"], "by which a release refuses it"
     found = _attribute(out, out=tmp_path / "attribution")
     assert (found["n_subjects"], found["n_folds"]) == (22, 2)
     pooled = _rows(out / "predictions.tsv")

@@ -57,6 +57,9 @@ def test_a_fold_s_model_and_one_with_its_own_network_are_no_release(pretraining,
     (folder / "task.json").write_text(json.dumps(task | {"figures": {"fold": 2, "test": ["p1"]}}))
     with pytest.raises(ReleaseError, match=r"folds/2: is the model of fold 2, .*; release a model of all subjects"):
         write_release(pretraining, tmp_path / "v1", folder)
+    (folder / "task.json").write_text(json.dumps(task | {"figures": {"outer_fold": 1}}))
+    with pytest.raises(ReleaseError, match=r"is the model of outer fold 1, .*; release a model of all subjects"):
+        write_release(pretraining, tmp_path / "v1", folder)
     (folder / "task.json").write_text(json.dumps(task | {"network": {"kind": "resnet-rnn"}}))
     with pytest.raises(ReleaseError, match=r"a network of its own \(resnet-rnn\)"):
         write_release(pretraining, tmp_path / "v1", folder)
