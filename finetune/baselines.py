@@ -33,6 +33,8 @@ OnProgress = Callable[[int, int], None]
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _MOST_COMPONENTS = 50
 _FRAMES_AT_ONCE = 64
+# Normalisations that subtract each voxel's mean over the run; see `boldforge.data_shards.normalise`.
+_TAKES_MEANS = ("residual-z", "voxel-z", "percent-signal-change")
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,12 @@ def subject_features(
                     found[kind].append(np.mean(values, axis=0))
         if on_progress:
             on_progress(number + 1, len(subjects))
-    if "image" in kinds:
-        found["image"] = [_without_rounding(row) for row in found["image"]]
+    if "image" in kinds and reader.manifest.recipe.normalisation in _TAKES_MEANS:
+        # Of a part of a run the means are its own; of a whole run nothing but rounding, which standardising would
+        # make a pattern of.
+        for subject, row in zip(subjects, found["image"], strict=True):
+            if not subject.starts:
+                row[: row.size // 2] = 0
     kept_as_they_are = ("site", "demographics")
     return {
         kind: np.array(rows, dtype=object if kind in kept_as_they_are else np.float64) for kind, rows in found.items()
@@ -344,16 +350,6 @@ def _at_least_one(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _mean_half(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return every voxel's mean out of means and deviations [N, 2 V]."""
     return images[:, : images.shape[1] // 2]
-
-
-def _without_rounding(image: Floats) -> Floats:
-    """Return means and deviations [2 V] with the means at 0 where normalisation has left nothing but rounding of them.
-
-    Stored with 16 bits they are then below 1e-4 of the amplitude, and standardising would make a pattern of them.
-    """
-    means, deviations = np.split(image, 2)
-    left = float(np.abs(means).max()) >= 1e-3 * float(np.median(deviations))
-    return image if left else np.concatenate([np.zeros_like(means), deviations])
 
 
 def _region_means(manifest: Manifest) -> npt.NDArray[np.float32]:

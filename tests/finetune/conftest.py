@@ -76,7 +76,7 @@ def values_BTV() -> torch.Tensor:
 def build_cohort(tmp_path_factory):
     """Shard a small cohort whose class 1 fluctuates more in one block of the brain; effect 0 plants nothing."""
 
-    def build(subjects: int, effect: float, seed: int = 0, frames: int = 12, unlabelled: int = 0) -> Path:
+    def build(subjects: int, effect: float, seed: int = 0, frames: int = 12, unlabelled: int = 0, **recipe) -> Path:
         folder = tmp_path_factory.mktemp("cohort")
         grid = get_grid(GRID)
         mask = brain_mask(grid)
@@ -107,8 +107,8 @@ def build_cohort(tmp_path_factory):
                 "constant": 12.0,
             }
             runs.append(Run(f"person{number:02d}", "1", site, 2.0, path, phenotype=phenotype, simulated=True))
-        recipe = DataRecipe(grid=GRID, tr=2.0, normalisation="residual-z", dtype="int16")
-        build_shards(runs, folder / "shards", recipe)
+        stored = {"grid": GRID, "tr": 2.0, "normalisation": "residual-z", "dtype": "int16"} | recipe
+        build_shards(runs, folder / "shards", DataRecipe(**stored))
         for run in runs:
             run.path.unlink()
         return folder / "shards"

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -108,14 +110,26 @@ def test_the_mean_image_is_read_voxel_by_voxel_and_nothing_else():
     assert not tells_apart("mean-image", np.hstack([flat, mean])) and tells_apart("image", np.hstack([flat, mean]))
 
 
-def test_rounding_of_a_mean_that_normalisation_took_away_is_no_image(cohort):
-    """Stored as whole numbers a mean of nothing is not quite nothing; the cohort is residual-z."""
-    reader = ShardReader(load_manifest(cohort))
+@pytest.mark.parametrize(
+    ("normalisation", "dtype", "kept"),
+    [
+        ("residual-z", "int16", False),
+        ("voxel-z", "int8", False),
+        ("residual-z", "int8", False),
+        ("global-z", "int8", True),
+    ],
+)
+def test_rounding_of_a_mean_that_normalisation_took_away_is_no_image(build_cohort, normalisation, dtype, kept):
+    """Stored as whole numbers a mean of nothing is not quite nothing."""
+    reader = ShardReader(load_manifest(build_cohort(subjects=4, effect=2.0, normalisation=normalisation, dtype=dtype)))
     subjects = find_cohort(reader.manifest, AdhdDiagnosis(), 1).subjects
     images = subject_features(reader, subjects, ["image"])["image"]
     means, deviations = np.split(images, 2, axis=1)
-    assert (means == 0).all() and (deviations > 0).any()
-    assert not tells_apart("mean-image", images)
+    assert (means != 0).any() == kept and (deviations > 0).any()
+    assert tells_apart("mean-image", images) == kept
+    parts = [replace(subject, starts=(0, 4)) for subject in subjects]
+    blocks = subject_features(reader, parts, ["image"], clip_length=4)["image"]
+    assert tells_apart("mean-image", blocks), "of a part of a run the mean is not taken away"
 
 
 def test_missing_ages_and_unseen_sites_are_no_obstacle():
