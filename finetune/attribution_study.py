@@ -3,8 +3,10 @@
 Shape suffixes: N subjects · V brain voxels · R regions, then groups of them.
 """
 
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +36,8 @@ from boldforge.finetune.fold_models import FoldModel, read_folds, read_results
 from boldforge.finetune.results import pseudonym_key, pseudonyms
 from boldforge.finetune.tasks import Task
 from boldforge.pretrain import region_voxels
+
+_CLIPS = ".clips-"
 
 
 class AttributionConfig(StrictModel):
@@ -142,7 +146,7 @@ def attribute_regions(config: AttributionConfig, on_progress: OnProgress | None 
     work.voxels_V = np.zeros(work.manifest.n_voxels)
     reader = ShardReader(work.manifest)
     done = 0
-    with folder_lock(work.out, "attributing"), tempfile.TemporaryDirectory(dir=work.out, prefix=".clips-") as scratch:
+    with folder_lock(work.out, "attributing"), _scratch(work.out) as scratch:
         for fold in work.folds:
             classifier = _load(work, fold.folder)
             check_recipe(classifier.backbone, work.manifest)
@@ -201,11 +205,22 @@ def _mean_frame(reader: ShardReader, subjects: Sequence[Subject]) -> torch.Tenso
     return torch.from_numpy((total_V / len(subjects)).astype(np.float32))
 
 
+@contextmanager
+def _scratch(out: Path) -> Iterator[str]:
+    """Lend a folder for clips; what a killed run left is removed. The caller holds the lock of `out`."""
+    for left in out.glob(f"{_CLIPS}*"):
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=out, prefix=_CLIPS) as scratch:
+        yield scratch
+
+
 def _open(config: AttributionConfig) -> _Work:
     """Find the models, their subjects, the encoder and the atlas's regions, and check that they fit together."""
     single = (config.model / "task.json").is_file()
     results = {} if single else read_results(config.model)
     settings = results.get("settings", {})
+    if settings.get("images") is not None:
+        raise FinetuneError(f"{config.model}: is a study of images; regions are attributed to studies of shards only.")
     if single and (config.shards is None or config.out is None):
         raise FinetuneError(f"{config.model}: is one adapter; give shards= of subjects new to it, and out=.")
     spec = settings.get("backbone")

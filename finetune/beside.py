@@ -50,7 +50,7 @@ def _harmonising(study: Study, asked: tuple[str, ...], folds: Sequence[Fold]) ->
             ", ".join(named),
         )
         return asked
-    logger.warning("%s, and no fold has them: %s left out; a higher folds trains on more.", told, " and ".join(named))
+    logger.warning("%s, and no fold has them: %s left out; set folds higher.", told, " and ".join(named))
     return tuple(name for name in asked if name not in named)
 
 

@@ -19,7 +19,7 @@ from boldforge.finetune.rank_sweep import OUTER, TESTED, SweepConfig, open_journ
 from boldforge.finetune.results import Prediction, write_json, write_predictions
 from boldforge.finetune.study import Study, open_study
 from boldforge.finetune.summary import Scores, summarise
-from boldforge.finetune.sweep_journal import read_journal
+from boldforge.finetune.sweep_journal import SweepError, read_journal
 from boldforge.finetune.tasks import describe_labels
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
     BoldForgeError
         As `search_once`.
     """
+    _check_gpus(config)
     study = open_study(config)
     if not config.gpus and torch.cuda.is_available():
         logger.warning("There is a GPU, but gpus=0 trains the trials on CPU threads; gpus=0.5 lets two share it.")
@@ -73,6 +74,12 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
         for left in (config.out / OUTER).glob(f"*/{TESTED}"):
             left.unlink()
         return results
+
+
+def _check_gpus(config: SweepConfig) -> None:
+    """Refuse GPUs that are not there before anything is written; Ray knows of its own."""
+    if config.gpus and config.driver == "serial" and not torch.cuda.is_available():
+        raise SweepError(f"There is no GPU here, but gpus is {config.gpus:g}; set gpus=0 to train on CPU threads.")
 
 
 def _fold_folder(config: SweepConfig, number: int) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from boldforge.configs import count_of
 from boldforge.finetune.classifier import Classifier, save_adapter
 from boldforge.finetune.cohort import Subject
 from boldforge.finetune.intervals import mean_auc_interval
@@ -247,8 +248,11 @@ def _sentence(
     if folds > 1:
         counted = f"the mean of {folds} inner folds, in which {n} subjects validated once each"
         seen = "these" if n == len(parts["train"]) else f"all {len(parts['train'])} who are not tested"
+    key = f"validation_{figure}"
+    tied = sum(row[key] == chosen[key] for row in rows) - 1
+    shared = f", as had {count_of(tied, 'other')} (ties go to the lower rank)" if tied else ""
     sentence = (
-        f"{among} had the highest validation {called} "
+        f"{among} had the highest validation {called}{shared} "
         f"({chosen[f'validation_{figure}']:.2f}, {counted}); "
         f"trained anew on {seen} for "
         f"{chosen['best_epoch']} epoch{'' if chosen['best_epoch'] == 1 else 's'} and tested once on "

@@ -37,8 +37,7 @@ def describe_adapted(results: Mapping[str, Any]) -> dict[str, Any]:
         "compared_by": call_figure(selects_by, results),
         "rows": results.get("rows", "subjects"),
         "beside": _beside(results),
-        # The one fixed model of a plain sweep has intervals that are what they say.
-        "folds_say": _folds_say(results) if results.get("level", 0.05) < 0.05 else "",
+        "folds_say": _folds_say(results),
         "sites": _sites(results),
         "confusion": _confusion(results),
         "roc": figures.inline(figures.roc_figure(roc["fpr"], roc["tpr"], tested["auc"], tested["n"])) if roc else None,
@@ -48,6 +47,9 @@ def describe_adapted(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _folds_say(results: Mapping[str, Any]) -> str:
+    """Say what folds do to intervals of subjects; of a plain sweep's one model, and of blocks, nothing."""
+    if results.get("level", 0.05) >= 0.05 or results.get("clusters"):
+        return ""
     repeated = results.get("settings", {}).get("repeats", 1) > 1
     return FOLDS_SAY + (" That was measured without repetitions, with which p is smaller still." if repeated else "")
 

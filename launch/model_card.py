@@ -129,6 +129,8 @@ def describe_overlap(results: Mapping[str, Any]) -> str:
             "The encoder was pretrained, without labels, on these same shards, test subjects included: on people whom "
             "it has never met the figures may be lower."
         )
+    if results.get("settings", {}).get("images"):
+        return "The network was pretrained on other images; whether the same people are in some was not checked."
     return "The encoder was pretrained on other shards; whether some of the same people are in them was not checked."
 
 

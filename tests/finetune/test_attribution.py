@@ -235,6 +235,7 @@ def test_the_map_lies_where_the_atlas_does(attributed, cohort):
 
 def test_the_same_command_writes_the_same_bytes(finetuned, attributed, lobes, tmp_path):
     out, _, _ = attributed
+    (tmp_path / ".clips-of-a-killed-run").mkdir()
     attribute_regions(load_config(AttributionConfig, {"model": finetuned, "out": tmp_path, **QUICK, **lobes}))
     names = sorted(path.name for path in out.iterdir())
     assert len(names) == 8 and names == sorted(path.name for path in tmp_path.iterdir())
@@ -264,6 +265,12 @@ def test_what_does_not_fit_is_said_in_one_sentence(finetuned, cohort, build_coho
 
     assert "give the folder of a finished boldforge finetune" in refused(model=tmp_path)
     assert "leave it out" in refused(target="ADHD")
+    images = tmp_path / "images"
+    images.mkdir()
+    results = json.loads((finetuned / "metrics.json").read_text())
+    results["settings"] |= {"shards": None, "images": {"table": "maps.tsv"}}
+    (images / "metrics.json").write_text(json.dumps(results))
+    assert "is a study of images; regions are attributed to studies of shards only" in refused(model=images)
     assert "was trained on other shards" in refused(shards=build_cohort(subjects=4, effect=0.0))
     copied = shutil.copytree(finetuned, tmp_path / "copy")
     shutil.rmtree(copied / "folds" / "2")

@@ -12,7 +12,16 @@ import torch
 
 from boldforge.configs import BoldForgeError, ConfigError, folder_lock, load_config
 from boldforge.data_shards import load_manifest
-from boldforge.finetune import AdapterConfig, SweepConfig, SweepError, fit, load_classifier, rank_sweep, sweep
+from boldforge.finetune import (
+    AdapterConfig,
+    SweepConfig,
+    SweepError,
+    fit,
+    load_classifier,
+    nested_sweep,
+    rank_sweep,
+    sweep,
+)
 from boldforge.finetune import trial as trial_module
 from boldforge.finetune.serial_driver import run_serially
 from boldforge.finetune.study import open_study
@@ -280,8 +289,16 @@ def test_trials_train_where_gpus_says_even_if_a_gpu_is_there(shards, encoder, tm
 
     drive = rank_sweep.drive
     monkeypatch.setattr(rank_sweep, "drive", look)
+    monkeypatch.setattr(nested_sweep, "_check_gpus", lambda config: None)
     sweep(_config(shards, encoder, tmp_path, gpus=gpus, ranks=[0], **BRIEF))
     assert seen == [device]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(shards, encoder, tmp_path):
+    with pytest.raises(SweepError, match=r"There is no GPU here, but gpus is 0\.5; set gpus=0"):
+        sweep(_config(shards, encoder, tmp_path / "out", gpus=0.5, driver="serial"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (0.5, "cuda")])
