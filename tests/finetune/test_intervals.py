@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, ttest_1samp
+from scipy.stats import binomtest, norm, ttest_1samp
 
 from boldforge.finetune import AdhdDiagnosis, get_task
 from boldforge.finetune.evaluation import bootstrap_intervals
@@ -52,6 +52,21 @@ def test_the_interval_of_a_mean_of_aucs_holds_every_area_within_two_errors(auc, 
             assert (low <= theta <= high) == (abs(theta - auc) <= 1.959964 * error(theta))
     if len(sizes) == 1:
         assert [low, high] == auc_interval(auc, *sizes[0])
+
+
+@pytest.mark.parametrize(("n_positive", "n_negative"), [(10, 10), (10, 40), (25, 15), (40, 40)])
+@pytest.mark.parametrize("auc", [0.5, 0.7, 0.9])
+def test_the_interval_of_an_auc_covers_the_truth_as_often_as_it_says(auc, n_positive, n_negative):
+    """Scores of both classes are normal, with the means as far apart as makes that area."""
+    generator, draws = np.random.default_rng(0), 4000
+    positive = generator.normal(np.sqrt(2) * norm.ppf(auc), size=(draws, n_positive))
+    negative = generator.normal(size=(draws, n_negative))
+    right = (positive[:, :, None] > negative[:, None, :]).sum(axis=(1, 2))
+    hits = 0
+    for count, times in zip(*np.unique(right, return_counts=True), strict=True):
+        low, high = auc_interval(count / (n_positive * n_negative), n_positive, n_negative)
+        hits += times * (low <= auc <= high)
+    assert 0.93 < hits / draws < 0.985
 
 
 def test_seven_subjects_told_apart_without_error_do_not_make_certainty():
