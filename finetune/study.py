@@ -293,14 +293,14 @@ def open_study(config: StudyConfig) -> Study:
 def _open_rows(config: StudyConfig, source: Manifest | ImageTable, backbone: Backbone) -> tuple[Task, Cohort, int]:
     """Return the task, its rows, and the frames of a clip (0 for images)."""
     if isinstance(source, ImageTable):
-        task = get_task(config.task, source.phenotypes)
+        task = get_task(config.task, source.phenotypes, people=(image.subject for image in source.images))
         return task, source.find_cohort(task), 0
     check_recipe(backbone, source)
     length = int(backbone.data["clip_length"])
     opened = open_rows(config.task, source, config.events, length)
     if opened is not None:
         return *opened, length
-    task = get_task(config.task, (run.phenotype for run in source.runs))
+    task = get_task(config.task, (run.phenotype for run in source.runs), people=(run.subject for run in source.runs))
     return task, find_cohort(source, task, length), length
 
 

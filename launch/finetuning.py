@@ -150,7 +150,7 @@ def _check_task(task: str, found: RunList) -> None:
 
     if task in OF_PARTS or not found.runs:
         return
-    asked = get_task(task, [run.phenotype for run in found.runs])
+    asked = get_task(task, (run.phenotype for run in found.runs), people=(run.subject for run in found.runs))
     if all(asked.label(run.phenotype) is None for run in found.runs):
         raise FinetuneError(
             f"phenotype column {asked.column!r} is empty in all {len(found.runs)} runs; fill it in, or name another "

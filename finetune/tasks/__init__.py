@@ -42,7 +42,7 @@ TASK_CHOICES = (
 )
 _MOST_CLASSES = 20
 # With fewer than four subjects a class cannot be trained on, validated and tested.
-_FEWEST_RUNS = 4
+_FEWEST_SUBJECTS = 4
 _FEWEST_MEASURED = 5
 
 
@@ -51,6 +51,7 @@ def get_task(
     phenotypes: Iterable[Phenotype] | None = None,
     classes: Sequence[str] = (),
     tensors: Mapping[str, Tensor] | None = None,
+    people: Iterable[str] | None = None,
 ) -> Task:
     """Return the task of that name.
 
@@ -65,6 +66,8 @@ def get_task(
         The classes that a trained head knows, in place of `phenotypes`.
     tensors
         What a trained task kept beside its adapter.
+    people
+        Whose each of the phenotypes is; None takes each for another subject's.
 
     Raises
     ------
@@ -73,7 +76,7 @@ def get_task(
         2 and 20 classes, or two have the same name.
     """
     rows = None if phenotypes is None else list(phenotypes)
-    task = _get_task(name, rows, classes, tensors)
+    task = _get_task(name, rows, classes, tensors, None if people is None else list(people))
     if rows is not None:
         check_column(task.column, rows)
         if isinstance(task, Number):
@@ -82,7 +85,11 @@ def get_task(
 
 
 def _get_task(
-    name: str, phenotypes: Sequence[Phenotype] | None, classes: Sequence[str], tensors: Mapping[str, Tensor] | None
+    name: str,
+    phenotypes: Sequence[Phenotype] | None,
+    classes: Sequence[str],
+    tensors: Mapping[str, Tensor] | None,
+    people: Sequence[str] | None,
 ) -> Task:
     if name in _NAMED:
         return _NAMED[name]()
@@ -105,7 +112,9 @@ def _get_task(
                 f"phenotype column {column!r} holds {twice[0]!r} both as a number and as a text; write it in one way "
                 "and shard again."
             )
-        _check_classes(column, Counter(phenotype.get(column) for phenotype in phenotypes or ()))
+        whose = people if people is not None else [str(row) for row in range(len(phenotypes or ()))]
+        pairs = {(person, row.get(column)) for person, row in zip(whose, phenotypes or (), strict=True)}
+        _check_classes(column, Counter(value for _, value in pairs))
     if not 2 <= len(found) <= _MOST_CLASSES:
         hint = f", or ask for regress:{column} if they are numbers" if len(found) > 1 else ""
         raise FinetuneError(
@@ -117,15 +126,15 @@ def _get_task(
     return SeveralClasses(name, column, found)
 
 
-def _check_classes(column: str, runs_of: Mapping[float | str | None, int]) -> None:
-    """Refuse a column of measurements; runs_of counts the runs of every value."""
-    values = [value for value in runs_of if value is not None]
-    rare = sum(runs_of[value] < _FEWEST_RUNS for value in values)
+def _check_classes(column: str, subjects_of: Mapping[float | str | None, int]) -> None:
+    """Refuse a column of measurements; subjects_of counts the subjects of every value."""
+    values = [value for value in subjects_of if value is not None]
+    rare = sum(subjects_of[value] < _FEWEST_SUBJECTS for value in values)
     if any(isinstance(value, str) for value in values) or len(values) < _FEWEST_MEASURED or 2 * rare <= len(values):
         return
     raise FinetuneError(
-        f"phenotype column {column!r} holds {len(values)} different numbers, most of them in fewer than {_FEWEST_RUNS} "
-        f"runs, which looks like a measurement and not like classes; use regress:{column}."
+        f"phenotype column {column!r} holds {len(values)} different numbers, most of them in fewer than "
+        f"{_FEWEST_SUBJECTS} subjects, which looks like a measurement and not like classes; use regress:{column}."
     )
 
 

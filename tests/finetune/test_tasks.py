@@ -68,6 +68,12 @@ def test_a_column_of_measurements_is_not_taken_for_classes():
     measured = [{"iq": float(80 + subject // 2)} for subject in range(16)]
     with pytest.raises(FinetuneError, match=r"'iq' holds 8 different numbers, most .*measurement.*; use regress:iq\."):
         get_task("classify:iq", measured)
+    # Four runs each make a measurement no class.
+    people = [f"p{subject}" for subject in range(16) for _ in range(4)]
+    with pytest.raises(
+        FinetuneError, match=r"8 different numbers, most of them in fewer than 4 subjects, .*regress:iq"
+    ):
+        get_task("classify:iq", [row for row in measured for _ in range(4)], people=people)
     # Subtypes, one of them rare, are classes; so are many codes that occur often.
     assert len(get_task("classify:dx", [{"dx": float(code)} for code in (0, 0, 0, 0, 1, 1, 1, 1, 2, 3)]).classes) == 4
     assert len(get_task("classify:dx", [{"dx": float(subject % 8)} for subject in range(32)]).classes) == 8
