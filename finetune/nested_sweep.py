@@ -21,6 +21,7 @@ from boldforge.finetune.study import Study, open_study
 from boldforge.finetune.summary import Scores, summarise
 from boldforge.finetune.sweep_journal import SweepError, read_journal
 from boldforge.finetune.tasks import describe_labels
+from boldforge.finetune.threads import cpu_threads
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,12 @@ def sweep(config: SweepConfig, on_progress: OnProgress | None = None) -> dict[st
     BoldForgeError
         As `search_once`.
     """
+    # What is done here, beside the trials, has as many threads as each of them.
+    with cpu_threads(config.cpus):
+        return _sweep(config, on_progress)
+
+
+def _sweep(config: SweepConfig, on_progress: OnProgress | None) -> dict[str, Any]:
     _check_gpus(config)
     study = open_study(config)
     if not config.gpus and torch.cuda.is_available():
