@@ -83,7 +83,7 @@ def test_the_command_line_sweeps_on_the_cluster_and_leaves_it_running(cluster, c
     sweep(load_config(SweepConfig, SMALL | recipe))
     command = [sys.executable, "-m", "boldforge.launch.cli", "sweep", "--address", cluster]
     settings = ["clips=1", "folds=3", "ranks=[0,1]", "grace=1", "adapter={first_stage: 1}", "training={epochs: 2}"]
-    settings += [f"shards={cohort}", f"backbone={encoder}", f"out={tmp_path / 'there'}"]
+    settings += ["baselines=[]", f"shards={cohort}", f"backbone={encoder}", f"out={tmp_path / 'there'}"]
     done = subprocess.run([*command, *settings], capture_output=True, text=True, env=_environment(), timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Test on" in done.stdout
