@@ -25,7 +25,6 @@ FILES = (
 KINDS = ("driver", "worker", "ray", "worker", "all", "worker")
 # Of Ray's own processes; the agents take the raylet along.
 _OF_RAY = ("gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
-_FORK = multiprocessing.get_context("fork")
 # Every process of a sweep carries this in its environment, whoever its parent is by now.
 _MARK = "BOLDFORGE_KILLED_SWEEP"
 _PATIENCE_S, _LINGERING_S = 180.0, 120.0
@@ -80,8 +79,10 @@ class KilledSweep:
         self._sessions: set[str] = set()
 
     def start(self) -> None:
-        """Give the command that begins it, or goes on; in a fork, which has all imports behind it."""
-        self._process = _FORK.Process(target=_sweep, args=(self._recipe, self.log, self.printed, self.scratch))
+        """Give the command that begins it, or goes on, in a process of its own."""
+        # A fork has all imports behind it, but hangs where Ray's threads have run in this process.
+        how = multiprocessing.get_context("spawn" if "ray" in sys.modules else "fork")
+        self._process = how.Process(target=_sweep, args=(self._recipe, self.log, self.printed, self.scratch))
         self._process.start()
 
     @property
