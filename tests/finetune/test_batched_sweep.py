@@ -13,17 +13,13 @@ from boldforge.configs import ConfigError, load_config
 from boldforge.finetune import SweepConfig, SweepError, fit, sweep
 from boldforge.finetune.sweep_rungs import Trial, batched
 from boldforge.finetune.trial import read_curve
+from tests.finetune.small_sweeps import SMALL, read_swept
 
-FILES = ("sweep.json", "trials.tsv", "journal.jsonl", "best/predictions.tsv", "best/adapter/head.safetensors")
-SMALL = {
-    "clips": 1,
-    "folds": 3,
+SWEEP = SMALL | {
     "ranks": [0, 1, 2, 4],
-    "grace": 1,
     "adapter": {"first_stage": 1, "dropout": 0.1},
     "training": {"epochs": 3},
     "baselines": [],
-    "driver": "serial",
     "batch_trials": 3,
 }
 MOST_KILLS = 8
@@ -31,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 def _config(cohort, encoder, out, **changes):
-    return load_config(SweepConfig, {"shards": cohort, "backbone": encoder, "out": out, **SMALL, **changes})
+    return load_config(SweepConfig, {"shards": cohort, "backbone": encoder, "out": out, **SWEEP, **changes})
 
 
 def _table(out):
@@ -44,10 +40,6 @@ def undisturbed(cohort, encoder, tmp_path_factory):
     out = tmp_path_factory.mktemp("sweep") / "out"
     sweep(_config(cohort, encoder, out))
     return out
-
-
-def _read(out):
-    return {name: (out / name).read_bytes().replace(str(out).encode(), b"OUT") for name in FILES}
 
 
 def test_the_table_is_that_of_trials_alone(cohort, encoder, tmp_path, undisturbed):
@@ -75,7 +67,7 @@ def test_killed_at_random_steps_it_ends_the_same(cohort, encoder, tmp_path, undi
     while not sweep_and_die(config, generator.randint(1, 40) if kills < MOST_KILLS else -1, log):
         kills += 1
     assert kills > 2
-    assert _read(out) == _read(undisturbed)
+    assert read_swept(out) == read_swept(undisturbed)
     assert {path.name for path in out.iterdir()} == {"sweep.json", "trials.tsv", "best", "journal.jsonl"}
     # A kill costs every trial that was training at most one epoch.
     started = Counter(log.read_text().split("\n")[:-1])

@@ -20,25 +20,13 @@ from boldforge.finetune.folds import inner_folds
 from boldforge.finetune.merged_curves import merge_curves
 from boldforge.finetune.study import open_study
 from boldforge.finetune.sweep_journal import read_journal
+from tests.finetune.small_sweeps import SMALL, read_swept
 
-FILES = (
-    "sweep.json",
-    "trials.tsv",
-    "journal.jsonl",
-    "best/metrics.json",
-    "best/predictions.tsv",
-    "best/adapter/head.safetensors",
-)
-SMALL = {
-    "clips": 1,
-    "folds": 3,
+SWEEP = SMALL | {
     "inner_folds": 2,
-    "ranks": [0, 1],
-    "grace": 1,
     "adapter": {"first_stage": 1, "dropout": 0.1},
     # So fast that the inner folds differ in their own best epochs.
     "training": {"epochs": 3, "lr": 0.05, "head_lr": 0.25},
-    "driver": "serial",
     "baselines": ["site"],
 }
 pytestmark = pytest.mark.usefixtures("few_draws")
@@ -46,11 +34,7 @@ BATCHED = {"ranks": [0, 1, 2, 4], "batch_trials": 3}
 
 
 def _config(shards, encoder, out, **changes):
-    return load_config(SweepConfig, {"shards": shards, "backbone": encoder, "out": out, **SMALL, **changes})
-
-
-def _read(out):
-    return {name: (out / name).read_bytes().replace(str(out).encode(), b"OUT") for name in FILES}
+    return load_config(SweepConfig, {"shards": shards, "backbone": encoder, "out": out, **SWEEP, **changes})
 
 
 def _sweep_and_keep(config, kept, on_progress=None):
@@ -269,7 +253,7 @@ def test_killed_at_random_steps_it_ends_the_same(cohort, encoder, tmp_path, swep
     out, log = tmp_path / "out", tmp_path / "log"
     config = _config(cohort, encoder, out)
     kills = _killed_again_and_again(config, seed, sweep_and_die, log, most_kills, 60 if most_kills < 10 else 22)
-    assert _read(out) == _read(swept[0])
+    assert read_swept(out) == read_swept(swept[0])
     assert {path.name for path in out.iterdir()} == {"sweep.json", "trials.tsv", "best", "journal.jsonl"}
     # One trial trains in one inner fold at a time, so a kill costs at most one epoch.
     wanted = 2 * sum(row["epochs"] for row in swept[1]["trials"]) + swept[1]["best"]["best_epoch"]
@@ -292,7 +276,7 @@ def test_on_ray_the_files_are_the_same(cohort, encoder, tmp_path, ray_folder, ch
     sweep(_config(cohort, encoder, tmp_path / "serial", **changes))
     config = _config(cohort, encoder, tmp_path / "ray", driver="ray", concurrency=2, **changes)
     sweep(config, lambda done, total: seen.append((done, total)))
-    here, there = _read(tmp_path / "serial"), _read(tmp_path / "ray")
+    here, there = read_swept(tmp_path / "serial"), read_swept(tmp_path / "ray")
     assert here.pop("sweep.json") == there.pop("sweep.json").replace(b'"driver": "ray"', b'"driver": "serial"')
     assert here == there
     assert seen == sorted(seen) and seen[-1][0] == seen[-1][1]
@@ -309,7 +293,7 @@ def test_batched_trials_give_the_table_of_trials_alone_and_survive_kills(cohort,
     assert results["best"]["trial"] == wanted["best"]["trial"]
     assert results["threshold"] == pytest.approx(wanted["threshold"], rel=1e-4)
     _killed_again_and_again(_config(cohort, encoder, out, **BATCHED), 0, sweep_and_die, log, 8, 60)
-    assert _read(out) == _read(whole)
+    assert read_swept(out) == read_swept(whole)
 
 
 def test_in_a_nested_sweep_every_search_has_inner_folds_of_its_own(cohort, encoder, tmp_path, monkeypatch):

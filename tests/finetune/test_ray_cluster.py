@@ -14,16 +14,9 @@ import pytest
 
 from boldforge.configs import load_config
 from boldforge.finetune import SweepConfig, SweepError, rank_sweep, sweep
+from tests.finetune.small_sweeps import SMALL
 
-SMALL = {
-    "clips": 1,
-    "folds": 3,
-    "ranks": [0, 1],
-    "grace": 1,
-    "adapter": {"first_stage": 1},
-    "training": {"epochs": 2},
-    "baselines": [],
-}
+SWEEP = SMALL | {"driver": "ray", "training": {"epochs": 2}, "baselines": []}
 _MARK = "BOLDFORGE_TEST_CLUSTER"
 
 
@@ -80,7 +73,7 @@ def _answers(address: str) -> bool:
 @pytest.mark.slow
 def test_the_command_line_sweeps_on_the_cluster_and_leaves_it_running(cluster, cohort, encoder, tmp_path):
     recipe = {"shards": cohort, "backbone": encoder, "out": tmp_path / "here", "driver": "serial"}
-    sweep(load_config(SweepConfig, SMALL | recipe))
+    sweep(load_config(SweepConfig, SWEEP | recipe))
     command = [sys.executable, "-m", "boldforge.launch.cli", "sweep", "--address", cluster]
     settings = ["clips=1", "folds=3", "ranks=[0,1]", "grace=1", "adapter={first_stage: 1}", "training={epochs: 2}"]
     settings += ["baselines=[]", f"shards={cohort}", f"backbone={encoder}", f"out={tmp_path / 'there'}"]
@@ -103,7 +96,7 @@ def test_two_trials_share_a_gpu_and_more_than_there_are_is_an_error(cluster, coh
 
     drive = rank_sweep.drive
     monkeypatch.setattr(rank_sweep, "drive", without_cuda)
-    recipe = SMALL | {"shards": cohort, "backbone": encoder, "address": cluster, "concurrency": 2}
+    recipe = SWEEP | {"shards": cohort, "backbone": encoder, "address": cluster, "concurrency": 2}
     with pytest.raises(SweepError, match="gpus is 2 per trial, but Ray sees 1 here; set gpus=0 to use CPUs"):
         sweep(load_config(SweepConfig, recipe | {"out": tmp_path / "two", "gpus": 2}))
     results = sweep(load_config(SweepConfig, recipe | {"out": tmp_path / "half", "gpus": 0.5}))

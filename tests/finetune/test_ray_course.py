@@ -25,6 +25,17 @@ def _course(tmp_path, first, *rest):
     return _Course(first, iter(rest), tmp_path)
 
 
+def _die_twice_an_epoch(course, journal, watched):
+    """Let Ray die twice in each of three epochs, which is as often as it may."""
+    for epoch in range(3):
+        for _ in range(2):
+            course.watch()
+            course.take("a")
+            watched[-1].ended = True
+            course.put_back()
+        journal.append({"epoch": epoch + 1})
+
+
 def test_the_next_round_starts_when_all_of_this_one_are_done(tmp_path):
     course = _course(tmp_path, _segments(0, 1), _segments(1, until=2))
     first, second = course.take("a"), course.take("b")
@@ -75,13 +86,7 @@ def test_deaths_in_different_inner_folds_are_counted_apart(tmp_path):
 def test_epochs_of_inner_folds_count_when_ray_itself_dies(tmp_path, watched):
     course = _course(tmp_path, [Segment(Trial(0, {"rank": 0}), 9, inner=2)])
     journal = Journal(tmp_path / "0000" / "2" / "epochs.jsonl")
-    for epoch in range(3):
-        for _ in range(2):
-            course.watch()
-            course.take("a")
-            watched[-1].ended = True
-            course.put_back()
-        journal.append({"epoch": epoch + 1})
+    _die_twice_an_epoch(course, journal, watched)
     journal.close()
     assert course.error is None and not course.finished
 
@@ -135,13 +140,7 @@ def test_when_ray_itself_dies_its_work_is_put_back_and_what_tune_then_says_is_no
 def test_a_ray_that_dies_again_and_again_in_the_same_epoch_ends_the_course(tmp_path, watched):
     course = _course(tmp_path, _segments(0, until=9))
     journal = Journal(tmp_path / "0000" / "epochs.jsonl")
-    for epoch in range(3):
-        for _ in range(2):
-            course.watch()
-            course.take("a")
-            watched[-1].ended = True
-            course.put_back()
-        journal.append({"epoch": epoch + 1})
+    _die_twice_an_epoch(course, journal, watched)
     for _ in range(3):
         assert not course.finished
         course.watch()

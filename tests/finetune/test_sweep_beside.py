@@ -18,16 +18,8 @@ from boldforge.finetune.tasks.columns import SUBJECT_BASELINES
 from boldforge.launch.cli import app
 from boldforge.launch.model_card import render_card
 from boldforge.launch.report import write_report
+from tests.finetune.small_sweeps import SMALL
 
-SMALL = {
-    "clips": 1,
-    "folds": 3,
-    "ranks": [0, 1],
-    "grace": 1,
-    "adapter": {"first_stage": 1},
-    "training": {"epochs": 1},
-    "driver": "serial",
-}
 NAMES = ["site", "image", "embedding"]
 pytestmark = pytest.mark.usefixtures("few_draws")
 

@@ -8,39 +8,27 @@ import pytest
 
 from boldforge.configs import load_config
 from boldforge.finetune import SweepConfig, SweepError, sweep
+from tests.finetune.small_sweeps import FILES, SMALL, read_swept
 
-FILES = (
-    "sweep.json",
-    "trials.tsv",
-    "journal.jsonl",
-    "best/metrics.json",
-    "best/predictions.tsv",
-    "best/adapter/task.json",
-    "best/adapter/head.safetensors",
-)
-SMALL = {
-    "clips": 1,
-    "folds": 3,
+SWEEP = SMALL | {
     "ranks": [0, 1, 2],
-    "grace": 1,
     "adapter": {"first_stage": 1, "dropout": 0.1},
     "training": {"epochs": 3},
     "baselines": ["site"],
-    "driver": "serial",
 }
 MOST_KILLS = 8
 pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 def _config(cohort, encoder, out, **changes):
-    return load_config(SweepConfig, {"shards": cohort, "backbone": encoder, "out": out, **SMALL, **changes})
+    return load_config(SweepConfig, {"shards": cohort, "backbone": encoder, "out": out, **SWEEP, **changes})
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cohort, encoder, tmp_path_factory):
     out = tmp_path_factory.mktemp("sweep") / "out"
     sweep(_config(cohort, encoder, out))
-    return {name: (out / name).read_bytes().replace(str(out).encode(), b"OUT") for name in FILES}
+    return read_swept(out)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

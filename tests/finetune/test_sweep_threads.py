@@ -11,17 +11,9 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from boldforge.configs import load_config
 from boldforge.finetune import SweepConfig, nested_sweep, sweep
+from tests.finetune.small_sweeps import SMALL
 
-SMALL = {
-    "clips": 1,
-    "folds": 3,
-    "ranks": [0, 1],
-    "grace": 1,
-    "adapter": {"first_stage": 1},
-    "training": {"epochs": 1},
-    "baselines": ["connectivity", "image"],
-    "driver": "serial",
-}
+SWEEP = SMALL | {"baselines": ["connectivity", "image"]}
 SCRIPT = """
 import os
 import sys
@@ -51,7 +43,7 @@ def test_inside_a_sweep_all_have_its_threads_and_after_it_those_from_before(
 
     monkeypatch.setattr(nested_sweep, "search_once", search)
     config = load_config(
-        SweepConfig, {"shards": cohort, "backbone": encoder, "out": tmp_path / "out", **SMALL, "cpus": cpus}
+        SweepConfig, {"shards": cohort, "backbone": encoder, "out": tmp_path / "out", **SWEEP, "cpus": cpus}
     )
     threads, other = torch.get_num_threads(), 3 - cpus
     try:
@@ -74,7 +66,7 @@ def test_its_files_are_the_same_whatever_number_the_process_was_started_with(coh
         folder = tmp_path / threads
         folder.mkdir()
         many = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
-        command = [sys.executable, "-c", SCRIPT, str(cohort), str(encoder), repr(SMALL), str(folder)]
+        command = [sys.executable, "-c", SCRIPT, str(cohort), str(encoder), repr(SWEEP), str(folder)]
         subprocess.run(command, env=os.environ | many, check=True)
         found.append(_files(folder / "out"))
     assert found[0] == found[1]
